@@ -1,0 +1,204 @@
+"""What agent and engine process say to each other over their local socket.
+
+Plain frozen dataclasses, carried by ``pop_node.engine.boundary`` as msgpack arrays
+``[tag, *fields]``. Needs neither torch nor msgspec: both sides import it. Bulk KV bytes never travel
+here: they lie in the shared staging memory and messages name its slots.
+
+``seq`` is a number minted by the agent, one per leg, never reused while the engine process lives.
+``transfer`` is the 16-byte transfer id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Leg = Literal["prefill", "decode", "both"]
+
+
+# ---- agent -> engine ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Queue a sequence.
+
+    A prefill leg computes the prompt, samples (or is forced to) the tokens up to the hand-off, then
+    keeps its blocks pinned until ``Release``. A decode leg allocates blocks, answers ``Allocated`` and
+    waits for its KV (``Import`` .. ``Commit``). ``max_tokens`` counts forced ids too and is already
+    capped to the context. ``salt`` separates tenants in the prefix cache.
+    """
+
+    seq: int
+    leg: Leg
+    prompt_ids: list[int]
+    forced_ids: list[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop_ids: list[int]
+    salt: bytes
+    transfer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Cancel a sequence at whatever stage; its blocks and its transfer are freed, ``Ended`` follows."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageFrom:
+    """Prefill side: the decode site granted the transfer and already holds tokens [0, have_tokens)."""
+
+    transfer: bytes
+    have_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFree:
+    """Prefill side: staging slot ``slot`` may be overwritten."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Prefill side: the transfer is over (done or failed); unpin its blocks. ``Ended`` follows."""
+
+    transfer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """Decode side: staging slot ``slot`` holds this piece, verified; scatter it, answer ``Imported``."""
+
+    transfer: bytes
+    slot: int
+    group: int
+    component: int
+    layer_lo: int
+    layer_hi: int
+    token_lo: int
+    token_hi: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Decode side: all KV of the prompt (and of ids[:-1]) is in; go on after ``ids``."""
+
+    transfer: bytes
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the process cleanly."""
+
+
+# ---- engine -> agent ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded and a token was produced. ``phases_ms`` times the start, phase by phase."""
+
+    pid: int
+    block_tokens: int
+    total_blocks: int
+    context_tokens: int
+    backend: str
+    phases_ms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """The sequence entered the running set: ``cached_tokens`` of its prompt came from the cache.
+
+    For a decode leg this is the moment to ``Grant``: all blocks of the prompt are allocated.
+    """
+
+    seq: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The engine will never run this sequence (e.g. it exceeds all blocks). Nothing is held."""
+
+    seq: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Token ``id`` of ``seq`` at output ``index``; ``finish`` is "", "stop", "length" or "handoff"."""
+
+    seq: int
+    index: int
+    id: int
+    finish: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """Results of one engine step, with the load after it. Rates: 0 means not measured yet."""
+
+    tokens: list[tuple[int, int, int, str]]
+    queued_prefill_tokens: int
+    running: int
+    waiting: int
+    free_blocks: int
+    cached_blocks: int
+    prefill_tokens_per_s: float
+    decode_step_ms: float
+    pinned: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """Prefill side: the last layer of the last prompt token is computed (token 0 follows in a step)."""
+
+    seq: int
+    queue_ms: float
+    compute_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Prefill side: staging slot ``slot`` holds ``nbytes`` bytes of this piece."""
+
+    transfer: bytes
+    slot: int
+    group: int
+    component: int
+    layer_lo: int
+    layer_hi: int
+    token_lo: int
+    token_hi: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """Decode side: the slot's piece is in its blocks (or its transfer is gone); the slot is free."""
+
+    transfer: bytes
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The sequence is gone from the engine and holds nothing any more."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """Last words of an engine that cannot go on; the process exits afterwards."""
+
+    message: str

@@ -1,0 +1,77 @@
+"""What a model's KV cache is made of, independent of block sizes and tensor-parallel degree.
+
+A ``KvSpec`` is declared by the model and compared by digest before anything is streamed. Pure data:
+imports no torch, so the agent and the engine share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+GroupKind = Literal["tokens", "window", "state"]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KvComponent:
+    """One tensor per token, e.g. ``("k", "bfloat16", (3, 64), 0)``: K of 3 heads of 64, after RoPE."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard_axis: int | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one layer."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class KvGroup:
+    """Layers that keep their KV alike. ``layers`` are the model's layer numbers."""
+
+    kind: GroupKind
+    layers: tuple[int, ...]
+    components: tuple[KvComponent, ...]
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpec:
+    """All groups of a model's KV cache."""
+
+    groups: tuple[KvGroup, ...]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over all layers and components."""
+        return sum(len(g.layers) * c.token_bytes for g in self.groups for c in g.components)
+
+    def digest(self) -> bytes:
+        """16 bytes that two nodes compare before streaming."""
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of the KV cache: one component of layers ``[layer_lo, layer_hi)`` (indices within the
+    group) for tokens ``[token_lo, token_hi)``, laid out ``[layer, token, *component.shape]``."""
+
+    group: int
+    component: int
+    layer_lo: int
+    layer_hi: int
+    token_lo: int
+    token_hi: int
+
+    def nbytes(self, spec: KvSpec) -> int:
+        """Raw payload size in bytes."""
+        per_token = spec.groups[self.group].components[self.component].token_bytes
+        return (self.layer_hi - self.layer_lo) * (self.token_hi - self.token_lo) * per_token

@@ -1,0 +1,135 @@
+"""What an operator's topology file says, as frozen values.
+
+Owns the types and the look-ups that follow from them alone. Reading and checking YAML is
+``topology.load``; distances are ``topology.geography``. Knows no registry, router or node code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Role = Literal["prefill", "decode"]
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["bfloat16", "float32"]
+Backend = Literal["auto", "reference", "native"]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A point on Earth in degrees: latitude -90..90, longitude -180..180."""
+
+    lat: float
+    lon: float
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a process listens. Port 0 means "any free port" (the launcher fills it in)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A served model. ``source`` is what ``popmesh model add`` reads; ``digest`` pins its identity.
+
+    ``regions`` limits where it may run (empty: anywhere). ``context_tokens`` caps the model's own.
+    """
+
+    name: str
+    source: str | None = None
+    digest: str | None = None
+    dtype: Dtype = "bfloat16"
+    context_tokens: int | None = None
+    regions: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One PoP: an IATA-style name, a position, and the region that residency rules speak of."""
+
+    name: str
+    position: Position
+    region: str
+    city: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One agent at a site. ``mesh`` is its router-facing listener, ``kv`` its KV stream listener."""
+
+    name: str
+    site: str
+    roles: frozenset[Role]
+    models: tuple[str, ...]
+    mesh: Address
+    kv: Address
+    device: Device = "cpu"
+    hardware: str = ""
+    store: Path | None = None
+    threads: int = 1
+    backend: Backend = "auto"
+    kv_tokens: int = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """One router process at a site."""
+
+    name: str
+    site: str
+    listen: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A path between two sites, the same both ways. None means "estimate"."""
+
+    a: str
+    b: str
+    rtt_ms: float | None = None
+    bandwidth_mbps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Who may ask. Keys are stored as hex SHA-256; ``regions`` limits where its prompts may go."""
+
+    name: str
+    key_sha256: tuple[str, ...]
+    regions: frozenset[str] = frozenset()
+    operator: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDefaults:
+    """What a silent link gets: RTT = great circle at 2/3 c times ``detour`` plus ``base_rtt_ms``."""
+
+    detour: float = 1.6
+    base_rtt_ms: float = 2.0
+    bandwidth_mbps: float = 1000.0
+    local_rtt_ms: float = 0.2
+    local_bandwidth_mbps: float = 10000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A whole mesh. Maps are by name and keep the file's order."""
+
+    mesh: str
+    models: dict[str, Model]
+    sites: dict[str, Site]
+    nodes: dict[str, Node]
+    routers: dict[str, Router]
+    links: dict[frozenset[str], Link] = field(default_factory=dict)
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    trusted_networks: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
+    defaults: LinkDefaults = LinkDefaults()
+    source: str = ""

@@ -1,0 +1,321 @@
+"""Messages of the mesh wire (router <-> node).
+
+Owns what is said; ``wire.framing`` owns how it is cut into frames. Every message is a msgspec struct
+encoded as a msgpack array ``[tag, field, field, ...]``, so a newer peer may append fields with
+defaults and an older one ignores them. Durations travel, wall-clock times never do: a field that ends
+in ``_ms`` or ``_s`` is a length of time.
+
+A *stream* is a number minted by one router for one (attempt, choice); it is never reused while that
+router process lives. Both legs of an attempt carry the same stream number.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+MIN_VERSION = 1
+MAX_VERSION = 1
+
+Leg = Literal["prefill", "decode", "both"]
+FinishReason = Literal["stop", "length", "handoff", "cancelled"]
+Role = Literal["prefill", "decode"]
+
+
+class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Shared struct options; tags are given by the subclasses."""
+
+
+# ---- inputs ------------------------------------------------------------------------------------
+
+
+class ChatTurn(_Message):
+    """One message of a conversation; ``role`` is one of system, user, assistant, tool, developer."""
+
+    role: str
+    content: str
+
+
+class ChatInput(_Message, tag=1):
+    """A conversation: the node renders the model's own chat template."""
+
+    turns: list[ChatTurn]
+
+
+class TextInput(_Message, tag=2):
+    """A plain text: the node tokenises it as it is."""
+
+    text: str
+
+
+class TokensInput(_Message, tag=3):
+    """Token ids: used as they are."""
+
+    ids: list[int]
+
+
+Input = ChatInput | TextInput | TokensInput
+
+
+class Sampling(_Message):
+    """How to choose tokens. ``temperature`` 0 is greedy; ``max_tokens`` None means "to the context"."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    seed: int  # unsigned 64-bit; the router draws one when the client gave none
+    stop: list[str]
+    ignore_eos: bool
+
+
+class Transfer(_Message):
+    """The KV hand-over of one attempt.
+
+    ``id`` is 16 unguessable bytes. ``peer`` names the node at the other end; ``address`` is where the
+    decode node listens for KV streams (``host:port``), empty in the decode leg.
+    """
+
+    id: bytes
+    peer: str
+    address: str
+
+
+# ---- both directions ---------------------------------------------------------------------------
+
+
+class ModelOffer(_Message):
+    """A model that a node serves.
+
+    ``identity`` is the hex digest of what the model computes (decoded tensors, configuration that
+    matters for the math, tokenizer and template); two nodes hand KV over only when it is equal.
+    ``kv_bytes_per_token`` is the size of one token's KV over all layers, in bytes.
+    """
+
+    name: str
+    identity: str
+    context_tokens: int
+    kv_bytes_per_token: int
+    block_tokens: int
+    total_blocks: int
+    dtype: str
+
+
+class Hello(_Message, tag=1):
+    """First message of each side. ``incarnation`` is new at every process start."""
+
+    min_version: int
+    max_version: int
+    mesh: str
+    kind: Literal["router", "node"]
+    name: str
+    site: str
+    incarnation: str
+    roles: list[Role]
+    kv_address: str
+    models: list[ModelOffer]
+
+
+class Goodbye(_Message, tag=2):
+    """Last message before a side closes the link on purpose (version or identity mismatch)."""
+
+    code: str
+    message: str
+
+
+class Ping(_Message, tag=3):
+    """Round-trip probe and liveness check; answered at once by ``Pong`` with the same nonce."""
+
+    nonce: int
+
+
+class Pong(_Message, tag=4):
+    nonce: int
+
+
+class Part(_Message, tag=5):
+    """A slice of one message too large for a frame; see ``wire.framing``."""
+
+    message: int
+    last: bool
+    data: bytes
+
+
+# ---- router -> node ----------------------------------------------------------------------------
+
+
+class Submit(_Message, tag=16):
+    """Start one leg of one attempt of a request.
+
+    ``attempt`` counts one request's tries from 1. ``forced_ids`` are tokens the client has already
+    read: they are part of the answer and are never sampled again. ``chain`` is the prefix chain of the
+    canonical request (``wire.prefix``), 16 bytes per 256-byte span, for cache digests.
+    """
+
+    stream: int
+    request_id: str
+    attempt: int
+    leg: Leg
+    model: str
+    tenant: str
+    input: Input
+    sampling: Sampling
+    forced_ids: list[int]
+    transfer: Transfer | None
+    chain: list[bytes]
+    deadline_remaining_ms: int
+
+
+class Cancel(_Message, tag=17):
+    """Stop a stream and free what it holds; answered by ``Finished(reason="cancelled")``."""
+
+    stream: int
+
+
+# ---- node -> router ----------------------------------------------------------------------------
+
+
+class Accepted(_Message, tag=32):
+    """The leg is tokenised and queued in the engine; ``cached_tokens`` came from the prefix cache."""
+
+    stream: int
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Refused(_Message, tag=33):
+    """The leg was never started. ``retry_after_ms`` 0 means unknown."""
+
+    stream: int
+    code: str
+    message: str
+    retryable: bool
+    retry_after_ms: int
+
+
+class StepEntry(_Message):
+    """New tokens of one stream: ``ids[0]`` has output index ``index``.
+
+    ``text`` is what became printable by these ids, JSON-escaped without the quotes (UTF-8); it may be
+    empty while a character or a possible stop string is incomplete.
+    """
+
+    stream: int
+    index: int
+    ids: list[int]
+    text: bytes
+
+
+class Step(_Message, tag=34):
+    """Everything one engine step produced for one router: one frame, not one per stream."""
+
+    entries: list[StepEntry]
+
+
+class TransferReport(_Message):
+    """What a KV transfer did, measured on the prefill node's clock.
+
+    ``compute_ms``: start of prefill to last layer computed. ``transfer_ms``: first byte sent to last
+    byte known received. ``tail_ms``: last layer computed to last byte known received (a byte counts as
+    received at the time its acknowledgement came back, less half a round trip).
+    ``hidden_bytes``: KV bytes received before the last layer was computed.
+    """
+
+    kv_bytes: int
+    wire_bytes: int
+    hidden_bytes: int
+    compute_ms: float
+    transfer_ms: float
+    tail_ms: float
+    rtt_ms: float
+
+
+class Finished(_Message, tag=35):
+    """The leg ended well. A prefill leg ends with "handoff" once its transfer is committed.
+
+    ``completion_tokens`` counts all output tokens up to here, forced ones included.
+    """
+
+    stream: int
+    reason: FinishReason
+    completion_tokens: int
+    queue_ms: float
+    prefill_ms: float
+    transfer: TransferReport | None
+
+
+class Failed(_Message, tag=36):
+    """The leg was started and broke."""
+
+    stream: int
+    code: str
+    message: str
+    retryable: bool
+
+
+class EngineLoad(_Message):
+    """State of one engine. Rates are measured over recent steps; 0 means not measured yet."""
+
+    model: str
+    ready: bool
+    queued_prefill_tokens: int
+    running: int
+    waiting: int
+    free_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    prefill_tokens_per_s: float
+    decode_step_ms: float
+    transfers_in: int
+    transfers_out: int
+    streams: int
+
+
+class LinkRate(_Message):
+    """Measured KV link from the sending node to a peer; 0 means not measured yet."""
+
+    peer: str
+    rtt_ms: float
+    bytes_per_s: float
+
+
+class Load(_Message, tag=37):
+    """Pushed once a second and whenever a threshold is crossed."""
+
+    engines: list[EngineLoad]
+    links: list[LinkRate]
+    draining: bool
+
+
+class CacheDelta(_Message, tag=38):
+    """Prefix chain values that entered (with the tokens they stand for) or left a node's cache."""
+
+    model: str
+    reset: bool
+    added: list[tuple[bytes, int]]
+    removed: list[bytes]
+
+
+class Draining(_Message, tag=39):
+    """The node accepts no new work and will go; running streams end normally."""
+
+    remaining_streams: int
+
+
+RouterMessage = Hello | Goodbye | Ping | Pong | Part | Submit | Cancel
+NodeMessage = (
+    Hello
+    | Goodbye
+    | Ping
+    | Pong
+    | Part
+    | Accepted
+    | Refused
+    | Step
+    | Finished
+    | Failed
+    | Load
+    | CacheDelta
+    | Draining
+)
+Message = RouterMessage | NodeMessage
