@@ -63,7 +63,8 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One agent at a site. ``mesh`` is its router-facing listener, ``kv`` its KV stream listener."""
+    """One agent at a site. ``mesh`` is its router-facing listener, ``kv`` its KV stream listener.
+    """
 
     name: str
     site: str

@@ -1,7 +1,7 @@
 """Addresses as text, and the one place where a dialled address may be replaced.
 
-A process that emulates a WAN on one machine is given a map from real addresses to the local ports of
-a link shaper; everything else dials through ``Dialer`` without knowing.
+A process that emulates a WAN on one machine is given a map from real addresses to the local ports
+of a link shaper; everything else dials through ``Dialer`` without knowing.
 """
 
 from __future__ import annotations

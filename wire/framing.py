@@ -1,8 +1,8 @@
 """Frames of the mesh wire: ``u32 little-endian length`` then one msgpack message.
 
-Sans-IO: bytes in, messages out, and the reverse. A frame holds at most 64 KiB; a larger message is cut
-into ``Part`` frames that other messages may overtake, so that a long prompt never holds up a ``Step``
-or a ``Cancel``. Every bound is checked before memory is taken: peers are not trusted.
+Sans-IO: bytes in, messages out, and the reverse. A frame holds at most 64 KiB; a larger message is
+cut into ``Part`` frames that other messages may overtake, so that a long prompt never holds up a
+``Step`` or a ``Cancel``. Every bound is checked before memory is taken: peers are not trusted.
 """
 
 from __future__ import annotations
@@ -153,9 +153,7 @@ def node_side_reader() -> FrameReader[RouterMessage]:
     return FrameReader(msgspec.msgpack.Decoder(RouterMessage))
 
 
-def negotiate(
-    mine_min: int, mine_max: int, theirs_min: int, theirs_max: int
-) -> int:
+def negotiate(mine_min: int, mine_max: int, theirs_min: int, theirs_max: int) -> int:
     """Highest version both sides speak; raises ``PeerError`` (``version_mismatch``) if none."""
     version = min(mine_max, theirs_max)
     if version < max(mine_min, theirs_min):

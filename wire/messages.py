@@ -1,9 +1,9 @@
 """Messages of the mesh wire (router <-> node).
 
-Owns what is said; ``wire.framing`` owns how it is cut into frames. Every message is a msgspec struct
-encoded as a msgpack array ``[tag, field, field, ...]``, so a newer peer may append fields with
-defaults and an older one ignores them. Durations travel, wall-clock times never do: a field that ends
-in ``_ms`` or ``_s`` is a length of time.
+Owns what is said; ``wire.framing`` owns how it is cut into frames. Every message is a msgspec
+struct encoded as a msgpack array ``[tag, field, field, ...]``, so a newer peer may append fields
+with defaults and an older one ignores them. Durations travel, wall-clock times never do: a field
+that ends in ``_ms`` or ``_s`` is a length of time.
 
 A *stream* is a number minted by one router for one (attempt, choice); it is never reused while that
 router process lives. Both legs of an attempt carry the same stream number.
@@ -30,26 +30,26 @@ class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
 # ---- inputs ------------------------------------------------------------------------------------
 
 
-class ChatTurn(_Message):
-    """One message of a conversation; ``role`` is one of system, user, assistant, tool, developer."""
+class ChatTurn(_Message, frozen=True):
+    """One message of a conversation; ``role``: system, user, assistant, tool or developer."""
 
     role: str
     content: str
 
 
-class ChatInput(_Message, tag=1):
+class ChatInput(_Message, frozen=True, tag=1):
     """A conversation: the node renders the model's own chat template."""
 
     turns: list[ChatTurn]
 
 
-class TextInput(_Message, tag=2):
+class TextInput(_Message, frozen=True, tag=2):
     """A plain text: the node tokenises it as it is."""
 
     text: str
 
 
-class TokensInput(_Message, tag=3):
+class TokensInput(_Message, frozen=True, tag=3):
     """Token ids: used as they are."""
 
     ids: list[int]
@@ -58,8 +58,8 @@ class TokensInput(_Message, tag=3):
 Input = ChatInput | TextInput | TokensInput
 
 
-class Sampling(_Message):
-    """How to choose tokens. ``temperature`` 0 is greedy; ``max_tokens`` None means "to the context"."""
+class Sampling(_Message, frozen=True):
+    """How to choose tokens: ``temperature`` 0 is greedy, ``max_tokens`` None is "to the context"."""
 
     max_tokens: int | None
     temperature: float
@@ -69,11 +69,11 @@ class Sampling(_Message):
     ignore_eos: bool
 
 
-class Transfer(_Message):
+class Transfer(_Message, frozen=True):
     """The KV hand-over of one attempt.
 
-    ``id`` is 16 unguessable bytes. ``peer`` names the node at the other end; ``address`` is where the
-    decode node listens for KV streams (``host:port``), empty in the decode leg.
+    ``id`` is 16 unguessable bytes. ``peer`` names the node at the other end; ``address`` is where
+    the decode node listens for KV streams (``host:port``), empty in the decode leg.
     """
 
     id: bytes
@@ -84,7 +84,7 @@ class Transfer(_Message):
 # ---- both directions ---------------------------------------------------------------------------
 
 
-class ModelOffer(_Message):
+class ModelOffer(_Message, frozen=True):
     """A model that a node serves.
 
     ``identity`` is the hex digest of what the model computes (decoded tensors, configuration that
@@ -101,7 +101,7 @@ class ModelOffer(_Message):
     dtype: str
 
 
-class Hello(_Message, tag=1):
+class Hello(_Message, frozen=True, tag=1):
     """First message of each side. ``incarnation`` is new at every process start."""
 
     min_version: int
@@ -116,24 +116,24 @@ class Hello(_Message, tag=1):
     models: list[ModelOffer]
 
 
-class Goodbye(_Message, tag=2):
+class Goodbye(_Message, frozen=True, tag=2):
     """Last message before a side closes the link on purpose (version or identity mismatch)."""
 
     code: str
     message: str
 
 
-class Ping(_Message, tag=3):
+class Ping(_Message, frozen=True, tag=3):
     """Round-trip probe and liveness check; answered at once by ``Pong`` with the same nonce."""
 
     nonce: int
 
 
-class Pong(_Message, tag=4):
+class Pong(_Message, frozen=True, tag=4):
     nonce: int
 
 
-class Part(_Message, tag=5):
+class Part(_Message, frozen=True, tag=5):
     """A slice of one message too large for a frame; see ``wire.framing``."""
 
     message: int
@@ -144,12 +144,12 @@ class Part(_Message, tag=5):
 # ---- router -> node ----------------------------------------------------------------------------
 
 
-class Submit(_Message, tag=16):
+class Submit(_Message, frozen=True, tag=16):
     """Start one leg of one attempt of a request.
 
     ``attempt`` counts one request's tries from 1. ``forced_ids`` are tokens the client has already
-    read: they are part of the answer and are never sampled again. ``chain`` is the prefix chain of the
-    canonical request (``wire.prefix``), 16 bytes per 256-byte span, for cache digests.
+    read: they are part of the answer and are never sampled again. ``chain`` is the prefix chain of
+    the canonical request (``wire.prefix``), 16 bytes per 256-byte span, for cache digests.
     """
 
     stream: int
@@ -166,7 +166,7 @@ class Submit(_Message, tag=16):
     deadline_remaining_ms: int
 
 
-class Cancel(_Message, tag=17):
+class Cancel(_Message, frozen=True, tag=17):
     """Stop a stream and free what it holds; answered by ``Finished(reason="cancelled")``."""
 
     stream: int
@@ -175,15 +175,15 @@ class Cancel(_Message, tag=17):
 # ---- node -> router ----------------------------------------------------------------------------
 
 
-class Accepted(_Message, tag=32):
-    """The leg is tokenised and queued in the engine; ``cached_tokens`` came from the prefix cache."""
+class Accepted(_Message, frozen=True, tag=32):
+    """The leg holds its blocks in the engine; ``cached_tokens`` came from the prefix cache."""
 
     stream: int
     prompt_tokens: int
     cached_tokens: int
 
 
-class Refused(_Message, tag=33):
+class Refused(_Message, frozen=True, tag=33):
     """The leg was never started. ``retry_after_ms`` 0 means unknown."""
 
     stream: int
@@ -193,11 +193,11 @@ class Refused(_Message, tag=33):
     retry_after_ms: int
 
 
-class StepEntry(_Message):
+class StepEntry(_Message, frozen=True):
     """New tokens of one stream: ``ids[0]`` has output index ``index``.
 
-    ``text`` is what became printable by these ids, JSON-escaped without the quotes (UTF-8); it may be
-    empty while a character or a possible stop string is incomplete.
+    ``text`` is what became printable by these ids, JSON-escaped without the quotes (UTF-8); it may
+    be empty while a character or a possible stop string is incomplete.
     """
 
     stream: int
@@ -206,18 +206,18 @@ class StepEntry(_Message):
     text: bytes
 
 
-class Step(_Message, tag=34):
+class Step(_Message, frozen=True, tag=34):
     """Everything one engine step produced for one router: one frame, not one per stream."""
 
     entries: list[StepEntry]
 
 
-class TransferReport(_Message):
+class TransferReport(_Message, frozen=True):
     """What a KV transfer did, measured on the prefill node's clock.
 
-    ``compute_ms``: start of prefill to last layer computed. ``transfer_ms``: first byte sent to last
-    byte known received. ``tail_ms``: last layer computed to last byte known received (a byte counts as
-    received at the time its acknowledgement came back, less half a round trip).
+    ``compute_ms``: start of prefill to last layer computed. ``transfer_ms``: first byte sent to
+    last byte known received. ``tail_ms``: last layer computed to last byte known received (a byte
+    counts as received at the time its acknowledgement came back, less half a round trip).
     ``hidden_bytes``: KV bytes received before the last layer was computed.
     """
 
@@ -230,7 +230,7 @@ class TransferReport(_Message):
     rtt_ms: float
 
 
-class Finished(_Message, tag=35):
+class Finished(_Message, frozen=True, tag=35):
     """The leg ended well. A prefill leg ends with "handoff" once its transfer is committed.
 
     ``completion_tokens`` counts all output tokens up to here, forced ones included.
@@ -244,7 +244,7 @@ class Finished(_Message, tag=35):
     transfer: TransferReport | None
 
 
-class Failed(_Message, tag=36):
+class Failed(_Message, frozen=True, tag=36):
     """The leg was started and broke."""
 
     stream: int
@@ -253,7 +253,7 @@ class Failed(_Message, tag=36):
     retryable: bool
 
 
-class EngineLoad(_Message):
+class EngineLoad(_Message, frozen=True):
     """State of one engine. Rates are measured over recent steps; 0 means not measured yet."""
 
     model: str
@@ -271,7 +271,7 @@ class EngineLoad(_Message):
     streams: int
 
 
-class LinkRate(_Message):
+class LinkRate(_Message, frozen=True):
     """Measured KV link from the sending node to a peer; 0 means not measured yet."""
 
     peer: str
@@ -279,7 +279,7 @@ class LinkRate(_Message):
     bytes_per_s: float
 
 
-class Load(_Message, tag=37):
+class Load(_Message, frozen=True, tag=37):
     """Pushed once a second and whenever a threshold is crossed."""
 
     engines: list[EngineLoad]
@@ -287,7 +287,7 @@ class Load(_Message, tag=37):
     draining: bool
 
 
-class CacheDelta(_Message, tag=38):
+class CacheDelta(_Message, frozen=True, tag=38):
     """Prefix chain values that entered (with the tokens they stand for) or left a node's cache."""
 
     model: str
@@ -296,7 +296,7 @@ class CacheDelta(_Message, tag=38):
     removed: list[bytes]
 
 
-class Draining(_Message, tag=39):
+class Draining(_Message, frozen=True, tag=39):
     """The node accepts no new work and will go; running streams end normally."""
 
     remaining_streams: int

@@ -1,8 +1,9 @@
 """Prefix identity across the mesh: which requests begin alike, told without tokenising.
 
-The router cuts the canonical form of a request into 256-byte spans and chains a keyed BLAKE2b-128 over
-them; equal chain values mean equal beginnings under the same tenant, model and template. Nodes map
-chain values to the tokens they hold and publish only the values. Pure; knows no node and no router.
+The router cuts the canonical form of a request into 256-byte spans and chains a keyed BLAKE2b-128
+over them; equal chain values mean equal beginnings under the same tenant, model and template.
+Nodes map chain values to the tokens they hold and publish only the values. Pure; knows no node and
+no router.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What agent and engine process say to each other over their local socket.
 
-Plain frozen dataclasses, carried by ``pop_node.engine.boundary`` as msgpack arrays
-``[tag, *fields]``. Needs neither torch nor msgspec: both sides import it. Bulk KV bytes never travel
-here: they lie in the shared staging memory and messages name its slots.
+Plain frozen dataclasses, carried by ``pop_node.engine.boundary`` as msgpack arrays ``[tag,
+*fields]``. Needs neither torch nor msgspec: both sides import it. Bulk KV bytes never travel here:
+they lie in the shared staging memory and messages name its slots.
 
 ``seq`` is a number minted by the agent, one per leg, never reused while the engine process lives.
 ``transfer`` is the 16-byte transfer id.
@@ -11,7 +11,7 @@ here: they lie in the shared staging memory and messages name its slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Leg = Literal["prefill", "decode", "both"]
 
@@ -23,10 +23,10 @@ Leg = Literal["prefill", "decode", "both"]
 class Add:
     """Queue a sequence.
 
-    A prefill leg computes the prompt, samples (or is forced to) the tokens up to the hand-off, then
-    keeps its blocks pinned until ``Release``. A decode leg allocates blocks, answers ``Allocated`` and
-    waits for its KV (``Import`` .. ``Commit``). ``max_tokens`` counts forced ids too and is already
-    capped to the context. ``salt`` separates tenants in the prefix cache.
+    A prefill leg computes the prompt, samples (or is forced to) the tokens up to the hand-off,
+    then keeps its blocks pinned until ``Release``. A decode leg allocates blocks, answers
+    ``Allocated`` and waits for its KV (``Import`` .. ``Commit``). ``max_tokens`` counts forced ids
+    too and is already capped to the context. ``salt`` separates tenants in the prefix cache.
     """
 
     seq: int
@@ -44,14 +44,18 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Cancel a sequence at whatever stage; its blocks and its transfer are freed, ``Ended`` follows."""
+    """Cancel a sequence at whatever stage; its blocks and its transfer are freed, ``Ended``
+    follows.
+    """
 
     seq: int
 
 
 @dataclass(frozen=True, slots=True)
 class StageFrom:
-    """Prefill side: the decode site granted the transfer and already holds tokens [0, have_tokens)."""
+    """Prefill side: the decode site granted the transfer and already holds tokens [0,
+    have_tokens).
+    """
 
     transfer: bytes
     have_tokens: int
@@ -73,7 +77,9 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """Decode side: staging slot ``slot`` holds this piece, verified; scatter it, answer ``Imported``."""
+    """Decode side: staging slot ``slot`` holds this piece, verified; scatter it, answer
+    ``Imported``.
+    """
 
     transfer: bytes
     slot: int
@@ -103,13 +109,17 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The model is loaded and a token was produced. ``phases_ms`` times the start, phase by phase."""
+    """The model is loaded and a token was produced.
+
+    ``kv_spec`` is ``KvSpec.to_dict()`` of the model; ``phases_ms`` times the start phase by phase.
+    """
 
     pid: int
     block_tokens: int
     total_blocks: int
     context_tokens: int
     backend: str
+    kv_spec: dict[str, Any]
     phases_ms: dict[str, float]
 
 
@@ -135,7 +145,9 @@ class Declined:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Token ``id`` of ``seq`` at output ``index``; ``finish`` is "", "stop", "length" or "handoff"."""
+    """Token ``id`` of ``seq`` at output ``index``; ``finish`` is "", "stop", "length" or
+    "handoff".
+    """
 
     seq: int
     index: int
@@ -160,7 +172,9 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
-    """Prefill side: the last layer of the last prompt token is computed (token 0 follows in a step)."""
+    """Prefill side: the last layer of the last prompt token is computed (token 0 follows in a
+    step).
+    """
 
     seq: int
     queue_ms: float
@@ -184,7 +198,7 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """Decode side: the slot's piece is in its blocks (or its transfer is gone); the slot is free."""
+    """Decode side: the slot is free: its piece is in its blocks or its transfer is gone."""
 
     transfer: bytes
     slot: int

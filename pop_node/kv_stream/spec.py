@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 GroupKind = Literal["tokens", "window", "state"]
 
@@ -19,7 +19,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class KvComponent:
-    """One tensor per token, e.g. ``("k", "bfloat16", (3, 64), 0)``: K of 3 heads of 64, after RoPE."""
+    """One tensor per token, e.g. ``("k", "bfloat16", (3, 64), 0)``: K of 3 heads of 64, after
+    RoPE.
+    """
 
     name: str
     dtype: str
@@ -52,6 +54,29 @@ class KvSpec:
     def token_bytes(self) -> int:
         """Bytes of one token over all layers and components."""
         return sum(len(g.layers) * c.token_bytes for g in self.groups for c in g.components)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dicts, for the engine's ``Ready`` message."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> KvSpec:
+        """Inverse of ``to_dict``."""
+        return cls(
+            tuple(
+                KvGroup(
+                    kind=group["kind"],
+                    layers=tuple(group["layers"]),
+                    components=tuple(
+                        KvComponent(c["name"], c["dtype"], tuple(c["shape"]), c["shard_axis"])
+                        for c in group["components"]
+                    ),
+                    window=group["window"],
+                )
+                for group in data["groups"]
+            )
+        )
 
     def digest(self) -> bytes:
         """16 bytes that two nodes compare before streaming."""

@@ -1,0 +1,173 @@
+"""Life of a node, decided without IO: when engines start, when the doors open, how it drains.
+
+Owns the order of things; ``pop_node.agent`` carries the effects out. Time is an argument in seconds
+of a monotonic clock.
+
+    starting --all engines ready--> serving --drain--> draining --no streams or timeout--> stopped
+        \\--drain------------------------------------------------------------------------/
+
+An engine that exits is started again after a delay that doubles from 0.25 s to 30 s and falls back
+once the engine has stayed up for a minute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, assert_never
+
+RESTART_FIRST_S = 0.25
+RESTART_MAX_S = 30.0
+STABLE_AFTER_S = 60.0
+"""Guesses: a crash on one request costs a quarter second, a crash loop costs no CPU."""
+
+State = Literal["starting", "serving", "draining", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The process is up; engines may start."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineExited:
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """Stop accepting work; go when the running streams are done or after ``timeout_s``."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StreamsLeft:
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The timer armed for ``next_deadline`` fired."""
+
+
+Event = Started | EngineReady | EngineExited | DrainRequested | StreamsLeft | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine:
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDoors:
+    """Listen and register: every engine has produced a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceDrain:
+    """Tell routers and the registry that no new work is welcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Deregister, close the doors, stop the engines."""
+
+
+Effect = StartEngine | OpenDoors | AnnounceDrain | Shutdown
+
+
+@dataclass(slots=True)
+class _Engine:
+    ready: bool = False
+    ready_since: float = 0.0
+    failures: int = 0
+    restart_at: float | None = None
+
+
+@dataclass(slots=True)
+class NodeLifecycle:
+    """State machine of one node with the given models."""
+
+    models: tuple[str, ...]
+    state: State = "starting"
+    _engines: dict[str, _Engine] = field(init=False)
+    _drain_until: float | None = None
+
+    def __post_init__(self) -> None:
+        self._engines = {name: _Engine() for name in self.models}
+
+    def ready(self, model: str) -> bool:
+        """Has this model's engine produced a token since its last start?"""
+        return self._engines[model].ready
+
+    def next_deadline(self) -> float | None:
+        """When the shell must send ``Tick``."""
+        times = [e.restart_at for e in self._engines.values() if e.restart_at is not None]
+        if self._drain_until is not None:
+            times.append(self._drain_until)
+        return min(times, default=None)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Advance by one event."""
+        if self.state == "stopped":
+            return []
+        match event:
+            case Started():
+                return [StartEngine(model) for model in self.models]
+            case EngineReady(model):
+                return self._engine_ready(self._engines[model], now)
+            case EngineExited(model):
+                self._engine_exited(self._engines[model], now)
+                return []
+            case DrainRequested(timeout_s):
+                return self._drain(now + timeout_s)
+            case StreamsLeft(count):
+                return self._stop() if self.state == "draining" and count == 0 else []
+            case Tick():
+                return self._tick(now)
+            case _:
+                assert_never(event)
+
+    def _engine_ready(self, engine: _Engine, now: float) -> list[Effect]:
+        engine.ready, engine.ready_since = True, now
+        if self.state == "starting" and all(e.ready for e in self._engines.values()):
+            self.state = "serving"
+            return [OpenDoors()]
+        return []
+
+    def _engine_exited(self, engine: _Engine, now: float) -> None:
+        if engine.ready and now - engine.ready_since >= STABLE_AFTER_S:
+            engine.failures = 0
+        engine.ready = False
+        delay_s = min(RESTART_FIRST_S * 2**engine.failures, RESTART_MAX_S)
+        engine.failures = min(engine.failures + 1, 16)
+        engine.restart_at = now + delay_s
+
+    def _drain(self, until: float) -> list[Effect]:
+        if self.state == "starting":
+            return self._stop()
+        if self.state == "draining":
+            return []
+        self.state, self._drain_until = "draining", until
+        return [AnnounceDrain()]
+
+    def _stop(self) -> list[Effect]:
+        self.state, self._drain_until = "stopped", None
+        for engine in self._engines.values():
+            engine.restart_at = None
+        return [Shutdown()]
+
+    def _tick(self, now: float) -> list[Effect]:
+        if self._drain_until is not None and now >= self._drain_until:
+            return self._stop()
+        effects: list[Effect] = []
+        for model, engine in self._engines.items():
+            if engine.restart_at is not None and now >= engine.restart_at:
+                engine.restart_at = None
+                effects.append(StartEngine(model))
+        return effects

@@ -1,0 +1,195 @@
+"""The node's end of the mesh wire: one connection per router.
+
+A thin shell around ``wire.framing``: greets, answers pings, hands submits and cancels to the agent and
+writes what the agent says, in order. Large messages give way to small ones. It decides nothing about
+requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from typing import Protocol
+
+from wire.errors import PeerError
+from wire.framing import FrameWriter, encode, negotiate, node_side_reader
+from wire.messages import (
+    MAX_VERSION,
+    MIN_VERSION,
+    Cancel,
+    Goodbye,
+    Hello,
+    NodeMessage,
+    Ping,
+    Pong,
+    RouterMessage,
+    StepEntry,
+    Step,
+    Submit,
+)
+
+log = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
+"""A peer that connects and stays silent is not a router. Guess: 10 RTTs around the Earth."""
+
+MAX_WRITE_BUFFER_BYTES = 8 * 1024 * 1024
+"""A router that reads so slowly that this much waits for it is cut; its requests are cancelled."""
+
+STEP_BYTES = 48 * 1024
+"""Entries beyond this go into another ``Step`` frame (a frame holds 64 KiB)."""
+
+
+class Agent(Protocol):
+    """What a link needs of the agent."""
+
+    def hello(self) -> Hello: ...
+
+    def authorize_router(self, hello: Hello, ssl_object: ssl.SSLObject | None) -> None:
+        """Raises ``PeerError`` when this peer may not be a router here."""
+
+    def router_joined(self, link: RouterLink) -> None: ...
+
+    def router_left(self, link: RouterLink) -> None: ...
+
+    def submit(self, link: RouterLink, submit: Submit) -> None: ...
+
+    def cancel(self, link: RouterLink, stream: int) -> None: ...
+
+
+class RouterLink(asyncio.Protocol):
+    """Protocol object of one accepted connection."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._reader = node_side_reader()
+        self._writer = FrameWriter()
+        self._transport: asyncio.Transport | None = None
+        self._greeted = False
+        self._writable = True
+        self._hello_timer: asyncio.TimerHandle | None = None
+        self._entries: list[StepEntry] = []
+        self._entry_bytes = 0
+        self.router = ""
+
+    # ---- asyncio.Protocol ----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=256 * 1024)
+        loop = asyncio.get_running_loop()
+        self._hello_timer = loop.call_later(HELLO_TIMEOUT_S, self._no_hello)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._reader.feed(data):
+                self._handle(message)
+        except PeerError as exc:
+            self.close(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._hello_timer is not None:
+            self._hello_timer.cancel()
+        self._transport = None
+        if self._greeted:
+            self._greeted = False
+            self._agent.router_left(self)
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._write_bulk()
+
+    # ---- for the agent -------------------------------------------------------------------------
+
+    def emit(self, entry: StepEntry) -> None:
+        """Add an entry to the ``Step`` frame that the next ``flush`` sends."""
+        self._entries.append(entry)
+        self._entry_bytes += 40 + len(entry.text) + 9 * len(entry.ids)
+        if self._entry_bytes > STEP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what ``emit`` collected, as one frame."""
+        if self._entries:
+            entries, self._entries, self._entry_bytes = self._entries, [], 0
+            self._write(self._writer.push(Step(entries)))
+
+    def say(self, message: NodeMessage) -> None:
+        """Send a message; entries emitted before it leave before it."""
+        self.flush()
+        self._write(self._writer.push(message))
+        self._write_bulk()
+
+    def close(self, error: PeerError | None = None) -> None:
+        """Say why, if there is a reason, and close after what is buffered is written."""
+        if self._transport is None:
+            return
+        if error is not None:
+            log.warning("link to router %s closed: %s", self.router or "?", error.message)
+            self._transport.write(encode(Goodbye(error.code, error.message[:500])))
+        self._transport.close()
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _handle(self, message: RouterMessage) -> None:
+        match message:
+            case Ping(nonce):
+                self._write(encode(Pong(nonce)))
+            case Hello():
+                self._hello(message)
+            case Submit() if self._greeted:
+                self._agent.submit(self, message)
+            case Cancel(stream) if self._greeted:
+                self._agent.cancel(self, stream)
+            case Pong():
+                pass
+            case Goodbye(code, text):
+                log.info("router %s says goodbye: %s %s", self.router or "?", code, text)
+                self.close()
+            case _:
+                raise PeerError(
+                    f"{type(message).__name__} before Hello", code="protocol_error", retryable=False
+                )
+
+    def _hello(self, hello: Hello) -> None:
+        if self._greeted:
+            raise PeerError("a second Hello", code="protocol_error", retryable=False)
+        assert self._transport is not None
+        negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
+        self._agent.authorize_router(hello, self._transport.get_extra_info("ssl_object"))
+        if self._hello_timer is not None:
+            self._hello_timer.cancel()
+        self._greeted = True
+        self.router = hello.name
+        self._write(encode(self._agent.hello()))
+        self._agent.router_joined(self)
+
+    def _no_hello(self) -> None:
+        self.close(PeerError("no Hello in time", code="protocol_error", retryable=False))
+
+    def _write(self, frame: bytes) -> None:
+        transport = self._transport
+        if transport is None or not frame:
+            return
+        transport.write(frame)
+        if transport.get_write_buffer_size() > MAX_WRITE_BUFFER_BYTES:
+            log.warning("router %s does not read; its link is cut", self.router)
+            transport.abort()
+
+    def _write_bulk(self) -> None:
+        while self._writable and self._transport is not None:
+            frame = self._writer.next_bulk()
+            if not frame:
+                return
+            self._write(frame)
+
+
+def link_factory(agent: Agent) -> Callable[[], RouterLink]:
+    """Protocol factory for ``loop.create_server``."""
+    return lambda: RouterLink(agent)
