@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, assert_never
 
 from pop_node.engine import messages as engine
-from wire.errors import MeshError
+from wire.errors import MeshError, TransferError
 from wire.messages import (
     Accepted,
     Failed,
@@ -158,6 +158,11 @@ class GrantTransfer:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputeStarted:
+    """Prefill side: the prompt has its blocks and is being computed."""
+
+
+@dataclass(frozen=True, slots=True)
 class ComputeEnded:
     """Prefill side: the last layer of the prompt is computed."""
 
@@ -187,19 +192,16 @@ class Over:
     """Nothing of this leg is left anywhere; forget it."""
 
 
-Effect = (
-    ToEngine
-    | Say
-    | Emit
-    | OpenTransfer
+TransferEffect = (
+    OpenTransfer
     | ExpectTransfer
     | GrantTransfer
+    | ComputeStarted
     | ComputeEnded
     | CommitTransfer
     | CancelTransfer
-    | RecordPrefix
-    | Over
 )
+Effect = ToEngine | Say | Emit | TransferEffect | RecordPrefix | Over
 
 
 class Leg:
@@ -306,6 +308,8 @@ class Leg:
         ]
         if self.submit.leg == "decode":
             effects.append(GrantTransfer(cached_tokens))
+        elif self.submit.leg == "prefill" and self._transfer_open:
+            effects.append(ComputeStarted())
         return effects
 
     def _declined(self, code: str, message: str) -> list[Effect]:
@@ -358,12 +362,17 @@ class Leg:
         self._transfer_open = False
         if self.state != "running":
             return []
+        known = len(self._ids)
+        if ids[:known] != self._ids or len(ids) <= known:
+            text = "the prefill node's answer so far does not continue ours"
+            return self._fail(TransferError(text, code="prompt_mismatch"))
         assert self._text is not None
-        fresh = ids[len(self._ids) :]
-        self._ids += fresh
-        self._text.push(fresh)  # the prefill node has sent their text
-        effects: list[Effect] = [ToEngine(engine.Commit(self.transfer_id, ids))]
-        return [*effects, RecordPrefix(self._prompt_tokens)]
+        self._ids = list(ids)
+        self._text.push(ids[known:])  # the prefill node has sent their text
+        return [
+            ToEngine(engine.Commit(self.transfer_id, ids)),
+            RecordPrefix(self._prompt_tokens),
+        ]
 
     def _transfer_done(self, report: TransferReport) -> list[Effect]:
         self._transfer_open = False

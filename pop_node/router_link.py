@@ -1,8 +1,8 @@
 """The node's end of the mesh wire: one connection per router.
 
-A thin shell around ``wire.framing``: greets, answers pings, hands submits and cancels to the agent and
-writes what the agent says, in order. Large messages give way to small ones. It decides nothing about
-requests.
+A thin shell around ``wire.framing``: greets, answers pings, hands submits and cancels to the agent
+and writes what the agent says, in order. Large messages give way to small ones. It decides nothing
+about requests.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from wire.messages import (
     Ping,
     Pong,
     RouterMessage,
-    StepEntry,
     Step,
+    StepEntry,
     Submit,
 )
 

@@ -89,7 +89,8 @@ class ModelOffer(_Message, frozen=True):
 
     ``identity`` is the hex digest of what the model computes (decoded tensors, configuration that
     matters for the math, tokenizer and template); two nodes hand KV over only when it is equal.
-    ``kv_bytes_per_token`` is the size of one token's KV over all layers, in bytes.
+    ``kv_bytes_per_token`` is the size of one token's KV over all layers, in bytes. ``kv_address`` is
+    where this model's engine takes KV streams (``host:port``).
     """
 
     name: str
@@ -99,6 +100,7 @@ class ModelOffer(_Message, frozen=True):
     block_tokens: int
     total_blocks: int
     dtype: str
+    kv_address: str = ""
 
 
 class Hello(_Message, frozen=True, tag=1):
@@ -112,7 +114,6 @@ class Hello(_Message, frozen=True, tag=1):
     site: str
     incarnation: str
     roles: list[Role]
-    kv_address: str
     models: list[ModelOffer]
 
 

@@ -127,7 +127,8 @@ class Ready:
 class Allocated:
     """The sequence entered the running set: ``cached_tokens`` of its prompt came from the cache.
 
-    For a decode leg this is the moment to ``Grant``: all blocks of the prompt are allocated.
+    For a decode leg this is the moment to ``Grant``: all blocks of the prompt and of the forced ids are
+    allocated, and ``cached_tokens``, which may reach into the forced ids, need not be sent.
     """
 
     seq: int
@@ -157,7 +158,12 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """Results of one engine step, with the load after it. Rates: 0 means not measured yet."""
+    """Results of one engine step, with the load after it. Rates: 0 means not measured yet.
+
+    ``tokens`` holds the fields of ``Token``. ``pinned`` counts sequences that hold blocks only for a
+    transfer: prefill legs until ``Release`` and decode legs until ``Commit``. Also sent without tokens
+    when the load changed between steps.
+    """
 
     tokens: list[tuple[int, int, int, str]]
     queued_prefill_tokens: int

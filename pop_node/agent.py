@@ -1,0 +1,424 @@
+"""The node's agent: networking, registration and supervision; never imports torch.
+
+Composes the pure lifecycle with its shells: one ``ModelHost`` per model, the listener for routers,
+the registry keeper, the load pushes. Everything that decides lives elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import signal
+import ssl
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from registry.client import Registration, Registry
+from registry.keeper import Keeper
+from wire.tls import Credentials, peer_identity, require_tls
+
+from pop_node import lifecycle
+from pop_node.engine.config import EngineConfig
+from pop_node.leg import refusal
+from pop_node.model_host import HostSettings, ModelHost
+from pop_node.router_link import RouterLink, link_factory
+from pop_node.store.store import Bundle, Store
+from pop_node.text.tokenizer import TextCodec
+from topology.model import Address, Node, Topology
+from wire.address import Dialer, format_address
+from wire.errors import ConfigError, OverloadError, PeerError
+from wire.messages import (
+    MAX_VERSION,
+    MIN_VERSION,
+    Draining,
+    Hello,
+    Load,
+    NodeMessage,
+    Submit,
+)
+from wire.messages import Role as WireRole
+
+log = logging.getLogger(__name__)
+
+SERVICE = "popmesh-node"
+REGISTRY_TTL_S = 10.0
+DEREGISTER_AFTER_S = 600.0
+LOAD_PERIOD_S = 1.0
+LOAD_MIN_GAP_S = 0.05
+"""At most 20 pushes a second per router, however fast the load changes."""
+
+DRAIN_TIMEOUT_S = 30.0
+TEXT_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """All that one node process is told."""
+
+    node: Node
+    topology: Topology
+    registry_url: str
+    store: Path
+    dialer: Dialer
+    credentials: Credentials | None = None
+    status_file: Path | None = None
+
+
+class Agent:
+    """One running node; built and run by ``serve``."""
+
+    def __init__(self, config: AgentConfig, registry: Registry, tasks: asyncio.TaskGroup) -> None:
+        self._config = config
+        self._node = config.node
+        self._tasks = tasks
+        self._incarnation = secrets.token_hex(8)
+        self._executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._links: set[RouterLink] = set()
+        self._stopped = asyncio.Event()
+        self._load_wanted = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._server: asyncio.Server | None = None
+        self._mesh_address = ""
+        self._registry = registry
+        self._keeper: Keeper | None = None
+        self._lifecycle = lifecycle.NodeLifecycle(self._node.models)
+        self._hosts = {
+            name: self._make_host(position, name) for position, name in enumerate(self._node.models)
+        }
+        self.on_doors_open: Callable[[str], None] | None = None
+
+    def _make_host(self, position: int, name: str) -> ModelHost:
+        config, node = self._config, self._node
+        model = config.topology.models[name]
+        bundle = Store(config.store).get(name)
+        _check_bundle(bundle, model.digest, name)
+        codec = TextCodec.load(bundle.path)
+        credentials = config.credentials
+        settings = HostSettings(
+            mesh=config.topology.mesh,
+            node=node.name,
+            site=node.site,
+            incarnation=self._incarnation,
+            model=name,
+            identity=bundle.manifest.identity,
+            engine=EngineConfig(
+                model_dir=bundle.path,
+                dtype=model.dtype,
+                backend=node.backend,
+                threads=node.threads,
+                kv_tokens=node.kv_tokens,
+                context_tokens=model.context_tokens,
+            ),
+            kv_host=node.kv.host,
+            kv_port=node.kv.port + position if node.kv.port else 0,
+            dialer=config.dialer,
+            server_ssl=credentials.server_context() if credentials else None,
+            client_ssl=credentials.client_context() if credentials else None,
+            authorize_peer=self._authorize_node,
+        )
+        return ModelHost(
+            settings,
+            codec,
+            self._executor,
+            on_ready=lambda model: self._apply(lifecycle.EngineReady(model)),
+            on_exited=lambda model: self._apply(lifecycle.EngineExited(model)),
+            on_load_changed=self._load_wanted.set,
+            on_legs=self._legs_changed,
+        )
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until drained; must run inside the task group it was given."""
+        push = self._tasks.create_task(self._push_loads())
+        self._apply(lifecycle.Started())
+        await self._stopped.wait()
+        push.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._keeper is not None:
+            await self._keeper.close()
+        if self._server is not None:
+            self._server.close()
+        for host in self._hosts.values():
+            await host.stop()
+        for link in list(self._links):
+            link.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._write_status()
+
+    def drain(self) -> None:
+        """Accept no new work, finish what runs, then stop; again to stop at once."""
+        timeout_s = DRAIN_TIMEOUT_S if self._lifecycle.state == "serving" else 0.0
+        if self._lifecycle.state == "draining":
+            self._apply(lifecycle.StreamsLeft(0))
+        self._apply(lifecycle.DrainRequested(timeout_s))
+        self._apply(lifecycle.StreamsLeft(self._num_legs()))
+
+    def _apply(self, event: lifecycle.Event) -> None:
+        loop = asyncio.get_running_loop()
+        for effect in self._lifecycle.handle(event, loop.time()):
+            match effect:
+                case lifecycle.StartEngine(model):
+                    self._tasks.create_task(self._hosts[model].start(self._tasks))
+                case lifecycle.OpenDoors():
+                    self._tasks.create_task(self._open_doors())
+                case lifecycle.AnnounceDrain():
+                    self._tasks.create_task(self._announce_drain())
+                case lifecycle.Shutdown():
+                    self._stopped.set()
+                case _:
+                    assert_never(effect)
+        self._arm_timer(loop)
+        self._write_status()
+        if isinstance(event, lifecycle.EngineReady):
+            self._load_wanted.set()
+
+    def _arm_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        at = self._lifecycle.next_deadline()
+        if at is not None:
+            self._timer = loop.call_at(at, self._apply, lifecycle.Tick())
+
+    async def _open_doors(self) -> None:
+        """Listen for routers and register: a token was produced by every engine."""
+        node, credentials = self._node, self._config.credentials
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            link_factory(self),
+            node.mesh.host,
+            node.mesh.port,
+            ssl=credentials.server_context() if credentials else None,
+        )
+        host, port = self._server.sockets[0].getsockname()[:2]
+        self._mesh_address = format_address(host, port)
+        self._keeper = Keeper(
+            self._registry,
+            Registration(
+                service_id=f"{self._config.topology.mesh}:{node.name}",
+                service=SERVICE,
+                address=host,
+                port=port,
+                meta=self._meta(draining=False),
+                ttl_s=REGISTRY_TTL_S,
+                deregister_after_s=DEREGISTER_AFTER_S,
+            ),
+        )
+        self._tasks.create_task(self._keeper.run())
+        self._write_status()
+        log.info("node %s at %s serves routers on %s", node.name, node.site, self._mesh_address)
+        if self.on_doors_open is not None:
+            self.on_doors_open(self._mesh_address)
+
+    async def _announce_drain(self) -> None:
+        for link in self._links:
+            link.say(Draining(self._num_legs()))
+        if self._keeper is not None:
+            await self._keeper.set_meta(self._meta(draining=True))
+
+    def _meta(self, *, draining: bool) -> dict[str, str]:
+        return {
+            "mesh": self._config.topology.mesh,
+            "name": self._node.name,
+            "site": self._node.site,
+            "incarnation": self._incarnation,
+            "drain": "1" if draining else "0",
+        }
+
+    # ---- load ----------------------------------------------------------------------------------
+
+    async def _push_loads(self) -> None:
+        """Once a second, and sooner when a host says that its load changed."""
+        loop = asyncio.get_running_loop()
+        while True:
+            next_push = loop.time() + LOAD_PERIOD_S
+            await asyncio.sleep(LOAD_MIN_GAP_S)
+            try:
+                async with asyncio.timeout_at(next_push):
+                    await self._load_wanted.wait()
+            except TimeoutError:
+                pass
+            self._load_wanted.clear()
+            self._tell_all(self._load())
+            for host in self._hosts.values():
+                delta = host.take_cache_delta()
+                if delta is not None:
+                    self._tell_all(delta)
+
+    def _load(self) -> Load:
+        return Load(
+            engines=[host.load() for host in self._hosts.values()],
+            links=[rate for host in self._hosts.values() for rate in host.link_rates()],
+            draining=self._lifecycle.state == "draining",
+        )
+
+    def _tell_all(self, message: NodeMessage) -> None:
+        for link in self._links:
+            link.say(message)
+
+    def _num_legs(self) -> int:
+        return sum(host.num_legs for host in self._hosts.values())
+
+    def _legs_changed(self) -> None:
+        if self._lifecycle.state == "draining":
+            self._apply(lifecycle.StreamsLeft(self._num_legs()))
+
+    # ---- for router links ----------------------------------------------------------------------
+
+    def hello(self) -> Hello:
+        """Who this node is and what it serves."""
+        offers = [host.offer() for host in self._hosts.values()]
+        roles: list[WireRole] = sorted(self._node.roles)
+        return Hello(
+            min_version=MIN_VERSION,
+            max_version=MAX_VERSION,
+            mesh=self._config.topology.mesh,
+            kind="node",
+            name=self._node.name,
+            site=self._node.site,
+            incarnation=self._incarnation,
+            roles=roles,
+            models=[offer for offer in offers if offer is not None],
+        )
+
+    def authorize_router(self, hello: Hello, ssl_object: ssl.SSLObject | None) -> None:
+        """A router of this mesh, proven by its certificate where there is one."""
+        topology = self._config.topology
+        if hello.kind != "router" or hello.mesh != topology.mesh:
+            raise PeerError(
+                f"{hello.kind} {hello.name!r} of mesh {hello.mesh!r} is not a router of "
+                f"{topology.mesh!r}",
+                code="identity_mismatch",
+                retryable=False,
+            )
+        if self._config.credentials is not None:
+            identity = peer_identity(ssl_object)
+            if (identity.mesh, identity.kind, identity.name) != (
+                topology.mesh,
+                "router",
+                hello.name,
+            ):
+                raise PeerError(
+                    f"the certificate of {identity.name!r} does not name router {hello.name!r}",
+                    code="identity_mismatch",
+                    retryable=False,
+                )
+
+    def _authorize_node(self, name: str, ssl_object: ssl.SSLObject | None) -> None:
+        """The far end of a KV stream is the node it says it is, and the topology knows it."""
+        topology = self._config.topology
+        known = topology.nodes.get(name)
+        if known is None:
+            raise PeerError(
+                f"node {name!r} is not in the topology", code="identity_mismatch", retryable=False
+            )
+        if self._config.credentials is not None:
+            identity = peer_identity(ssl_object)
+            if (identity.mesh, identity.kind, identity.name, identity.site) != (
+                topology.mesh,
+                "node",
+                name,
+                known.site,
+            ):
+                raise PeerError(
+                    f"the certificate of {identity.name!r} does not name node {name!r}",
+                    code="identity_mismatch",
+                    retryable=False,
+                )
+
+    def router_joined(self, link: RouterLink) -> None:
+        """A router is connected: tell it how things stand."""
+        self._links.add(link)
+        link.say(self._load())
+        for host in self._hosts.values():
+            link.say(host.whole_cache())
+        if self._lifecycle.state == "draining":
+            link.say(Draining(self._num_legs()))
+
+    def router_left(self, link: RouterLink) -> None:
+        """A router is gone: its streams are cancelled."""
+        self._links.discard(link)
+        for host in self._hosts.values():
+            host.router_left(link)
+
+    def submit(self, link: RouterLink, submit: Submit) -> None:
+        """Hand a submit to its model, or refuse it."""
+        host = self._hosts.get(submit.model)
+        if self._lifecycle.state != "serving":
+            error = OverloadError("the node is draining", code="draining")
+        elif host is None:
+            error = OverloadError(
+                f"node {self._node.name} does not serve {submit.model!r}", code="not_ready"
+            )
+        else:
+            host.submit(link, submit)
+            return
+        link.say(refusal(submit.stream, error))
+
+    def cancel(self, link: RouterLink, stream: int) -> None:
+        """Stop a stream, whichever model it belongs to."""
+        for host in self._hosts.values():
+            host.cancel(link, stream)
+
+    # ---- status file ---------------------------------------------------------------------------
+
+    def _write_status(self) -> None:
+        """Facts for a local launcher, replaced atomically."""
+        path = self._config.status_file
+        if path is None:
+            return
+        kv = {name: host.kv_address for name, host in self._hosts.items()}
+        status = {
+            "agent_pid": os.getpid(),
+            "state": self._lifecycle.state,
+            "ready": self._lifecycle.state == "serving" and self._mesh_address != "",
+            "engines": [
+                {"model": name, "rank": 0, "pid": host.engine_pid, "ready": host.ready}
+                for name, host in self._hosts.items()
+            ],
+            "addresses": {"mesh": self._mesh_address, "kv": kv},
+        }
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text(json.dumps(status, indent=1))
+        temporary.replace(path)
+
+
+def _check_bundle(bundle: Bundle, digest: str | None, name: str) -> None:
+    if digest is not None and bundle.manifest.identity != digest:
+        raise ConfigError(
+            f"model {name} in the store has digest {bundle.manifest.identity}, the topology pins "
+            f"{digest}",
+            where=str(bundle.path),
+            suggestion="add the pinned model again with 'popmesh model add'",
+        )
+
+
+def check_listeners(node: Node, credentials: Credentials | None) -> None:
+    """Off loopback both listeners need certificates; raises ``ConfigError``."""
+    address: Address
+    for address in (node.mesh, node.kv):
+        require_tls(address.host, credentials)
+
+
+async def serve(config: AgentConfig, ready: Callable[[str], None] | None = None) -> None:
+    """Run one node until SIGTERM or SIGINT; ``ready`` gets its mesh address when doors open.
+
+    Raises ``ConfigError`` for a missing model, a digest that differs from the topology's, or a
+    listener off loopback without certificates.
+    """
+    check_listeners(config.node, config.credentials)
+    loop = asyncio.get_running_loop()
+    async with Registry.connect(config.registry_url) as registry, asyncio.TaskGroup() as tasks:
+        agent = Agent(config, registry, tasks)
+        agent.on_doors_open = ready
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, agent.drain)
+        await agent.run()

@@ -1,0 +1,515 @@
+"""One model on this node: its engine process, its KV endpoint, its legs.
+
+The shell that carries out what the legs decide. Engine, staging memory and KV endpoint live and
+die together as one *generation*: when the engine exits, its transfers, slots and connections go
+with it, so nothing of the old engine can reach the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import assert_never
+
+from pop_node import leg as legs
+from pop_node.engine import messages as engine
+from pop_node.engine.client import EngineClient
+from pop_node.engine.config import EngineConfig
+from pop_node.kv_stream.endpoint import KvEndpoint
+from pop_node.kv_stream.frames import prompt_digest
+from pop_node.kv_stream.spec import KvSpec, Piece
+from pop_node.kv_stream.staging import Staging, StagingLayout
+from pop_node.prefix_directory import PrefixDirectory
+from pop_node.router_link import RouterLink
+from pop_node.text.stream import TextStream, escape_json
+from pop_node.text.tokenizer import TextCodec
+from wire.address import Dialer
+from wire.errors import DeadlineError, MeshError, OverloadError, PeerError, RequestError
+from wire.messages import (
+    CacheDelta,
+    EngineLoad,
+    LinkRate,
+    ModelOffer,
+    NodeMessage,
+    Submit,
+    TransferReport,
+)
+from wire.prefix import canonical_bytes
+
+log = logging.getLogger(__name__)
+
+MAX_LEGS = 1024
+"""Legs of one model at once, whatever their stage; more are refused. Guess: 64 full batches of 16.
+"""
+
+QUEUED_TOKENS_STEP = 512
+"""A change of the prefill queue by this much (one step's budget) is worth telling routers at once.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """What a host needs to know of its node."""
+
+    mesh: str
+    node: str
+    site: str
+    incarnation: str
+    model: str
+    identity: str
+    engine: EngineConfig
+    kv_host: str
+    kv_port: int
+    dialer: Dialer
+    server_ssl: ssl.SSLContext | None
+    client_ssl: ssl.SSLContext | None
+    authorize_peer: Callable[[str, ssl.SSLObject | None], None]
+
+
+@dataclass(slots=True)
+class _Live:
+    """A leg with what its effects need."""
+
+    leg: legs.Leg
+    link: RouterLink
+    deadline: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True)
+class _Generation:
+    """Everything that lives and dies with one engine process."""
+
+    client: EngineClient
+    staging: Staging
+    endpoint: KvEndpoint
+    ready: engine.Ready | None = None
+    spec: KvSpec | None = None
+    kv_address: str = ""
+
+
+class ModelHost:
+    """Runs one model; created by the agent, restarted through ``start``."""
+
+    def __init__(
+        self,
+        settings: HostSettings,
+        codec: TextCodec,
+        executor: Executor,
+        *,
+        on_ready: Callable[[str], None],
+        on_exited: Callable[[str], None],
+        on_load_changed: Callable[[], None],
+        on_legs: Callable[[], None],
+    ) -> None:
+        self.settings = settings
+        self._codec = codec
+        self._executor = executor
+        self._on_ready = on_ready
+        self._on_exited = on_exited
+        self._on_load_changed = on_load_changed
+        self._on_legs = on_legs
+        self._generation: _Generation | None = None
+        self._tasks = asyncio.TaskGroup()
+        self._next_seq = 1
+        self._by_seq: dict[int, _Live] = {}
+        self._by_stream: dict[tuple[RouterLink, int], _Live] = {}
+        self._by_transfer: dict[bytes, _Live] = {}
+        self._deferred: list[tuple[RouterLink, NodeMessage]] | None = None
+        self._load = engine.StepDone([], 0, 0, 0, 0, 0, 0.0, 0.0, 0)
+        self._told = self._load
+        self._directory = PrefixDirectory(settings.model, settings.engine.kv_tokens)
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Start a new generation; ``on_ready`` follows once a token was produced."""
+        self._tasks = tasks
+        layout = StagingLayout()
+        staging = Staging.create(layout)
+        settings = self.settings
+        endpoint = KvEndpoint(
+            name=settings.node,
+            site=settings.site,
+            mesh=settings.mesh,
+            incarnation=settings.incarnation,
+            staging=staging,
+            dialer=settings.dialer,
+            server_ssl=settings.server_ssl,
+            client_ssl=settings.client_ssl,
+            authorize=settings.authorize_peer,
+            events=self,
+        )
+        client = EngineClient()
+        generation = _Generation(client, staging, endpoint)
+        self._generation = generation
+        await client.start(
+            settings.engine,
+            staging,
+            lambda message: self._engine_said(generation, message),
+            lambda code: self._engine_exited(generation, code),
+        )
+
+    async def stop(self) -> None:
+        """End legs, engine and endpoint; nothing is left afterwards."""
+        generation, self._generation = self._generation, None
+        self._break_all(PeerError("the node is shutting down", code="draining"))
+        if generation is not None:
+            await generation.client.stop(timeout_s=5.0)
+            await self._dispose(generation)
+
+    @property
+    def ready(self) -> bool:
+        """Has the current engine produced a token?"""
+        return self._generation is not None and self._generation.ready is not None
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Process id of the engine, if one runs."""
+        return self._generation.client.pid if self._generation is not None else None
+
+    @property
+    def kv_address(self) -> str:
+        """Where this model takes KV streams; empty until ready."""
+        return self._generation.kv_address if self._generation is not None else ""
+
+    @property
+    def num_legs(self) -> int:
+        """Legs in any stage."""
+        return len(self._by_seq)
+
+    # ---- facts for routers ---------------------------------------------------------------------
+
+    def offer(self) -> ModelOffer | None:
+        """What ``Hello`` says about this model; None before the first ready."""
+        generation = self._generation
+        if generation is None or generation.ready is None or generation.spec is None:
+            return None
+        ready, settings = generation.ready, self.settings
+        return ModelOffer(
+            name=settings.model,
+            identity=settings.identity,
+            context_tokens=ready.context_tokens,
+            kv_bytes_per_token=generation.spec.token_bytes,
+            block_tokens=ready.block_tokens,
+            total_blocks=ready.total_blocks,
+            dtype=settings.engine.dtype,
+            kv_address=generation.kv_address,
+        )
+
+    def load(self) -> EngineLoad:
+        """The engine's load after its last step."""
+        self._told = last = self._load
+        statistics = self._generation.endpoint.statistics() if self._generation else None
+        ready = self._generation.ready if self._generation else None
+        return EngineLoad(
+            model=self.settings.model,
+            ready=ready is not None,
+            queued_prefill_tokens=last.queued_prefill_tokens,
+            running=last.running,
+            waiting=last.waiting,
+            free_blocks=last.free_blocks,
+            cached_blocks=last.cached_blocks,
+            total_blocks=ready.total_blocks if ready else 0,
+            prefill_tokens_per_s=last.prefill_tokens_per_s,
+            decode_step_ms=last.decode_step_ms,
+            transfers_in=statistics.receiving if statistics else 0,
+            transfers_out=statistics.sending if statistics else 0,
+            streams=self.num_legs,
+        )
+
+    def link_rates(self) -> list[LinkRate]:
+        """Measured KV links to peers."""
+        return self._generation.endpoint.link_rates() if self._generation else []
+
+    def take_cache_delta(self) -> CacheDelta | None:
+        """Changes of the prefix directory since the last call."""
+        return self._directory.take_delta()
+
+    def whole_cache(self) -> CacheDelta:
+        """The whole prefix directory, for a router that has just joined."""
+        return self._directory.whole()
+
+    # ---- from routers --------------------------------------------------------------------------
+
+    def submit(self, link: RouterLink, submit: Submit) -> None:
+        """Start a leg, or refuse it."""
+        error = self._refuse(link, submit)
+        if error is not None:
+            link.say(legs.refusal(submit.stream, error))
+            return
+        seq, self._next_seq = self._next_seq, self._next_seq + 1
+        leg = legs.Leg(seq, submit, self._codec.eos_ids, escape_json)
+        live = _Live(leg, link)
+        loop = asyncio.get_running_loop()
+        live.deadline = loop.call_later(
+            submit.deadline_remaining_ms / 1000, self._deadline_passed, live
+        )
+        self._by_seq[seq] = live
+        self._by_stream[link, submit.stream] = live
+        if submit.transfer is not None:
+            self._by_transfer[submit.transfer.id] = live
+        self._tasks.create_task(self._prepare(live))
+
+    def cancel(self, link: RouterLink, stream: int) -> None:
+        """Stop a leg; unknown streams have ended already."""
+        live = self._by_stream.get((link, stream))
+        if live is not None:
+            self._advance(live, legs.Cancelled())
+
+    def router_left(self, link: RouterLink) -> None:
+        """A router's connection is gone: nobody reads its streams any more."""
+        for (owner, _), live in list(self._by_stream.items()):
+            if owner is link:
+                self._advance(live, legs.Cancelled())
+
+    def _refuse(self, link: RouterLink, submit: Submit) -> MeshError | None:
+        if not self.ready:
+            return OverloadError("the engine is starting", code="not_ready", retry_after_s=1.0)
+        if len(self._by_seq) >= MAX_LEGS:
+            return OverloadError("too many requests on this node", retry_after_s=1.0)
+        if (link, submit.stream) in self._by_stream:
+            return PeerError("stream number used twice", code="protocol_error", retryable=False)
+        if submit.leg != "both" and (submit.transfer is None or len(submit.transfer.id) != 16):
+            return PeerError("a split leg needs a transfer", code="protocol_error", retryable=False)
+        if submit.transfer is not None and submit.transfer.id in self._by_transfer:
+            return PeerError("transfer id used twice", code="protocol_error", retryable=False)
+        return None
+
+    async def _prepare(self, live: _Live) -> None:
+        """Render and tokenise off the event loop."""
+        loop = asyncio.get_running_loop()
+        try:
+            prepared = await loop.run_in_executor(
+                self._executor, prepare, self._codec, live.leg.submit, self._context_tokens()
+            )
+        except MeshError as exc:
+            self._advance(live, legs.PrepareFailed(exc))
+        else:
+            self._advance(live, prepared)
+
+    def _context_tokens(self) -> int:
+        ready = self._generation.ready if self._generation is not None else None
+        return ready.context_tokens if ready is not None else self._codec.context_tokens
+
+    def _deadline_passed(self, live: _Live) -> None:
+        live.deadline = None
+        self._advance(live, legs.Broken(DeadlineError("the request's deadline passed")))
+
+    # ---- from the engine -----------------------------------------------------------------------
+
+    def _engine_said(self, generation: _Generation, message: engine.EngineMessage) -> None:
+        if generation is not self._generation:
+            return  # last words of an engine that was replaced
+        match message:
+            case engine.StepDone():
+                self._step_done(message)
+            case engine.Allocated() | engine.Declined() | engine.PrefillDone() | engine.Ended():
+                live = self._by_seq.get(message.seq)
+                if live is not None:
+                    self._advance(live, message)
+            case engine.Staged():
+                piece = Piece(
+                    message.group,
+                    message.component,
+                    message.layer_lo,
+                    message.layer_hi,
+                    message.token_lo,
+                    message.token_hi,
+                )
+                generation.endpoint.staged(message.transfer, message.slot, piece, message.nbytes)
+            case engine.Imported(transfer, slot):
+                generation.endpoint.imported(transfer, slot)
+            case engine.Ready():
+                self._tasks.create_task(self._engine_ready(generation, message))
+            case engine.Crashed(text):
+                log.error("engine of %s crashed: %s", self.settings.model, text)
+            case _:
+                assert_never(message)
+
+    async def _engine_ready(self, generation: _Generation, ready: engine.Ready) -> None:
+        host, port = await generation.endpoint.start(self.settings.kv_host, self.settings.kv_port)
+        if generation is not self._generation:
+            return
+        generation.spec = KvSpec.from_dict(ready.kv_spec)
+        generation.kv_address = f"{host}:{port}"
+        generation.ready = ready
+        phases = ", ".join(f"{name} {ms:.0f} ms" for name, ms in ready.phases_ms.items())
+        log.info("engine of %s ready: %s backend, %s", self.settings.model, ready.backend, phases)
+        self._on_ready(self.settings.model)
+
+    def _engine_exited(self, generation: _Generation, code: int) -> None:
+        if generation is not self._generation:
+            return
+        log.error("engine of %s exited with code %d", self.settings.model, code)
+        self._generation = None
+        self._directory.clear()
+        error = PeerError(f"the engine of {self.settings.model} died", code="engine_died")
+        self._break_all(error)
+        self._tasks.create_task(self._dispose(generation))
+        self._on_exited(self.settings.model)
+        self._on_load_changed()
+
+    def _step_done(self, step: engine.StepDone) -> None:
+        """One engine step: all its tokens leave as one frame per router, endings after them."""
+        self._deferred = deferred = []
+        touched: dict[RouterLink, None] = {}
+        for seq, index, token, finish in step.tokens:
+            live = self._by_seq.get(seq)
+            if live is not None:
+                touched[live.link] = None
+                self._advance(live, engine.Token(seq, index, token, finish))
+        self._deferred = None
+        for link in touched:
+            link.flush()
+        for link, message in deferred:
+            link.say(message)
+        self._load = step
+        told = self._told
+        if abs(step.queued_prefill_tokens - told.queued_prefill_tokens) >= QUEUED_TOKENS_STEP or (
+            step.waiting == 0
+        ) != (told.waiting == 0):
+            self._on_load_changed()
+
+    # ---- from the KV endpoint (KvEvents) -------------------------------------------------------
+
+    def on_stage_from(self, transfer: bytes, have_tokens: int) -> None:
+        self._to_engine(engine.StageFrom(transfer, have_tokens))
+
+    def on_slot_free(self, slot: int) -> None:
+        self._to_engine(engine.SlotFree(slot))
+
+    def on_import(self, transfer: bytes, slot: int, piece: Piece) -> None:
+        self._to_engine(
+            engine.Import(
+                transfer,
+                slot,
+                piece.group,
+                piece.component,
+                piece.layer_lo,
+                piece.layer_hi,
+                piece.token_lo,
+                piece.token_hi,
+            )
+        )
+
+    def on_committed(self, transfer: bytes, ids: list[int]) -> None:
+        self._transfer_event(transfer, legs.TransferCommitted(ids))
+
+    def on_done(self, transfer: bytes, report: TransferReport) -> None:
+        self._transfer_event(transfer, legs.TransferDone(report))
+
+    def on_failed(self, transfer: bytes, error: MeshError) -> None:
+        self._transfer_event(transfer, legs.TransferFailed(error))
+
+    def _transfer_event(self, transfer: bytes, event: legs.Event) -> None:
+        live = self._by_transfer.get(transfer)
+        if live is not None:
+            self._advance(live, event)
+
+    # ---- effects -------------------------------------------------------------------------------
+
+    def _advance(self, live: _Live, event: legs.Event) -> None:
+        for effect in live.leg.handle(event):
+            self._carry_out(live, effect)
+
+    def _carry_out(self, live: _Live, effect: legs.Effect) -> None:
+        leg = live.leg
+        match effect:
+            case legs.Emit(entry):
+                live.link.emit(entry)
+            case legs.Say(message):
+                if self._deferred is not None:
+                    self._deferred.append((live.link, message))
+                else:
+                    live.link.say(message)
+            case legs.ToEngine(message):
+                self._to_engine(message)
+            case legs.RecordPrefix(prompt_tokens):
+                size = len(canonical_bytes(leg.submit.input))
+                self._directory.record(leg.submit.chain, size, prompt_tokens)
+            case legs.Over():
+                self._forget(live)
+            case _:
+                self._transfer_effect(leg, effect)
+
+    def _transfer_effect(self, leg: legs.Leg, effect: legs.TransferEffect) -> None:
+        generation = self._generation
+        if generation is None or generation.spec is None:
+            return  # the engine is gone, and its transfers with it
+        endpoint, transfer = generation.endpoint, leg.transfer_id
+        match effect:
+            case legs.OpenTransfer(ids) | legs.ExpectTransfer(ids):
+                plan = leg.submit.transfer
+                assert plan is not None
+                common = {
+                    "attempt": leg.submit.attempt,
+                    "peer": plan.peer,
+                    "model": self.settings.model,
+                    "identity": self.settings.identity,
+                    "spec": generation.spec,
+                    "prompt_tokens": len(ids),
+                    "prompt_digest": prompt_digest(ids),
+                    "deadline_s": leg.submit.deadline_remaining_ms / 1000,
+                }
+                if isinstance(effect, legs.OpenTransfer):
+                    endpoint.open(transfer, address=plan.address, **common)
+                else:
+                    endpoint.expect(transfer, **common)
+            case legs.GrantTransfer(have_tokens):
+                endpoint.allocated(transfer, have_tokens)
+            case legs.ComputeStarted():
+                endpoint.compute_started(transfer)
+            case legs.ComputeEnded():
+                endpoint.compute_ended(transfer)
+            case legs.CommitTransfer(ids):
+                endpoint.commit(transfer, ids)
+            case legs.CancelTransfer(code, message):
+                endpoint.cancel(transfer, code, message)
+            case _:
+                assert_never(effect)
+
+    def _to_engine(self, message: engine.AgentMessage) -> None:
+        if self._generation is not None:
+            self._generation.client.send(message)
+
+    def _forget(self, live: _Live) -> None:
+        submit = live.leg.submit
+        if live.deadline is not None:
+            live.deadline.cancel()
+        del self._by_seq[live.leg.seq]
+        del self._by_stream[live.link, submit.stream]
+        if submit.transfer is not None:
+            del self._by_transfer[submit.transfer.id]
+        self._on_legs()
+
+    def _break_all(self, error: MeshError) -> None:
+        for live in list(self._by_seq.values()):
+            self._advance(live, legs.Broken(error, engine_gone=True))
+
+    @staticmethod
+    async def _dispose(generation: _Generation) -> None:
+        await generation.endpoint.close()
+        generation.staging.close()
+
+
+def prepare(codec: TextCodec, submit: Submit, context_tokens: int) -> legs.Prepared:
+    """Prompt ids and the token limit of a submit; runs on a worker thread.
+
+    Raises ``RequestError`` for a prompt that cannot be rendered, is empty or does not fit.
+    """
+    prompt_ids = codec.encode_input(submit.input)
+    room = context_tokens - len(prompt_ids)
+    if room < 1:
+        raise RequestError(
+            f"the prompt has {len(prompt_ids)} tokens, the model's context holds {context_tokens}; "
+            "shorten the prompt",
+            code="context_length_exceeded",
+            param="messages",
+        )
+    asked = submit.sampling.max_tokens
+    max_tokens = room if asked is None else min(asked, room)
+    return legs.Prepared(prompt_ids, max_tokens, TextStream(codec, submit.sampling.stop))

@@ -1,0 +1,112 @@
+"""Node lifecycle: doors open late, engines come back, a drain ends."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pop_node.lifecycle import (
+    RESTART_FIRST_S,
+    RESTART_MAX_S,
+    STABLE_AFTER_S,
+    AnnounceDrain,
+    DrainRequested,
+    EngineExited,
+    EngineReady,
+    NodeLifecycle,
+    OpenDoors,
+    Shutdown,
+    Started,
+    StartEngine,
+    StreamsLeft,
+    Tick,
+)
+
+
+def serving() -> NodeLifecycle:
+    node = NodeLifecycle(("a", "b"))
+    assert node.handle(Started(), 0.0) == [StartEngine("a"), StartEngine("b")]
+    assert node.handle(EngineReady("a"), 1.0) == []
+    assert node.handle(EngineReady("b"), 2.0) == [OpenDoors()]
+    assert node.state == "serving"
+    return node
+
+
+def test_doors_open_once_every_engine_is_ready():
+    node = serving()
+    node.handle(EngineExited("a"), 3.0)
+    node.handle(Tick(), 4.0)
+    assert node.handle(EngineReady("a"), 5.0) == []
+
+
+def test_a_crashed_engine_restarts_with_growing_delay():
+    node = serving()
+    now, delays = 10.0, []
+    for _ in range(10):
+        node.handle(EngineExited("a"), now)
+        deadline = node.next_deadline()
+        assert deadline is not None
+        delays.append(deadline - now)
+        assert node.handle(Tick(), deadline - 1e-6) == []
+        assert node.handle(Tick(), deadline) == [StartEngine("a")]
+        now = deadline
+    assert delays[0] == RESTART_FIRST_S
+    assert delays == sorted(delays)
+    assert delays[-1] == pytest.approx(RESTART_MAX_S)
+
+
+def test_the_delay_falls_back_after_a_stable_minute():
+    node = serving()
+    node.handle(EngineExited("a"), 3.0)
+    node.handle(Tick(), 10.0)
+    node.handle(EngineReady("a"), 11.0)
+    later = 11.0 + STABLE_AFTER_S
+    node.handle(EngineExited("a"), later)
+    assert node.next_deadline() == later + RESTART_FIRST_S
+
+
+def test_drain_ends_with_the_last_stream():
+    node = serving()
+    assert node.handle(DrainRequested(30.0), 5.0) == [AnnounceDrain()]
+    assert node.handle(StreamsLeft(2), 6.0) == []
+    assert node.handle(StreamsLeft(0), 7.0) == [Shutdown()]
+    assert node.next_deadline() is None
+    assert node.handle(EngineExited("a"), 8.0) == []
+
+
+def test_drain_ends_at_its_timeout():
+    node = serving()
+    node.handle(DrainRequested(30.0), 5.0)
+    assert node.next_deadline() == 35.0
+    assert node.handle(Tick(), 35.0) == [Shutdown()]
+
+
+def test_drain_while_starting_stops_at_once():
+    node = NodeLifecycle(("a",))
+    node.handle(Started(), 0.0)
+    assert node.handle(DrainRequested(30.0), 1.0) == [Shutdown()]
+
+
+EVENTS = st.sampled_from(
+    [
+        EngineReady("a"),
+        EngineExited("a"),
+        DrainRequested(9.0),
+        StreamsLeft(0),
+        StreamsLeft(3),
+        Tick(),
+    ]
+)
+
+
+@given(st.lists(st.tuples(EVENTS, st.floats(0, 20)), max_size=60))
+def test_any_order_of_events_stops_at_most_once(events):
+    node, now, stops, doors = NodeLifecycle(("a",)), 0.0, 0, 0
+    node.handle(Started(), now)
+    for event, gap_s in events:
+        now += gap_s
+        effects = node.handle(event, now)
+        assert stops == 0 or effects == []
+        stops += effects.count(Shutdown())
+        doors += effects.count(OpenDoors())
+    assert stops <= 1
+    assert doors <= 1
