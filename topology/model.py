@@ -15,6 +15,8 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["bfloat16", "float32"]
 Backend = Literal["auto", "reference", "native"]
 
+TRUSTED_BY_DEFAULT = ("127.0.0.0/8", "::1/128")
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -63,8 +65,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One agent at a site. ``mesh`` is its router-facing listener, ``kv`` its KV stream listener.
-    """
+    """One agent at a site. ``mesh`` is its listener for routers, ``kv`` the one for KV streams."""
 
     name: str
     site: str
@@ -111,7 +112,7 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class LinkDefaults:
-    """What a silent link gets: RTT = great circle at 2/3 c times ``detour`` plus ``base_rtt_ms``."""
+    """What a silent link gets: RTT = great circle at 2/3 c, times ``detour``, + ``base_rtt_ms``."""
 
     detour: float = 1.6
     base_rtt_ms: float = 2.0
@@ -131,6 +132,6 @@ class Topology:
     routers: dict[str, Router]
     links: dict[frozenset[str], Link] = field(default_factory=dict)
     tenants: dict[str, Tenant] = field(default_factory=dict)
-    trusted_networks: tuple[str, ...] = ("127.0.0.0/8", "::1/128")
+    trusted_networks: tuple[str, ...] = TRUSTED_BY_DEFAULT
     defaults: LinkDefaults = LinkDefaults()
-    source: str = ""
+    source: str = field(default="", compare=False)  # where it was read; no part of the mesh

@@ -1,0 +1,1 @@
+"""How a topology file is read; ``topology.load`` is the way in."""
