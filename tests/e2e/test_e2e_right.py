@@ -1,0 +1,195 @@
+"""The mesh says what the model says: alone, across sites, from cache, in a batch.
+
+The oracle is Hugging Face transformers in float32 on the same weights. It reads prompt + answer
+once and must find, at every position, that the mesh's token is its own greedy choice; a token
+counts as equal only if transformers' logits put the two within 1e-3 of each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.mesh import Mesh
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+MODEL = "smollm2-135m-f32"
+OUTPUT_TOKENS = 48
+NEAR_TIE = 1e-3
+PROMPT_TOKENS = [
+    10,
+    12,
+    17,
+    23,
+    31,
+    40,
+    48,
+    63,
+    64,
+    65,
+    90,
+    111,
+    128,
+    150,
+    200,
+    257,
+    350,
+    512,
+    777,
+    1500,
+]
+
+BOTH = {"x-popmesh-route": "prefill=ams-1,decode=ams-1"}
+OTHER = {"x-popmesh-route": "prefill=ord-1,decode=ord-1"}
+SPLIT = {"x-popmesh-route": "prefill=ams-1,decode=ord-1"}
+TEXT = Path(__file__).parents[2] / "ARCHITECTURE.md"
+
+
+@dataclass
+class Oracle:
+    model: AutoModelForCausalLM
+    tokenizer: AutoTokenizer
+
+    def worst_gap(self, prompt_ids: list[int], answer_ids: list[int]) -> float:
+        """Largest amount by which transformers prefers another token anywhere in the answer."""
+        ids = torch.tensor([prompt_ids + answer_ids[:-1]])
+        with torch.inference_mode():
+            logits = self.model(ids).logits[0, len(prompt_ids) - 1 :]
+        chosen = logits.gather(1, torch.tensor(answer_ids)[:, None])[:, 0]
+        return float((logits.max(dim=1).values - chosen).max())
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2_f32_dir: Path) -> Oracle:
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_f32_dir, dtype=torch.float32)
+    return Oracle(model.eval(), AutoTokenizer.from_pretrained(smollm2_f32_dir))
+
+
+@pytest.fixture(scope="module")
+def prompts(oracle: Oracle) -> list[list[int]]:
+    """20 prompts of exactly 10 to 1,500 tokens, all different from their first token on."""
+    rng = random.Random(7)
+    ids = oracle.tokenizer(TEXT.read_text() * 2)["input_ids"]
+    out = []
+    for length in PROMPT_TOKENS:
+        start = rng.randrange(len(ids) - length)
+        out.append(ids[start : start + length])
+    return out
+
+
+async def answer(client: openai.AsyncOpenAI, prompt: list[int], headers: dict[str, str]) -> str:
+    done = await client.completions.create(
+        model=MODEL,
+        prompt=prompt,
+        max_tokens=OUTPUT_TOKENS,
+        temperature=0,
+        extra_headers=headers,
+        extra_body={"ignore_eos": True},
+    )
+    assert done.usage is not None
+    assert done.usage.prompt_tokens == len(prompt)
+    assert done.usage.completion_tokens == OUTPUT_TOKENS
+    return done.choices[0].text
+
+
+async def answers(
+    mesh: Mesh, prompts: list[list[int]], headers: dict[str, str], at_once: int
+) -> list[str]:
+    gate = asyncio.Semaphore(at_once)
+    async with openai.AsyncOpenAI(base_url=f"{mesh.url}/v1", api_key="none") as client:
+
+        async def one(prompt: list[int]) -> str:
+            async with gate:
+                return await answer(client, prompt, headers)
+
+        return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+
+
+@pytest.fixture(scope="module")
+def expected(oracle: Oracle, prompts: list[list[int]]) -> list[str]:
+    """Greedy text of transformers itself."""
+    out = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        done = oracle.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=OUTPUT_TOKENS,
+            min_new_tokens=OUTPUT_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        out.append(oracle.tokenizer.decode(done[0, len(prompt) :], skip_special_tokens=True))
+    return out
+
+
+def check(oracle: Oracle, prompts: list[list[int]], expected: list[str], got: list[str]) -> None:
+    """Equal text, or a first difference that is a near-tie under the oracle's own logits."""
+    differing = 0
+    for prompt, want, have in zip(prompts, expected, got, strict=True):
+        if want == have:
+            continue
+        differing += 1
+        ids = oracle.tokenizer(have, add_special_tokens=False)["input_ids"]
+        gap = oracle.worst_gap(prompt, ids)
+        assert gap <= NEAR_TIE, f"{len(prompt)} tokens: gap {gap}\nwant {want!r}\nhave {have!r}"
+    assert differing <= 2, "near-ties are rare; this many differences are an error"
+
+
+async def test_one_node(exact_mesh, oracle, prompts, expected):
+    check(oracle, prompts, expected, await answers(exact_mesh, prompts, OTHER, 2))
+
+
+async def test_across_sites_then_cached(exact_mesh, oracle, prompts, expected):
+    before = exact_mesh.status()
+    check(oracle, prompts, expected, await answers(exact_mesh, prompts, SPLIT, 2))
+    # (d) the same prompts again: the prefix is already in the prefill node's cache
+    check(oracle, prompts, expected, await answers(exact_mesh, prompts, BOTH, 2))
+    assert before["mesh"] == exact_mesh.status()["mesh"]
+
+
+async def test_in_a_batch_of_16(exact_mesh, oracle, prompts, expected):
+    chosen = prompts[:16]
+    check(oracle, chosen, expected[:16], await answers(exact_mesh, chosen, BOTH, 16))
+
+
+async def test_the_cache_is_reported(exact_mesh, prompts):
+    async with openai.AsyncOpenAI(base_url=f"{exact_mesh.url}/v1", api_key="none") as client:
+        await answer(client, prompts[15], BOTH)
+        done = await client.completions.create(
+            model=MODEL, prompt=prompts[15], max_tokens=2, temperature=0, extra_headers=BOTH
+        )
+    assert done.usage is not None
+    assert done.usage.prompt_tokens_details is not None
+    cached = done.usage.prompt_tokens_details.cached_tokens
+    assert cached == 256  # 257 tokens: 16 whole blocks, the last token is computed
+
+
+async def test_seeded_sampling_is_the_same_on_one_node_and_across_two(exact_mesh, prompts):
+    async with openai.AsyncOpenAI(base_url=f"{exact_mesh.url}/v1", api_key="none") as client:
+
+        async def sample(headers: dict[str, str], seed: int) -> str:
+            done = await client.completions.create(
+                model=MODEL,
+                prompt=prompts[8],
+                max_tokens=OUTPUT_TOKENS,
+                temperature=1.0,
+                seed=seed,
+                extra_headers=headers,
+            )
+            return done.choices[0].text
+
+        alone = [await sample(OTHER, seed) for seed in range(4)]
+        across = [await sample(SPLIT, seed) for seed in range(4)]
+    assert alone == across
+    assert len(set(alone)) == 4
