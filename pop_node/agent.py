@@ -19,10 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from registry.client import Registration, Registry
-from registry.keeper import Keeper
-from wire.tls import Credentials, peer_identity, require_tls
-
 from pop_node import lifecycle
 from pop_node.engine.config import EngineConfig
 from pop_node.leg import refusal
@@ -30,6 +26,8 @@ from pop_node.model_host import HostSettings, ModelHost
 from pop_node.router_link import RouterLink, link_factory
 from pop_node.store.store import Bundle, Store
 from pop_node.text.tokenizer import TextCodec
+from registry.client import Registration, Registry
+from registry.keeper import Keeper
 from topology.model import Address, Node, Topology
 from wire.address import Dialer, format_address
 from wire.errors import ConfigError, OverloadError, PeerError
@@ -43,6 +41,7 @@ from wire.messages import (
     Submit,
 )
 from wire.messages import Role as WireRole
+from wire.tls import Credentials, peer_identity, require_tls
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ class Agent:
         for effect in self._lifecycle.handle(event, loop.time()):
             match effect:
                 case lifecycle.StartEngine(model):
-                    self._tasks.create_task(self._hosts[model].start(self._tasks))
+                    self._tasks.create_task(self._start_engine(model))
                 case lifecycle.OpenDoors():
                     self._tasks.create_task(self._open_doors())
                 case lifecycle.AnnounceDrain():
@@ -179,6 +178,10 @@ class Agent:
         self._write_status()
         if isinstance(event, lifecycle.EngineReady):
             self._load_wanted.set()
+
+    async def _start_engine(self, model: str) -> None:
+        await self._hosts[model].start(self._tasks)
+        self._write_status()
 
     def _arm_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
@@ -247,6 +250,8 @@ class Agent:
             except TimeoutError:
                 pass
             self._load_wanted.clear()
+            if not self._links:
+                continue
             self._tell_all(self._load())
             for host in self._hosts.values():
                 delta = host.take_cache_delta()

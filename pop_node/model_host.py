@@ -20,7 +20,7 @@ from pop_node.engine import messages as engine
 from pop_node.engine.client import EngineClient
 from pop_node.engine.config import EngineConfig
 from pop_node.kv_stream.endpoint import KvEndpoint
-from pop_node.kv_stream.frames import prompt_digest
+from pop_node.kv_stream.prompt import prompt_digest
 from pop_node.kv_stream.spec import KvSpec, Piece
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from pop_node.prefix_directory import PrefixDirectory
@@ -203,8 +203,9 @@ class ModelHost:
     def load(self) -> EngineLoad:
         """The engine's load after its last step."""
         self._told = last = self._load
-        statistics = self._generation.endpoint.statistics() if self._generation else None
-        ready = self._generation.ready if self._generation else None
+        generation = self._generation
+        ready = generation.ready if generation is not None else None
+        statistics = generation.endpoint.statistics() if generation and ready else None
         return EngineLoad(
             model=self.settings.model,
             ready=ready is not None,
@@ -216,8 +217,8 @@ class ModelHost:
             total_blocks=ready.total_blocks if ready else 0,
             prefill_tokens_per_s=last.prefill_tokens_per_s,
             decode_step_ms=last.decode_step_ms,
-            transfers_in=statistics.receiving if statistics else 0,
-            transfers_out=statistics.sending if statistics else 0,
+            transfers_in=statistics.incoming_now if statistics else 0,
+            transfers_out=statistics.outgoing_now if statistics else 0,
             streams=self.num_legs,
         )
 
@@ -355,7 +356,8 @@ class ModelHost:
 
     def _step_done(self, step: engine.StepDone) -> None:
         """One engine step: all its tokens leave as one frame per router, endings after them."""
-        self._deferred = deferred = []
+        deferred: list[tuple[RouterLink, NodeMessage]] = []
+        self._deferred = deferred
         touched: dict[RouterLink, None] = {}
         for seq, index, token, finish in step.tokens:
             live = self._by_seq.get(seq)
@@ -440,25 +442,36 @@ class ModelHost:
         generation = self._generation
         if generation is None or generation.spec is None:
             return  # the engine is gone, and its transfers with it
-        endpoint, transfer = generation.endpoint, leg.transfer_id
+        endpoint, settings, submit = generation.endpoint, self.settings, leg.submit
+        plan, transfer = submit.transfer, leg.transfer_id
+        assert plan is not None
         match effect:
-            case legs.OpenTransfer(ids) | legs.ExpectTransfer(ids):
-                plan = leg.submit.transfer
-                assert plan is not None
-                common = {
-                    "attempt": leg.submit.attempt,
-                    "peer": plan.peer,
-                    "model": self.settings.model,
-                    "identity": self.settings.identity,
-                    "spec": generation.spec,
-                    "prompt_tokens": len(ids),
-                    "prompt_digest": prompt_digest(ids),
-                    "deadline_s": leg.submit.deadline_remaining_ms / 1000,
-                }
-                if isinstance(effect, legs.OpenTransfer):
-                    endpoint.open(transfer, address=plan.address, **common)
-                else:
-                    endpoint.expect(transfer, **common)
+            case legs.OpenTransfer(ids):
+                endpoint.open(
+                    transfer,
+                    submit.attempt,
+                    plan.peer,
+                    plan.address,
+                    settings.model,
+                    settings.identity,
+                    generation.spec,
+                    len(ids),
+                    prompt_digest(ids),
+                    submit.deadline_remaining_ms / 1000,
+                )
+            case legs.ExpectTransfer(ids):
+                endpoint.expect(
+                    transfer,
+                    submit.attempt,
+                    plan.peer,
+                    settings.model,
+                    settings.identity,
+                    generation.spec,
+                    len(ids),
+                    prompt_digest(ids),
+                    submit.deadline_remaining_ms / 1000,
+                    max_ids=len(submit.forced_ids) + 1,
+                )
             case legs.GrantTransfer(have_tokens):
                 endpoint.allocated(transfer, have_tokens)
             case legs.ComputeStarted():

@@ -116,6 +116,7 @@ _BY_CODE: dict[str, type[MeshError]] = {
     "protocol_error": PeerError,
     "version_mismatch": PeerError,
     "identity_mismatch": PeerError,
+    "registry_unavailable": PeerError,
     "transfer_failed": TransferError,
     "transfer_timeout": TransferError,
     "checksum_mismatch": TransferError,

@@ -127,8 +127,8 @@ class Ready:
 class Allocated:
     """The sequence entered the running set: ``cached_tokens`` of its prompt came from the cache.
 
-    For a decode leg this is the moment to ``Grant``: all blocks of the prompt and of the forced ids are
-    allocated, and ``cached_tokens``, which may reach into the forced ids, need not be sent.
+    For a decode leg this is the moment to ``Grant``: all blocks of the prompt and of the forced ids
+    are allocated, and ``cached_tokens``, which may reach into the forced ids, need not be sent.
     """
 
     seq: int
@@ -160,9 +160,9 @@ class Token:
 class StepDone:
     """Results of one engine step, with the load after it. Rates: 0 means not measured yet.
 
-    ``tokens`` holds the fields of ``Token``. ``pinned`` counts sequences that hold blocks only for a
-    transfer: prefill legs until ``Release`` and decode legs until ``Commit``. Also sent without tokens
-    when the load changed between steps.
+    ``tokens`` holds the fields of ``Token``. ``pinned`` counts sequences that hold blocks only for
+    a transfer: prefill legs until ``Release`` and decode legs until ``Commit``. Also sent without
+    tokens when the load changed between steps.
     """
 
     tokens: list[tuple[int, int, int, str]]
@@ -222,3 +222,9 @@ class Crashed:
     """Last words of an engine that cannot go on; the process exits afterwards."""
 
     message: str
+
+
+AgentMessage = Add | Drop | StageFrom | SlotFree | Release | Import | Commit | Stop
+EngineMessage = (
+    Ready | Allocated | Declined | StepDone | PrefillDone | Staged | Imported | Ended | Crashed
+)

@@ -37,8 +37,7 @@ class StagingLayout:
 
 
 class Staging:
-    """The mapped memory. ``create`` in the agent, ``attach`` (with the received fd) in the engine.
-    """
+    """The mapped memory: ``create`` in the agent, ``attach`` (with its fd) in the engine."""
 
     def __init__(self, fd: int, layout: StagingLayout) -> None:
         self.fd = fd

@@ -1,0 +1,57 @@
+# make help lists the targets. Stamps in .venv remember what is set up, so repeating costs nothing.
+
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+CONSUL := .cache/consul/consul
+STORE := .cache/store
+NATIVE_SOURCES := $(wildcard kernels/native/*.c kernels/native/*.h kernels/native/*.py)
+SETUP_INPUTS := pyproject.toml constraints.txt scripts/setup.sh
+CHECKED := popmesh router pop_node registry kernels topology wire tests benchmarks
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.stamp-dev $(VENV)/.stamp-native ## everything that developing needs, in .venv
+
+demo: $(VENV)/.stamp-gguf $(VENV)/.stamp-native ## a mesh of three sites on this machine; ONCE=1 ends after the sample
+	@$(BIN)/popmesh demo --store $(STORE) $(if $(filter-out 0,$(ONCE)),--once)
+
+test: setup $(CONSUL) ## the tests
+	$(BIN)/pytest $(ARGS)
+
+check: setup ## lint, format, types, and who may import whom
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+clean: ## remove everything that make has made
+	rm -rf $(VENV) .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f kernels/native/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-gguf: $(SETUP_INPUTS)
+	@PYTHON="$(PYTHON)" scripts/setup.sh gguf
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-gguf
+	@PYTHON="$(PYTHON)" scripts/setup.sh dev
+	@touch $@
+
+# Without a C compiler the mesh runs on the torch operations.
+$(VENV)/.stamp-native: $(NATIVE_SOURCES) | $(VENV)/.stamp-gguf
+	@if command -v $${CC:-cc} >/dev/null; then $(BIN)/python -m kernels.native.build; \
+	else echo "setup: no C compiler; the native kernels are left out"; fi
+	@touch $@
+
+$(CONSUL):
+	@scripts/get_consul.sh $(dir $@) || echo "setup: no Consul here; its tests are skipped"

@@ -1,0 +1,121 @@
+"""Compiles the C sources of this folder into a shared library, once per machine.
+
+The library lands in ``$POPMESH_CACHE/native`` (default ``~/.cache/popmesh/native``) under a name
+that hashes everything it depends on: sources, flags, compiler version, machine type. It holds
+kernels for several instruction sets and picks one when it is opened, so the processor model is no
+part of the name. Knows nothing of torch and nothing of the operations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE_FOLDER = Path(__file__).parent
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    # The kernels view rows of bfloat16 as 32-bit words.
+    "-fno-strict-aliasing",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+)
+LIBRARIES = ("-lm",)
+# A build takes about 10 s on one slow core; ten times that means a compiler that hangs.
+COMPILE_TIMEOUT_S = 120.0
+MESSAGE_LINES = 8
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native library can be neither found nor built here; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept."""
+    root = os.environ.get("POPMESH_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "popmesh") / "native"
+
+
+def find_compiler() -> str:
+    """Absolute path of the first C compiler on ``PATH``.
+
+    Raises:
+        NativeUnavailableError: there is none.
+    """
+    for name in COMPILERS:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    raise NativeUnavailableError(f"no C compiler on PATH (looked for {', '.join(COMPILERS)})")
+
+
+def _run_compiler(command: list[str]) -> str:
+    """Standard output of a compiler run.
+
+    Raises:
+        NativeUnavailableError: it could not start, failed or took too long.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise NativeUnavailableError(f"{command[0]} could not be run: {exc}") from exc
+    if done.returncode != 0:
+        tail = "\n".join(done.stderr.splitlines()[-MESSAGE_LINES:])
+        raise NativeUnavailableError(f"{command[0]} failed with {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def library_digest(compiler: str) -> str:
+    """Name of the library: a hash of all that decides its bytes."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(SOURCE_FOLDER.glob("*.[ch]")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    version = _run_compiler([compiler, "--version"])
+    for word in (*FLAGS, *LIBRARIES, compiler, version, platform.system(), platform.machine()):
+        digest.update(word.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def ensure_library(folder: Path | None = None) -> Path:
+    """Path of the compiled library, building it first where needed.
+
+    Several processes may do this at once: each compiles into a file of its own and renames it into
+    place, so a reader sees either nothing or a whole library.
+
+    Args:
+        folder: where to keep it; ``cache_folder()`` if None.
+
+    Raises:
+        NativeUnavailableError: no compiler, it failed, or the folder cannot be written.
+    """
+    compiler = find_compiler()
+    folder = folder or cache_folder()
+    target = folder / f"{library_digest(compiler)}.so"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".so.tmp", dir=folder)
+        os.close(handle)
+    except OSError as exc:
+        raise NativeUnavailableError(f"cannot write to {folder}: {exc}") from exc
+    scratch = Path(name)
+    try:
+        sources = [str(path) for path in sorted(SOURCE_FOLDER.glob("*.c"))]
+        _run_compiler([compiler, *FLAGS, *sources, "-o", name, *LIBRARIES])
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return target

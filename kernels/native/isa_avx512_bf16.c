@@ -1,0 +1,13 @@
+/* Kernels for x86-64 processors with AVX-512 and its bfloat16 pair products. */
+#if defined(__x86_64__)
+#define PM_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define PM_HAVE_DPBF16 1
+#define PM_TABLE pm_kernels_avx512_bf16
+#define PM_NAME "avx512_bf16"
+#define PM_SIMD "simd_avx512.h"
+#define PM_DOT_MAX_ROWS 4
+#define PM_GEMM_MR 6
+#define PM_DOT_T 4
+#define PM_PV_HEADS 4
+#include "isa.inc.h"
+#endif

@@ -1,0 +1,252 @@
+"""The native operations as functions of tensors: same signatures as ``kernels.reference``.
+
+Each call checks what would make the C code read out of bounds, allocates its result and hands over
+addresses. Tensors are float32 or bfloat16 on the CPU; rows are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_uint32, c_uint64
+from pathlib import Path
+
+import torch
+
+from kernels.meta import AttentionMeta
+from kernels.native.binding import NativeContext
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_U64 = (1 << 64) - 1
+
+
+def _dtype(*tensors: torch.Tensor) -> int:
+    """The C code of the tensors' one dtype.
+
+    Raises:
+        ValueError: dtypes differ, or it is neither float32 nor bfloat16.
+    """
+    dtype = tensors[0].dtype
+    code = _DTYPES.get(dtype)
+    if code is None or any(t.dtype is not dtype for t in tensors):
+        raise ValueError(f"dtypes {[t.dtype for t in tensors]}: need one of {list(_DTYPES)}")
+    return code
+
+
+def _require(fits: bool, what: str, *tensors: torch.Tensor) -> None:
+    if not fits:
+        raise ValueError(f"{what}: shapes {[tuple(t.shape) for t in tensors]} do not fit")
+
+
+def _done(code: int) -> None:
+    if code != 0:
+        raise MemoryError("no scratch memory for a native operation")
+
+
+def _is_rows_of_heads(x: torch.Tensor) -> bool:
+    """[T, heads, D] whose heads lie side by side; rows may be apart (a slice of fused QKV)."""
+    return x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+class NativeOps:
+    """Operations bound to one context. Calls from several threads take turns on its pool."""
+
+    def __init__(self, library: Path, threads: int, isa: str | None = None) -> None:
+        """Open ``library``; see ``NativeContext`` for arguments and errors."""
+        self._context = NativeContext(library, threads, isa)
+        self.isa = self._context.isa
+        self._handle = self._context.handle
+        lib = self._context.lib
+        self._linear = lib.pm_linear
+        self._norm = lib.pm_norm
+        self._silu_mul = lib.pm_silu_mul
+        self._rope_kv_write = lib.pm_rope_kv_write
+        self._attention = lib.pm_attention
+        self._sample = lib.pm_sample
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See ``kernels.reference.norm.rms_norm``."""
+        code = _dtype(x, weight)
+        rows, hidden = x.shape
+        _require(weight.shape == (hidden,), "rms_norm", x, weight)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        _done(
+            self._norm(
+                *(self._handle, code, x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None),
+                *(rows, hidden, eps),
+            )
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``kernels.reference.norm.add_rms_norm``."""
+        code = _dtype(x, residual, weight)
+        rows, hidden = x.shape
+        _require(
+            weight.shape == (hidden,) and residual.shape == x.shape, "add_rms_norm", x, residual
+        )
+        x, residual = x.contiguous(), residual.contiguous()
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        _done(
+            self._norm(
+                *(self._handle, code, x.data_ptr(), residual.data_ptr(), weight.data_ptr()),
+                *(out.data_ptr(), total.data_ptr(), rows, hidden, eps),
+            )
+        )
+        return out, total
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See ``kernels.reference.linear.linear``."""
+        code = _dtype(x, weight) if bias is None else _dtype(x, weight, bias)
+        return self._multiply(code, x, weight, bias, x.new_empty(x.shape[0], weight.shape[0]))
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ``kernels.reference.linear.logits``."""
+        out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+        return self._multiply(_dtype(x, weight), x, weight, None, out)
+
+    def _multiply(
+        self,
+        code: int,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        rows, depth = x.shape
+        columns = weight.shape[0]
+        _require(weight.shape[1] == depth and weight.is_contiguous(), "linear", x, weight)
+        if bias is not None:
+            _require(bias.shape == (columns,) and bias.is_contiguous(), "linear", bias)
+        x = x.contiguous()
+        _done(
+            self._linear(
+                *(self._handle, code, x.data_ptr(), weight.data_ptr()),
+                *(None if bias is None else bias.data_ptr(), out.data_ptr()),
+                *(rows, columns, depth, out.dtype is torch.float32),
+            )
+        )
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See ``kernels.reference.activation.silu_mul``."""
+        code = _dtype(gate_up)
+        rows, double = gate_up.shape
+        _require(double % 2 == 0, "silu_mul", gate_up)
+        gate_up = gate_up.contiguous()
+        out = gate_up.new_empty(rows, double // 2)
+        _done(
+            self._silu_mul(
+                self._handle, code, gate_up.data_ptr(), out.data_ptr(), rows, double // 2
+            )
+        )
+        return out
+
+    def rope_kv_write(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos_sin: torch.Tensor,
+        meta: AttentionMeta,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> None:
+        """See ``kernels.reference.rope.rope_kv_write``."""
+        code = _dtype(q, k, v, k_cache, v_cache)
+        rows, query_heads, width = q.shape
+        kv_heads = k.shape[1]
+        _require(
+            all(map(_is_rows_of_heads, (q, k, v)))
+            and k.shape == v.shape == (rows, kv_heads, width)
+            and width % 2 == 0
+            and k_cache.shape[2:] == v_cache.shape[2:] == k.shape[1:]
+            and k_cache.is_contiguous()
+            and v_cache.is_contiguous()
+            and cos_sin.shape[1] == width
+            and cos_sin.dtype is torch.float32
+            and meta.positions.shape[0] == meta.slots.shape[0] == rows,
+            "rope_kv_write",
+            *(q, k, v, cos_sin, k_cache, v_cache),
+        )
+        _done(
+            self._rope_kv_write(
+                *(self._handle, code, q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0)),
+                *(v.data_ptr(), v.stride(0), cos_sin.data_ptr()),
+                *(meta.positions.data_ptr(), meta.slots.data_ptr()),
+                *(k_cache.data_ptr(), v_cache.data_ptr(), rows, query_heads, kv_heads, width),
+            )
+        )
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        meta: AttentionMeta,
+        scale: float,
+    ) -> torch.Tensor:
+        """See ``kernels.reference.attention.attention``."""
+        code = _dtype(q, k_cache, v_cache)
+        rows, query_heads, width = q.shape
+        _, block_tokens, kv_heads, _ = k_cache.shape
+        _require(
+            _is_rows_of_heads(q)
+            and k_cache.shape == v_cache.shape
+            and k_cache.shape[3] == width
+            and query_heads % kv_heads == 0
+            and k_cache.is_contiguous()
+            and v_cache.is_contiguous()
+            and meta.block_tables.stride(1) == 1
+            and meta.block_tokens == block_tokens,
+            "attention",
+            *(q, k_cache, v_cache),
+        )
+        out = q.new_empty(rows, query_heads, width)
+        tables = meta.block_tables
+        _done(
+            self._attention(
+                *(self._handle, code, q.data_ptr(), q.stride(0)),
+                *(k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()),
+                *(meta.query_starts.data_ptr(), meta.context_lens.data_ptr(), tables.data_ptr()),
+                *(tables.stride(0), tables.shape[0], query_heads, kv_heads, width),
+                *(block_tokens, meta.max_context, scale),
+            )
+        )
+        return out
+
+    def gumbel_sample(
+        self,
+        logits: torch.Tensor,
+        temperature: Sequence[float],
+        top_p: Sequence[float],
+        seed: Sequence[int],
+        choice: Sequence[int],
+        index: Sequence[int],
+    ) -> list[int]:
+        """See ``kernels.reference.sampling.gumbel_sample``."""
+        rows, vocab = logits.shape
+        _require(
+            {len(temperature), len(top_p), len(seed), len(choice), len(index)} == {rows}
+            and logits.dtype is torch.float32,
+            "gumbel_sample",
+            logits,
+        )
+        logits = logits.contiguous()
+        out = (c_int64 * rows)()
+        _done(
+            self._sample(
+                *(self._handle, logits.data_ptr(), rows, vocab),
+                *((c_float * rows)(*temperature), (c_float * rows)(*top_p)),
+                (c_uint64 * rows)(*(value & _U64 for value in seed)),
+                *((c_uint32 * rows)(*choice), (c_uint32 * rows)(*index), out),
+            )
+        )
+        tokens = list(out)
+        if -1 in tokens:
+            raise ValueError(f"row {tokens.index(-1)} of the logits has no finite maximum")
+        return tokens

@@ -1,0 +1,125 @@
+"""The table of operations that models are written against, and the choice of a backend.
+
+One forward-pass code runs on every backend. Shapes and meaning of each operation are documented
+once, at its readable version in ``kernels.reference``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kernels.meta import AttentionMeta
+from kernels.native.build import NativeUnavailableError, ensure_library
+from kernels.native.ops import NativeOps
+from kernels.reference.activation import silu_mul
+from kernels.reference.attention import attention
+from kernels.reference.linear import linear, logits
+from kernels.reference.norm import add_rms_norm, rms_norm
+from kernels.reference.rope import rope_kv_write
+from kernels.reference.sampling import gumbel_sample
+
+__all__ = ["Backend", "NativeUnavailableError", "Ops", "load_ops"]
+
+Backend = Literal["auto", "reference", "native"]
+
+_Tensor = torch.Tensor
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Operations of one backend. ``name`` is for people, e.g. ``native/avx512_bf16``."""
+
+    name: str
+    rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
+    add_rms_norm: Callable[[_Tensor, _Tensor, _Tensor, float], tuple[_Tensor, _Tensor]]
+    linear: Callable[[_Tensor, _Tensor, _Tensor | None], _Tensor]
+    rope_kv_write: Callable[
+        [_Tensor, _Tensor, _Tensor, _Tensor, AttentionMeta, _Tensor, _Tensor], None
+    ]
+    attention: Callable[[_Tensor, _Tensor, _Tensor, AttentionMeta, float], _Tensor]
+    silu_mul: Callable[[_Tensor], _Tensor]
+    logits: Callable[[_Tensor, _Tensor], _Tensor]
+    gumbel_sample: Callable[
+        [
+            _Tensor,
+            Sequence[float],
+            Sequence[float],
+            Sequence[int],
+            Sequence[int],
+            Sequence[int],
+        ],
+        list[int],
+    ]
+
+
+def reference_ops() -> Ops:
+    """The readable torch versions: the oracle, and the fallback where nothing can be compiled."""
+    return Ops(
+        name="reference",
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        linear=linear,
+        rope_kv_write=rope_kv_write,
+        attention=attention,
+        silu_mul=silu_mul,
+        logits=logits,
+        gumbel_sample=gumbel_sample,
+    )
+
+
+def native_ops(threads: int, isa: str | None = None) -> Ops:
+    """The compiled CPU versions on a pool of ``threads`` workers, the caller included.
+
+    Args:
+        isa: instruction set to use; None picks the fastest of this processor.
+
+    Raises:
+        ValueError: ``threads`` is below 1.
+        NativeUnavailableError: cannot be built, loaded or run here.
+    """
+    native = NativeOps(ensure_library(), threads, isa)
+    return Ops(
+        name=f"native/{native.isa}",
+        rms_norm=native.rms_norm,
+        add_rms_norm=native.add_rms_norm,
+        linear=native.linear,
+        rope_kv_write=native.rope_kv_write,
+        attention=native.attention,
+        silu_mul=native.silu_mul,
+        logits=native.logits,
+        gumbel_sample=native.gumbel_sample,
+    )
+
+
+def load_ops(backend: Backend, threads: int) -> Ops:
+    """Operations of ``backend``; ``auto`` is native if it can be had, else reference and a warning.
+
+    Also sets how many threads torch itself uses in this process: ``threads`` for the reference, 1
+    beside the native pool, whose workers torch's own would compete with.
+
+    Raises:
+        ValueError: ``threads`` is below 1, or the backend is unknown.
+        NativeUnavailableError: ``native`` was asked for and cannot be had.
+    """
+    if threads < 1:
+        raise ValueError(f"threads is {threads}, must be at least 1")
+    if backend not in ("auto", "reference", "native"):
+        raise ValueError(f"unknown backend {backend!r}")
+    if backend != "reference":
+        try:
+            ops = native_ops(threads)
+        except NativeUnavailableError as exc:
+            if backend == "native":
+                raise
+            _logger.warning("slow reference kernels in use: native kernels unavailable: %s", exc)
+        else:
+            torch.set_num_threads(1)
+            return ops
+    torch.set_num_threads(threads)
+    return reference_ops()

@@ -1,0 +1,136 @@
+"""The engine's end of the socket: one thread that reads it and does the staging copies.
+
+A forward pass takes longer than a slot takes to cross a link, so everything that only moves KV is
+handled here, beside the pass: grants, freed slots, imports and exports. All other commands go to
+the main loop's inbox in the order they came; an ``Import`` that came before a ``Commit`` is in its
+blocks before the main loop sees the ``Commit``.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import socket
+import threading
+import traceback
+
+from pop_node.engine.boundary import RECEIVE_BYTES, MessageReader, encode
+from pop_node.engine.messages import (
+    Add,
+    AgentMessage,
+    Commit,
+    Crashed,
+    Drop,
+    EngineMessage,
+    Import,
+    Imported,
+    Release,
+    SlotFree,
+    Staged,
+    StageFrom,
+    Stop,
+)
+from pop_node.engine.stager import Stager
+
+INBOX_COMMANDS = 4096
+"""Commands between two steps. Guess: every sequence of a full engine added and dropped several
+times; beyond it the socket fills up and the agent is told."""
+
+EXIT_STOPPED = 0
+EXIT_PARENT_GONE = 0
+EXIT_CRASHED = 1
+
+Inbox = Add | Drop | StageFrom | Release | Commit | Stop
+
+
+class Port:
+    """Socket, inbox and copying thread of one engine process."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._send_lock = threading.Lock()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stager: Stager | None = None
+        self.inbox: queue.Queue[Inbox] = queue.Queue(INBOX_COMMANDS)
+
+    def send(self, message: EngineMessage) -> None:
+        """Say something to the agent, from any thread; ends the process when nobody listens."""
+        frame = encode(message)
+        try:
+            with self._send_lock:
+                self._sock.sendall(frame)
+        except OSError:
+            os._exit(EXIT_PARENT_GONE)
+
+    def wake(self) -> None:
+        """Tell the thread that a piece may be ready; from any thread, never blocks."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def start(self) -> None:
+        """Begin to read, so that a start that takes long can be stopped and notices an agent that
+        is gone. The thread ends with the process."""
+        threading.Thread(target=self._run, name="port", daemon=True).start()
+
+    def attach(self, stager: Stager) -> None:
+        """The model is loaded: from now on commands are taken."""
+        self._stager = stager
+
+    def crash(self, error: BaseException) -> None:
+        """Last words, then the end of the process, whichever thread failed."""
+        traceback.print_exception(error)
+        self.send(Crashed(f"{type(error).__name__}: {error}"))
+        os._exit(EXIT_CRASHED)
+
+    # ---- the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as exc:  # noqa: BLE001 - supervisor of this thread: tell and exit
+            self.crash(exc)
+
+    def _loop(self) -> None:
+        reader = MessageReader()
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(self._wake_fd, select.POLLIN)
+        staged: Staged | None = None
+        while True:
+            # After a piece look for commands without waiting: there may be another piece.
+            for fd, _ in poll.poll(None if staged is None else 0):
+                if fd == self._wake_fd:
+                    os.eventfd_read(self._wake_fd)
+                else:
+                    self._read(reader)
+            staged = self._stager.stage_one() if self._stager is not None else None
+            if staged is not None:
+                self.send(staged)
+
+    def _read(self, reader: MessageReader) -> None:
+        data = self._sock.recv(RECEIVE_BYTES)
+        if not data:
+            os._exit(EXIT_PARENT_GONE)
+        for message in reader.feed(data):
+            if self._stager is not None:
+                self._take(message, self._stager)
+            elif isinstance(message, Stop):
+                os._exit(EXIT_STOPPED)
+            else:
+                raise ValueError(f"{type(message).__name__} before Ready")
+
+    def _take(self, message: AgentMessage, stager: Stager) -> None:
+        match message:
+            case Import(transfer, slot):
+                stager.take_in(message)
+                self.send(Imported(transfer, slot))
+            case SlotFree(slot):
+                stager.free_slot(slot)
+            case StageFrom(transfer, have_tokens):
+                # Unknown here: its Add may still be in the inbox, so let it queue behind.
+                if not stager.grant(transfer, have_tokens):
+                    self.inbox.put(message)
+            case Add() | Drop() | Release() | Commit() | Stop():
+                self.inbox.put(message)
+            case _:
+                raise ValueError(f"{type(message).__name__} is not for an engine")

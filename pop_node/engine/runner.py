@@ -1,0 +1,72 @@
+"""Runs one scheduled step on the model: the owner of the weights and of the KV cache's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from kernels.meta import AttentionMeta
+from kernels.ops import Ops
+from pop_node.engine.batch import build_batch
+from pop_node.engine.sampler import sample
+from pop_node.engine.schedule import Schedule
+from pop_node.kv_stream.spec import KvSpec
+
+OnLayer = Callable[[int], None]
+
+
+class ModelConfig(Protocol):
+    """What the engine needs to know of a model's configuration."""
+
+    @property
+    def context_tokens(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Model(Protocol):
+    """What ``pop_node.models`` loads."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def kv_spec(self) -> KvSpec: ...
+
+    def allocate_cache(self, num_blocks: int, block_tokens: int) -> tuple[torch.Tensor, ...]: ...
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        meta: AttentionMeta,
+        cache: tuple[torch.Tensor, ...],
+        logit_rows: torch.Tensor,
+        on_layer: OnLayer,
+    ) -> torch.Tensor: ...
+
+
+class Runner:
+    """A model with its cache. ``cache`` holds one tensor ``[layers, blocks, block_tokens, *shape]``
+    per component of the model's ``KvSpec``, group by group."""
+
+    def __init__(self, model: Model, ops: Ops, num_blocks: int, block_tokens: int) -> None:
+        self._model = model
+        self._ops = ops
+        self._block_tokens = block_tokens
+        self.cache = model.allocate_cache(num_blocks, block_tokens)
+
+    def run(self, schedule: Schedule, on_layer: OnLayer) -> list[int]:
+        """Compute all rows; returns the token sampled for each of ``schedule.sampled``.
+
+        ``on_layer(i)`` is called when the KV of these rows is in the cache for model layer i.
+        """
+        batch = build_batch(schedule, self._block_tokens, self.cache[0].device)
+        with torch.inference_mode():
+            logits = self._model.forward(
+                batch.ids, batch.meta, self.cache, batch.logit_rows, on_layer
+            )
+            if not schedule.sampled:
+                return []
+            return sample(self._ops, logits, [schedule.rows[i].sequence for i in schedule.sampled])

@@ -1,0 +1,98 @@
+"""What the scheduler says: the work of one step, and effects for the shell to carry out.
+
+Values only; imports neither torch nor the scheduler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pop_node.engine.messages import Allocated, Declined, Ended, Token
+from pop_node.engine.sequence import Sequence
+
+Side = Literal["export", "import"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Compute tokens ``[start, start + count)`` of a sequence; earlier ones are in its blocks."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """First token position after the row."""
+        return self.start + self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step. ``sampled`` are indices of rows that reach the end of their sequence, in order;
+    ``completing`` are sequences whose given tokens are all computed once the step is done."""
+
+    rows: tuple[Row, ...]
+    sampled: tuple[int, ...]
+    completing: tuple[Sequence, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOpened:
+    """A prefill leg was queued: a grant for ``transfer`` may come from now on."""
+
+    transfer: bytes
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferBound:
+    """Blocks now stand behind a transfer; ``held_tokens`` of its ``total_tokens`` are in them
+    already."""
+
+    side: Side
+    transfer: bytes
+    blocks: tuple[int, ...]
+    held_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferUnbound:
+    """A prefill leg lost its blocks by preemption; the transfer goes on when it is bound again."""
+
+    transfer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TransferClosed:
+    """No copy for this transfer may touch blocks any more."""
+
+    side: Side
+    transfer: bytes
+
+
+Effect = (
+    Allocated
+    | Declined
+    | Ended
+    | Token
+    | TransferOpened
+    | TransferBound
+    | TransferUnbound
+    | TransferClosed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the scheduler is; fields as in ``messages.StepDone``."""
+
+    queued_prefill_tokens: int
+    running: int
+    waiting: int
+    free_blocks: int
+    cached_blocks: int
+    pinned: int

@@ -1,0 +1,395 @@
+"""Which tokens are computed next, and who holds which blocks.
+
+Pure: no torch, no clock of its own, no IO. Continuous batching with chunked prefill under one token
+budget per step; first come, first served; preemption by recompute.
+
+Order. Decode rows go first, then prefill chunks by age, then new sequences are admitted. A sequence
+is admitted when the blocks of all tokens it was given fit, so only decoding ever asks for more;
+then the youngest running sequence gives way and is computed again later. Nothing overtakes an older
+sequence that waits for blocks or a seat; a decode leg, which costs no compute yet, may pass
+prefills that wait only for budget, for its blocks and seat come out of what they leave.
+
+Invariants (``check``): a sequence holds blocks exactly while it is receiving, running or pinned,
+and gives each back once; free + held + cached = all blocks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from itertools import chain
+from typing import assert_never
+
+from pop_node.engine.block_pool import BlockPool
+from pop_node.engine.messages import Add, Allocated, Commit, Declined, Drop, Ended, Release, Token
+from pop_node.engine.schedule import (
+    Effect,
+    Load,
+    Row,
+    Schedule,
+    Side,
+    TransferBound,
+    TransferClosed,
+    TransferOpened,
+    TransferUnbound,
+)
+from pop_node.engine.sequence import Sequence
+from pop_node.engine.validate import Limits, problem_with_add, problem_with_commit
+
+Command = Add | Drop | Release | Commit
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+class Scheduler:
+    """State of all sequences of one engine.
+
+    The shell calls ``handle`` for each command, then ``schedule``, runs the rows, and ``complete``;
+    it carries out the effects of each call before the next.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: Limits,
+        *,
+        token_budget: int,
+        max_sequences: int,
+        max_waiting: int,
+    ) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._token_budget = token_budget
+        self._max_sequences = max_sequences
+        self._max_waiting = max_waiting
+        self._arrivals = 0
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: dict[int, Sequence] = {}  # by age, as dicts keep insertion order
+        self._waiting_decode_legs = 0
+        self._waiting_tokens = 0
+        self._preempted: list[Sequence] = []  # by age; resumed before anyone is admitted
+        self._running: list[Sequence] = []  # by age
+        self._receiving: dict[bytes, Sequence] = {}  # decode legs by transfer, blocks held
+        self._exports: dict[bytes, Sequence] = {}  # prefill legs by transfer, from Add to end
+        self._imports: dict[bytes, Sequence] = {}  # decode legs by transfer, from Add to Commit
+        self._num_pinned = 0
+
+    # ---- commands ------------------------------------------------------------------------------
+
+    def handle(self, command: Command, now: float) -> list[Effect]:
+        """Take one command of the agent; ones about sequences that are gone do nothing."""
+        match command:
+            case Add():
+                return self._add(command, now)
+            case Drop(seq):
+                sequence = self._sequences.get(seq)
+                return [] if sequence is None else self._end(sequence)
+            case Release(transfer):
+                sequence = self._exports.get(transfer)
+                return [] if sequence is None else self._end(sequence)
+            case Commit(transfer, ids):
+                return self._commit(transfer, ids)
+            case _:
+                assert_never(command)
+
+    def _add(self, add: Add, now: float) -> list[Effect]:
+        problem = problem_with_add(add, self._limits)
+        transfers = {"prefill": self._exports, "decode": self._imports}.get(add.leg)
+        if problem is None and (
+            add.seq in self._sequences or (transfers is not None and add.transfer in transfers)
+        ):
+            problem = "invalid_request", "the sequence or its transfer is known already"
+        if problem is None and len(self._waiting) >= self._max_waiting:
+            problem = "overloaded", f"{self._max_waiting} sequences wait already"
+        if problem is not None:
+            return [Declined(add.seq, *problem)]
+        sequence = Sequence.from_add(add, self._arrivals, now)
+        self._arrivals += 1
+        self._sequences[add.seq] = self._waiting[add.seq] = sequence
+        if transfers is not None:
+            transfers[add.transfer] = sequence
+        if sequence.leg == "decode":
+            self._waiting_decode_legs += 1
+            return []
+        self._waiting_tokens += sequence.remaining
+        if sequence.leg == "prefill":
+            return [TransferOpened(add.transfer, sequence.given_tokens)]
+        return []
+
+    def _commit(self, transfer: bytes, ids: list[int]) -> list[Effect]:
+        """All KV of the given tokens is in the blocks: from here on it is a sequence like any."""
+        sequence = self._receiving.get(transfer)
+        if sequence is None:
+            return []
+        problem = problem_with_commit(sequence, ids, self._limits)
+        if problem is not None:
+            effects = self._end(sequence)
+            effects[-1] = Declined(sequence.seq, "protocol_error", problem)
+            return effects
+        del self._receiving[transfer], self._imports[transfer]
+        sequence.computed = sequence.given_tokens
+        sequence.ids.extend(ids[sequence.emitted_from :])
+        sequence.emitted_from = len(ids)
+        sequence.kv_source = "compute"
+        self._register_blocks(sequence)
+        effects = [TransferClosed("import", transfer)]
+        # After a hand-off later than the first token a few tokens are left to compute here, as one
+        # chunk whose blocks must be there; a single one gets its block like any decode row.
+        missing = 0
+        if sequence.remaining > 1:
+            missing = self._pool.blocks_for(len(sequence.ids)) - len(sequence.blocks)
+        if missing > self._pool.available:
+            self._wait_again(sequence)
+        else:
+            if missing > 0:
+                sequence.blocks.extend(self._pool.allocate(missing))
+            sequence.phase = "running"
+            insort(self._running, sequence, key=_age)
+        return effects
+
+    # ---- one step ------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> tuple[Schedule, list[Effect]]:
+        """Choose the rows of the next step; no rows when nothing can be computed."""
+        effects: list[Effect] = []
+        rows: list[Row] = []
+        for sequence in tuple(self._running):
+            if sequence.remaining > 1 or sequence.phase != "running":
+                continue  # a prefill, or it has just given way to an older one
+            if self._grow(sequence, effects):
+                rows.append(Row(sequence, sequence.computed, 1))
+        budget = self._token_budget - len(rows)
+        for sequence in self._running:
+            if budget == 0:
+                break
+            if sequence.remaining > 1:
+                budget -= self._chunk(sequence, budget, rows)
+        self._admit(budget, rows, effects)
+        return self._describe(rows, now), effects
+
+    def complete(self, schedule: Schedule, ids: list[int], now: float) -> list[Effect]:
+        """Book the step: ``ids[i]`` was sampled for row ``schedule.sampled[i]``."""
+        for row in schedule.rows:
+            row.sequence.computed = row.end
+            self._register_blocks(row.sequence)
+        for sequence in schedule.completing:
+            sequence.timings.computed_at = now
+        effects: list[Effect] = []
+        for index, token in zip(schedule.sampled, ids, strict=True):
+            sequence = schedule.rows[index].sequence
+            at = sequence.output_tokens
+            sequence.ids.append(token)
+            finish = self._finish(sequence, token)
+            effects.append(Token(sequence.seq, at, token, finish))
+            if finish == "handoff":
+                self._running.remove(sequence)
+                sequence.phase = "pinned"
+                self._num_pinned += 1
+            elif finish:
+                effects += self._end(sequence)
+        return effects
+
+    @staticmethod
+    def _finish(sequence: Sequence, token: int) -> str:
+        if token in sequence.stop_ids:
+            return "stop"
+        if sequence.output_tokens >= sequence.max_tokens:
+            return "length"
+        return "handoff" if sequence.leg == "prefill" else ""
+
+    def _describe(self, rows: list[Row], now: float) -> Schedule:
+        sampled: list[int] = []
+        completing: list[Sequence] = []
+        num_tokens = 0
+        for index, row in enumerate(rows):
+            sequence = row.sequence
+            num_tokens += row.count
+            if sequence.timings.started_at is None:
+                sequence.timings.started_at = now
+            if row.end == len(sequence.ids):
+                sampled.append(index)
+                if sequence.timings.computed_at is None and sequence.leg != "decode":
+                    completing.append(sequence)
+        return Schedule(tuple(rows), tuple(sampled), tuple(completing), num_tokens)
+
+    @staticmethod
+    def _chunk(sequence: Sequence, budget: int, rows: list[Row]) -> int:
+        count = min(sequence.remaining, budget)
+        rows.append(Row(sequence, sequence.computed, count))
+        return count
+
+    # ---- blocks --------------------------------------------------------------------------------
+
+    def _grow(self, sequence: Sequence, effects: list[Effect]) -> bool:
+        """Make room for the next token; False when the sequence itself had to give way."""
+        if len(sequence.blocks) * self._pool.block_tokens >= len(sequence.ids):
+            return True
+        while self._pool.available == 0:
+            victim = self._running[-1]
+            self._preempt(victim, effects)
+            if victim is sequence:
+                return False
+        sequence.blocks.extend(self._pool.allocate(1))
+        return True
+
+    def _preempt(self, sequence: Sequence, effects: list[Effect]) -> None:
+        self._running.remove(sequence)
+        if sequence.leg == "prefill":
+            effects.append(TransferUnbound(sequence.transfer))
+        self._wait_again(sequence)
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        self._give_back(sequence)
+        sequence.phase = "waiting"
+        sequence.computed = 0
+        self._waiting_tokens += sequence.remaining
+        insort(self._preempted, sequence, key=_age)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.blocks)
+        del sequence.blocks[:]
+        sequence.registered = 0
+
+    def _register_blocks(self, sequence: Sequence) -> None:
+        """Make blocks that this step filled known to later prompts."""
+        full = sequence.computed // self._pool.block_tokens
+        if full > sequence.registered:
+            hashes = sequence.hashes(full, self._pool.block_tokens)
+            for index in range(sequence.registered, full):
+                self._pool.register(sequence.blocks[index], hashes[index])
+            sequence.registered = full
+
+    # ---- admission -----------------------------------------------------------------------------
+
+    def _admit(self, budget: int, rows: list[Row], effects: list[Effect]) -> None:
+        seats = self._max_sequences - len(self._running) - len(self._receiving)
+        reserved = 0  # blocks that older sequences, which wait only for budget, will take
+        admitted: list[Sequence] = []
+        for sequence in chain(self._preempted, self._waiting.values()):
+            if seats == 0 or (budget == 0 and self._waiting_decode_legs == 0):
+                break
+            hits, new = self._fit(sequence)
+            idle = self._pool.unheld(hits)
+            headroom = len(self._running) + len(admitted)  # a block for each, before they grow
+            if reserved + new + idle + headroom > self._pool.available:
+                break
+            seats -= 1
+            if budget == 0 and sequence.kv_source == "compute":
+                reserved += new + idle
+                continue
+            admitted.append(sequence)
+            self._hold(sequence, hits, new, effects)
+            if sequence.kv_source == "compute":
+                budget -= self._chunk(sequence, budget, rows)
+        for sequence in admitted:
+            self._leave_queue(sequence)
+            if sequence.kv_source == "transfer":
+                sequence.phase = "receiving"
+                self._receiving[sequence.transfer] = sequence
+            else:
+                sequence.phase = "running"
+                insort(self._running, sequence, key=_age)
+
+    def _fit(self, sequence: Sequence) -> tuple[list[int], int]:
+        """(blocks of the cached beginning, how many new ones are needed besides).
+
+        A sequence that computes leaves at least its last token to compute, for the logits.
+        """
+        known = len(sequence.ids)
+        usable = known if sequence.kv_source == "transfer" else known - 1
+        block_tokens = self._pool.block_tokens
+        hits = self._pool.match(sequence.hashes(usable // block_tokens, block_tokens))
+        return hits, self._pool.blocks_for(known) - len(hits)
+
+    def _hold(self, sequence: Sequence, hits: list[int], new: int, effects: list[Effect]) -> None:
+        self._pool.acquire(hits)
+        sequence.blocks.extend(hits)
+        sequence.blocks.extend(self._pool.allocate(new))
+        cached = len(hits) * self._pool.block_tokens
+        self._waiting_tokens -= sequence.remaining if sequence.kv_source == "compute" else 0
+        sequence.computed = cached
+        sequence.registered = len(hits)
+        if sequence.seq in self._waiting:  # a resumed sequence was announced before
+            effects.append(Allocated(sequence.seq, cached))
+        if sequence.leg == "prefill" or sequence.kv_source == "transfer":
+            side: Side = "export" if sequence.leg == "prefill" else "import"
+            blocks, total = tuple(sequence.blocks), sequence.given_tokens
+            effects.append(TransferBound(side, sequence.transfer, blocks, cached, total))
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        if self._waiting.pop(sequence.seq, None) is None:
+            self._preempted.pop(bisect_left(self._preempted, sequence.arrival, key=_age))
+        elif sequence.kv_source == "transfer":
+            self._waiting_decode_legs -= 1
+
+    # ---- ends ----------------------------------------------------------------------------------
+
+    def _end(self, sequence: Sequence) -> list[Effect]:
+        """Free everything a sequence holds, whatever its phase."""
+        match sequence.phase:
+            case "waiting":
+                if sequence.kv_source == "compute":
+                    self._waiting_tokens -= sequence.remaining
+                self._leave_queue(sequence)
+            case "receiving":
+                del self._receiving[sequence.transfer]
+            case "running":
+                self._running.remove(sequence)
+            case "pinned":
+                self._num_pinned -= 1
+        self._give_back(sequence)
+        sequence.phase = "ended"
+        del self._sequences[sequence.seq]
+        effects: list[Effect] = []
+        if sequence.leg == "prefill":
+            del self._exports[sequence.transfer]
+            effects.append(TransferClosed("export", sequence.transfer))
+        elif sequence.kv_source == "transfer":
+            del self._imports[sequence.transfer]
+            effects.append(TransferClosed("import", sequence.transfer))
+        return [*effects, Ended(sequence.seq)]
+
+    # ---- facts ---------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        """How busy the engine is now. Linear in the running sequences."""
+        prefill = sum(s.remaining for s in self._running if s.remaining > 1)
+        return Load(
+            queued_prefill_tokens=self._waiting_tokens + prefill,
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._preempted),
+            free_blocks=self._pool.free,
+            cached_blocks=self._pool.cached,
+            pinned=self._num_pinned + len(self._receiving),
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in any phase but ended."""
+        return len(self._sequences)
+
+    def check(self) -> None:
+        """Raise ``AssertionError`` if the books disagree with each other. Linear in everything."""
+        self._pool.check(s.blocks for s in self._sequences.values())
+        by_phase: dict[str, set[int]] = {"waiting": set(self._waiting), "running": set()}
+        by_phase["waiting"] |= {s.seq for s in self._preempted}
+        by_phase["running"] = {s.seq for s in self._running}
+        by_phase["receiving"] = {s.seq for s in self._receiving.values()}
+        for sequence in self._sequences.values():
+            if sequence.phase != "pinned":
+                assert sequence.seq in by_phase[sequence.phase], f"{sequence.seq} is in no queue"
+            holds = sequence.phase != "waiting"
+            assert holds == bool(sequence.blocks), f"{sequence.phase} with {sequence.blocks}"
+        for queue in (list(self._waiting.values()), self._preempted, self._running):
+            ages = [s.arrival for s in queue]
+            assert ages == sorted(ages), "a queue is out of order"
+        assert self._waiting_tokens == sum(s.remaining for s in self._queued_to_compute())
+        queued = self._waiting.values()
+        assert self._waiting_decode_legs == sum(s.kv_source == "transfer" for s in queued)
+        assert self._num_pinned == sum(s.phase == "pinned" for s in self._sequences.values())
+
+    def _queued_to_compute(self) -> Iterator[Sequence]:
+        queued = chain(self._preempted, self._waiting.values())
+        return (s for s in queued if s.kv_source == "compute")

@@ -1,0 +1,436 @@
+"""The agent's end of all KV streams: runs the two transfer machines over real connections.
+
+A thin shell: it turns calls and frames into events, carries out effects, and arms one timer. It
+knows neither engines nor requests; the agent hears through ``KvEvents``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import assert_never
+
+from pop_node.kv_stream import events as ev
+from pop_node.kv_stream.connection import Connection
+from pop_node.kv_stream.frames import MAX_VERSION, MIN_VERSION, FromReceiver, FromSender, Hello
+from pop_node.kv_stream.intake import Intake
+from pop_node.kv_stream.interface import KvEvents, KvStatistics
+from pop_node.kv_stream.link import Authorize, PeerLink
+from pop_node.kv_stream.liveness import MIN_WAIT_S
+from pop_node.kv_stream.receiver import Receiver
+from pop_node.kv_stream.sender import Sender
+from pop_node.kv_stream.spec import KvSpec, Piece
+from pop_node.kv_stream.staging import Staging
+from wire.address import Dialer, format_address, is_loopback
+from wire.errors import ConfigError, PeerError
+from wire.messages import LinkRate
+
+log = logging.getLogger(__name__)
+
+HOT_EVENTS = (
+    ev.Staged,
+    ev.Sending,
+    ev.Written,
+    ev.FromPeer,
+    ev.DataBegins,
+    ev.DataEnded,
+    ev.Imported,
+)
+"""Events of the data path. The waits that they begin (5 s and more) end after the next ping of the
+live connection that they came over (2 s), so the timer need not be looked at for each of them."""
+
+
+class KvEndpoint:
+    """Listens for incoming transfers and dials for outgoing ones. Use from one event loop only."""
+
+    def __init__(
+        self,
+        name: str,
+        site: str,
+        mesh: str,
+        incarnation: str,
+        staging: Staging,
+        dialer: Dialer,
+        server_ssl: ssl.SSLContext | None,
+        client_ssl: ssl.SSLContext | None,
+        authorize: Authorize,
+        events: KvEvents,
+    ) -> None:
+        layout = staging.layout
+        self._hello = Hello(
+            MIN_VERSION, MAX_VERSION, mesh, name, site, incarnation, layout.slot_bytes
+        )
+        self._staging = staging
+        self._dialer = dialer
+        self._server_ssl = server_ssl
+        self._client_ssl = client_ssl
+        self._authorize = authorize
+        self._events = events
+        self._sender = Sender()
+        self._receiver = Receiver(layout.export_slots, layout.import_slots, layout.slot_bytes)
+        self._links: dict[str, PeerLink] = {}
+        self._rates: dict[str, LinkRate] = {}  # of links that are gone, by peer
+        self._pending: deque[Callable[[], None]] = deque()  # empty between calls
+        self._draining = False
+        self._must_arm = False
+        self._into: int | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._wake_at: float | None = None
+        self._numbers = itertools.count()
+        self._stop = asyncio.Event()
+        self._dials: set[asyncio.Task[None]] = set()
+        self._runner: asyncio.Task[None] | None = None
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        """Listen; the address really bound.
+
+        Raises ``ConfigError`` when the address is not loopback and there is no TLS, or is taken.
+        """
+        if self._server_ssl is None and not is_loopback(host):
+            raise ConfigError(
+                f"the KV stream listener on {host} needs TLS",
+                suggestion="run 'popmesh tls init' and 'popmesh tls issue', or listen on 127.0.0.1",
+            )
+        self._loop = asyncio.get_running_loop()
+        self._intake = Intake(
+            self._hello,
+            self._staging,
+            self._to_receiver,
+            self._begin,
+            self._authorize,
+            self._numbers.__next__,
+            self._arm,
+        )
+        try:
+            self._server = await self._loop.create_server(
+                self._intake.accept,
+                host,
+                port,
+                ssl=self._server_ssl,
+                ssl_handshake_timeout=MIN_WAIT_S if self._server_ssl is not None else None,
+            )
+        except OSError as exc:
+            raise ConfigError(f"cannot listen on {format_address(host, port)}: {exc}") from exc
+        started = asyncio.Event()
+        self._runner = asyncio.create_task(self._run(started), name="kv-endpoint")
+        await started.wait()
+        bound = self._server.sockets[0].getsockname()
+        transport = "TLS over TCP" if self._server_ssl is not None else "TCP"
+        log.info("KV stream: %s on %s", transport, format_address(bound[0], bound[1]))
+        return bound[0], bound[1]
+
+    async def close(self) -> None:
+        """End every transfer (``on_failed``, code "draining"), connection and task."""
+        if self._runner is None:
+            return
+        gone = "the node shuts down"
+        for transfer in [*self._sender.transfers(), *self._receiver.transfers()]:
+            self.cancel(transfer, "draining", gone)
+        self._server.close()
+        connections = self._connections()
+        for link in list(self._links.values()):
+            link.close(PeerError(gone, code="link_lost"))
+        for accepted in list(self._intake.connections.values()):
+            accepted.fail(PeerError(gone, code="link_lost"))
+        self._stop.set()
+        for conn in connections:
+            await conn.wait_closed()
+        await self._runner
+        await self._server.wait_closed()
+        self._runner = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def _run(self, started: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as self._tasks:
+            started.set()
+            await self._stop.wait()
+            for dial in self._dials:
+                dial.cancel()
+
+    # ---- prefill side --------------------------------------------------------------------------
+
+    def open(
+        self,
+        transfer_id: bytes,
+        attempt: int,
+        peer: str,
+        address: str,
+        model: str,
+        identity: str,
+        spec: KvSpec,
+        prompt_tokens: int,
+        prompt_digest: bytes,
+        deadline_s: float,
+    ) -> None:
+        """Begin a transfer to ``peer`` at ``address``; ``deadline_s`` from now.
+
+        Raises ``ValueError`` when the id is in use.
+        """
+        key = f"{peer} {address}"  # a new node at an old address is another link
+        deadline = time.monotonic() + deadline_s
+        self._to_sender(
+            ev.Opened(
+                transfer_id,
+                attempt,
+                peer,
+                key,
+                model,
+                identity,
+                spec,
+                prompt_tokens,
+                prompt_digest,
+                deadline,
+            )
+        )
+
+    def compute_started(self, transfer: bytes) -> None:
+        """The engine began the prefill."""
+        self._to_sender(ev.ComputeStarted(transfer))
+
+    def compute_ended(self, transfer: bytes) -> None:
+        """The engine finished the last layer of the last prompt token."""
+        self._to_sender(ev.ComputeEnded(transfer))
+
+    def staged(self, transfer: bytes, slot: int, piece: Piece, nbytes: int) -> None:
+        """The engine filled an export slot; ``on_slot_free`` gives it back."""
+        self._to_sender(ev.Staged(transfer, slot, piece, nbytes))
+
+    def commit(self, transfer: bytes, ids: list[int]) -> None:
+        """The output tokens before the hand-off are ``ids`` (at least one)."""
+        self._to_sender(ev.CommitReady(transfer, tuple(ids)))
+
+    # ---- decode side ---------------------------------------------------------------------------
+
+    def expect(
+        self,
+        transfer_id: bytes,
+        attempt: int,
+        peer: str,
+        model: str,
+        identity: str,
+        spec: KvSpec,
+        prompt_tokens: int,
+        prompt_digest: bytes,
+        deadline_s: float,
+        max_ids: int = 1,
+    ) -> None:
+        """A decode leg awaits this transfer from ``peer``; ``deadline_s`` from now.
+
+        ``max_ids`` is the most ids that its ``Commit`` may carry: forced ids and one more. Blocks
+        must be allocated for ``prompt_tokens + max_ids - 1`` tokens. Raises ``ValueError`` when the
+        id and attempt are in use.
+        """
+        deadline = time.monotonic() + deadline_s
+        self._to_receiver(
+            ev.Expected(
+                transfer_id,
+                attempt,
+                peer,
+                model,
+                identity,
+                spec,
+                prompt_tokens,
+                prompt_digest,
+                deadline,
+                max_ids,
+            )
+        )
+
+    def allocated(self, transfer: bytes, have_tokens: int) -> None:
+        """The engine holds blocks for everything; tokens [0, have_tokens) are cached there."""
+        self._to_receiver(ev.Allocated(transfer, have_tokens))
+
+    def imported(self, transfer: bytes, slot: int) -> None:
+        """The engine answered ``on_import``: it reads the slot no more."""
+        self._to_receiver(ev.Imported(slot))
+
+    # ---- both sides ----------------------------------------------------------------------------
+
+    def cancel(self, transfer: bytes, code: str, message: str) -> None:
+        """Give a transfer up, on whichever side; nothing happens when it already ended."""
+        self._to_sender(ev.Cancelled(transfer, code, message))
+        self._to_receiver(ev.Cancelled(transfer, code, message))
+
+    def engine_lost(self, model: str) -> None:
+        """The engine process died: fail its transfers, take back the slots it was importing."""
+        self._to_sender(ev.EngineLost(model))
+        self._to_receiver(ev.EngineLost(model))
+
+    def link_rates(self) -> list[LinkRate]:
+        """Measured links from here, one per peer."""
+        rates = dict(self._rates)
+        rates |= {link.peer: _rate(link) for link in self._links.values()}
+        return list(rates.values())
+
+    def statistics(self) -> KvStatistics:
+        """Gauges and totals of this moment."""
+        sent, got, pool = self._sender.counts, self._receiver.counts, self._receiver.pool
+        dialled = sum(len(link.connections) for link in self._links.values())
+        return KvStatistics(
+            outgoing_now=len(self._sender),
+            incoming_now=len(self._receiver),
+            parked_now=self._receiver.parked,
+            connections_now=dialled + len(self._intake.connections),
+            export_slots_held_now=self._sender.slots_held,
+            import_slots_free_now=pool.free,
+            import_slots_promised_now=pool.promised,
+            import_slots_used_now=pool.used,
+            delivered=sent.delivered,
+            committed=got.committed,
+            failed_outgoing=sent.failed,
+            failed_incoming=got.failed,
+            denied=sent.denied + got.denied,
+            late_frames=sent.late_frames + got.late_frames,
+            bad_checksums=got.bad_checksums,
+            sent_bytes=sent.sent_bytes,
+            received_bytes=got.received_bytes,
+        )
+
+    # ---- events in, effects out ----------------------------------------------------------------
+
+    def _to_sender(self, event: ev.SenderEvent) -> None:
+        self._must_arm |= not isinstance(event, HOT_EVENTS)
+        self._pending.append(partial(self._step_sender, event, time.monotonic()))
+        self._drain()
+
+    def _to_receiver(self, event: ev.ReceiverEvent) -> None:
+        self._must_arm |= not isinstance(event, HOT_EVENTS)
+        self._pending.append(partial(self._step_receiver, event, time.monotonic()))
+        self._drain()
+
+    def _begin(self, event: ev.DataBegins) -> int | None:
+        """The slot for a payload. Transports ask from the event loop, never inside an effect."""
+        assert not self._draining
+        self._into = None
+        self._to_receiver(event)
+        return self._into
+
+    def _drain(self) -> None:
+        """Handle queued events one after the other: effects may raise new ones."""
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            while self._pending:
+                self._pending.popleft()()
+        finally:
+            self._draining = False
+        if self._must_arm:
+            self._must_arm = False
+            self._arm()
+
+    def _step_sender(self, event: ev.SenderEvent, now: float) -> None:
+        if isinstance(event, ev.LinkDown):
+            link = self._links.pop(event.address)
+            self._rates[link.peer] = _rate(link)
+            log.info("KV link to %s is down: %s", link.peer, event.error)
+        for effect in self._sender.handle(event, now):
+            match effect:
+                case ev.Connect(key, peer):
+                    self._connect(key, peer)
+                case ev.Tell(key, message):
+                    if key in self._links:
+                        self._links[key].tell(message)
+                case ev.SendPiece(key):
+                    self._links[key].send_piece(effect)
+                case ev.StageFrom(transfer, have_tokens):
+                    self._events.on_stage_from(transfer, have_tokens)
+                case ev.SlotFree(slot):
+                    self._events.on_slot_free(slot)
+                case ev.Delivered(transfer, report):
+                    self._events.on_done(transfer, report)
+                case ev.Failed(transfer, error):
+                    self._events.on_failed(transfer, error)
+                case _:
+                    assert_never(effect)
+
+    def _step_receiver(self, event: ev.ReceiverEvent, now: float) -> None:
+        for effect in self._receiver.handle(event, now):
+            match effect:
+                case ev.Reply(number, message):
+                    conn = self._intake.connections.get(number)
+                    if conn is not None:
+                        conn.send(message)
+                case ev.ReceiveInto(slot):
+                    self._into = slot
+                case ev.Import(transfer, slot, piece):
+                    self._events.on_import(transfer, slot, piece)
+                case ev.Committed(transfer, ids):
+                    self._events.on_committed(transfer, list(ids))
+                case ev.Failed(transfer, error):
+                    self._events.on_failed(transfer, error)
+                case _:
+                    assert_never(effect)
+
+    def _connect(self, key: str, peer: str) -> None:
+        """Dial unless the link exists; a new link answers with an event from its own task."""
+        if key in self._links:
+            return
+        link = PeerLink(
+            key,
+            peer,
+            self._hello,
+            self._staging,
+            self._to_sender,
+            self._sender.is_open,
+            self._authorize,
+            self._arm,
+        )
+        self._links[key] = link
+        dial = self._tasks.create_task(self._dial(link, key.rpartition(" ")[2]))
+        self._dials.add(dial)
+        dial.add_done_callback(self._dials.discard)
+
+    async def _dial(self, link: PeerLink, address: str) -> None:
+        try:
+            host, port = self._dialer.resolve(address)
+        except ConfigError as exc:
+            link.close(PeerError(f"{link.peer} gave a bad address: {exc}"))
+            return
+        if self._client_ssl is None and not is_loopback(host):
+            link.close(PeerError(f"no TLS for {link.peer} at {address}", retryable=False))
+            return
+        await link.dial(host, port, self._client_ssl, self._numbers.__next__)
+
+    # ---- the timer -----------------------------------------------------------------------------
+
+    def _connections(self) -> list[Connection[FromReceiver] | Connection[FromSender]]:
+        dialled = [conn for link in self._links.values() for conn in link.connections]
+        return [*dialled, *self._intake.connections.values()]
+
+    def _arm(self) -> None:
+        """One timer for the earliest deadline of both machines and all connections."""
+        waits = [self._sender.next_deadline(), self._receiver.next_deadline()]
+        conns = [conn for conn in self._connections() if not conn.is_closing]
+        waits += [conn.keepalive.next_deadline() for conn in conns]
+        wake_at = min((at for at in waits if at is not None), default=None)
+        if wake_at == self._wake_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake_at = None if self._stop.is_set() else wake_at
+        if self._wake_at is not None:
+            delay_s = max(0.0, self._wake_at - time.monotonic())
+            self._timer = self._loop.call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = self._wake_at = None
+        now = time.monotonic()
+        for conn in self._connections():
+            conn.tick(now)
+        self._to_sender(ev.Tick())
+        self._to_receiver(ev.Tick())
+
+
+def _rate(link: PeerLink) -> LinkRate:
+    return LinkRate(link.peer, link.rtt_s * 1e3, link.rates.bytes_per_s)

@@ -1,0 +1,127 @@
+"""The decode side's accepted connections: who they are, and where their payloads go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import assert_never
+
+from pop_node.kv_stream.connection import Connection, PieceFrame
+from pop_node.kv_stream.events import (
+    ConnLost,
+    ConnRtt,
+    DataBegins,
+    DataEnded,
+    FrameIn,
+    ReceiverEvent,
+)
+from pop_node.kv_stream.faults import violation
+from pop_node.kv_stream.frames import (
+    Abort,
+    Commit,
+    Data,
+    FromSender,
+    Goodbye,
+    Hello,
+    Open,
+    Ping,
+    Pong,
+    data_checksum,
+    receiver_decoder,
+)
+from pop_node.kv_stream.link import Authorize
+from pop_node.kv_stream.staging import Staging
+from wire.errors import MeshError, OverloadError
+
+MAX_CONNECTIONS = 1024
+"""Accepted at once; two from each of 500 nodes."""
+
+
+class Intake:
+    """Owner of all accepted connections of one endpoint."""
+
+    def __init__(
+        self,
+        hello: Hello,
+        staging: Staging,
+        emit: Callable[[ReceiverEvent], None],
+        begin: Callable[[DataBegins], int | None],
+        authorize: Authorize,
+        number: Callable[[], int],
+        watch: Callable[[], None],
+    ) -> None:
+        self.connections: dict[int, Connection[FromSender]] = {}
+        self.bytes_in = 0
+        self._hello = hello
+        self._staging = staging
+        self._emit = emit
+        self._begin = begin
+        self._authorize = authorize
+        self._number = number
+        self._watch = watch
+        self._slots: dict[int, tuple[int, int]] = {}  # connection -> slot, bytes being received
+
+    def accept(self) -> Connection[FromSender]:
+        """Protocol factory of the listening socket."""
+        return Connection(self._number(), self, self._hello, receiver_decoder())
+
+    def on_made(self, conn: Connection[FromSender]) -> None:
+        self.connections[conn.number] = conn
+        self._watch()
+        if len(self.connections) > MAX_CONNECTIONS:
+            conn.fail(OverloadError(f"more than {MAX_CONNECTIONS} KV stream connections"))
+
+    def admit(self, conn: Connection[FromSender], hello: Hello) -> None:
+        self._authorize(hello.name, conn.ssl_object)
+
+    def on_message(self, conn: Connection[FromSender], message: FromSender) -> None:
+        match message:
+            case Open() | Commit() | Abort():
+                self._emit(FrameIn(conn.number, _peer(conn), message))
+            case Data():
+                self._data_ended(conn, message)
+            case Hello() | Goodbye() | Ping() | Pong():
+                raise AssertionError("the connection keeps these to itself")
+            case _:
+                assert_never(message)
+
+    def destination(
+        self, conn: Connection[FromSender], data: Data, nbytes: int
+    ) -> memoryview | None:
+        slot = self._begin(DataBegins(conn.number, _peer(conn), data, nbytes))
+        if slot is None:
+            return None
+        self._slots[conn.number] = (slot, nbytes)
+        return self._staging.slot(slot)
+
+    def on_rtt(self, conn: Connection[FromSender], rtt_s: float) -> None:
+        self._emit(ConnRtt(conn.number, rtt_s))
+
+    def next_piece(self, conn: Connection[FromSender]) -> PieceFrame | None:
+        return None
+
+    def on_written(self, conn: Connection[FromSender], slot: int) -> None:
+        raise AssertionError("a decode node sends no pieces")
+
+    def on_blocked(self, conn: Connection[FromSender]) -> None:
+        """Acknowledgements wait in the connection's bounded queue."""
+
+    def on_lost(self, conn: Connection[FromSender], error: MeshError) -> None:
+        self.connections.pop(conn.number, None)
+        self._slots.pop(conn.number, None)
+        self._emit(ConnLost(conn.number, error))
+
+    def _data_ended(self, conn: Connection[FromSender], data: Data) -> None:
+        held = self._slots.pop(conn.number, None)
+        if held is None:
+            return  # it was skipped
+        slot, nbytes = held
+        self.bytes_in += nbytes
+        payload = self._staging.slot(slot)[:nbytes]
+        checksum = data_checksum(data.transfer, data.attempt, data.piece, data.codec, payload)
+        self._emit(DataEnded(slot, checksum))
+
+
+def _peer(conn: Connection[FromSender]) -> str:
+    if conn.peer is None:
+        raise violation("a frame before Hello")
+    return conn.peer.name

@@ -1,0 +1,190 @@
+"""The Llama family: pre-norm transformer with grouped-query attention, rotary positions and SwiGLU.
+
+Owns the order of operations and the names of weights. Every operation comes from an ``Ops`` table,
+so this file is the same on every backend. Sequences, blocks and sampling belong to the engine.
+
+Source: Touvron et al., "LLaMA" (2023), section 2.2; "The Llama 3 Herd of Models" (2024),
+section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kernels.meta import AttentionMeta
+from kernels.ops import Ops
+from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
+from pop_node.models.llama_config import LlamaConfig
+from pop_node.models.rope import cos_sin_table
+from wire.errors import ConfigError
+
+__all__ = ["Llama", "LlamaConfig"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A buffer that older files carry; it follows from the configuration.
+DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaLayer:
+    """Weights of one layer, ``[out, in]``; projections that share an input are one matrix."""
+
+    attention_norm: torch.Tensor  # [H]
+    qkv: torch.Tensor  # [(heads + 2 kv_heads) D, H]
+    output: torch.Tensor  # [H, heads D]
+    mlp_norm: torch.Tensor  # [H]
+    gate_up: torch.Tensor  # [2 I, H]
+    down: torch.Tensor  # [H, I]
+
+
+class _WeightReader:
+    """Takes named tensors out of a mapping, checking shapes, and knows what was never taken."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self._weights = weights
+        self._dtype = dtype
+        self._taken: set[str] = set()
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """The tensor ``name`` in the model's dtype. Raises ConfigError: missing or misshapen."""
+        tensor = self._weights.get(name)
+        if tensor is None:
+            raise ConfigError(f"weight {name} is missing", where="model.safetensors")
+        if tensor.shape != shape:
+            raise ConfigError(
+                f"weight {name} has shape {tuple(tensor.shape)}, the configuration says {shape}",
+                where="model.safetensors",
+            )
+        self._taken.add(name)
+        return tensor.to(self._dtype).contiguous()
+
+    def leftover(self) -> list[str]:
+        """Names that nobody took, sorted."""
+        return sorted(
+            name
+            for name in self._weights
+            if name not in self._taken and not name.endswith(DERIVED_SUFFIX)
+        )
+
+
+class Llama:
+    """A loaded model. Stateless between calls: the KV cache is an argument."""
+
+    def __init__(
+        self, config: LlamaConfig, weights: Mapping[str, torch.Tensor], ops: Ops, dtype: str
+    ) -> None:
+        """Take ``weights`` (Hugging Face names) and fuse what is multiplied together.
+
+        Args:
+            dtype: ``"bfloat16"`` or ``"float32"``, of weights, activations and KV cache.
+
+        Raises:
+            ConfigError: unknown dtype, or a weight is missing, misshapen or not understood.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not supported", suggestion=f"use {list(DTYPES)}")
+        self.config = config
+        self.dtype = dtype
+        self._ops = ops
+        reader = _WeightReader(weights, DTYPES[dtype])
+        hidden, vocab = config.hidden_size, config.vocab_size
+        self._embedding = reader.take("model.embed_tokens.weight", vocab, hidden)
+        self._layers = [self._read_layer(reader, i) for i in range(config.layers)]
+        self._final_norm = reader.take("model.norm.weight", hidden)
+        if config.tied_embeddings:
+            self._head = self._embedding
+        else:
+            self._head = reader.take("lm_head.weight", vocab, hidden)
+        tied_copy = {"lm_head.weight"} if config.tied_embeddings else set()
+        unknown = [name for name in reader.leftover() if name not in tied_copy]
+        if unknown:
+            raise ConfigError(
+                f"{len(unknown)} weights are not part of a Llama, the first: {unknown[0]}",
+                where="model.safetensors",
+            )
+        self._cos_sin = cos_sin_table(
+            config.context_tokens, config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        self._scale = 1.0 / math.sqrt(config.head_dim)
+
+    def _read_layer(self, reader: _WeightReader, index: int) -> LlamaLayer:
+        c = self.config
+        prefix = f"model.layers.{index}"
+        q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+        def attention(name: str, rows: int, columns: int) -> torch.Tensor:
+            return reader.take(f"{prefix}.self_attn.{name}_proj.weight", rows, columns)
+
+        def mlp(name: str, rows: int, columns: int) -> torch.Tensor:
+            return reader.take(f"{prefix}.mlp.{name}_proj.weight", rows, columns)
+
+        return LlamaLayer(
+            attention_norm=reader.take(f"{prefix}.input_layernorm.weight", c.hidden_size),
+            qkv=torch.cat(
+                [
+                    attention("q", q_size, c.hidden_size),
+                    attention("k", kv_size, c.hidden_size),
+                    attention("v", kv_size, c.hidden_size),
+                ]
+            ),
+            output=attention("o", c.hidden_size, q_size),
+            mlp_norm=reader.take(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
+            gate_up=torch.cat(
+                [mlp(name, c.intermediate_size, c.hidden_size) for name in ("gate", "up")]
+            ),
+            down=mlp("down", c.hidden_size, c.intermediate_size),
+        )
+
+    def kv_spec(self) -> KvSpec:
+        """One group of all layers: K (after rotation) and V of every token."""
+        shape = (self.config.kv_heads, self.config.head_dim)
+        components = tuple(KvComponent(name, self.dtype, shape, 0) for name in ("k", "v"))
+        return KvSpec((KvGroup("tokens", tuple(range(self.config.layers)), components),))
+
+    def allocate_cache(self, num_blocks: int, block_tokens: int) -> tuple[torch.Tensor, ...]:
+        """One tensor per component: [layers, num_blocks, block_tokens, kv_heads, head_dim]."""
+        c = self.config
+        shape = (c.layers, num_blocks, block_tokens, c.kv_heads, c.head_dim)
+        return tuple(torch.zeros(shape, dtype=DTYPES[self.dtype]) for _ in ("k", "v"))
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        meta: AttentionMeta,
+        cache: tuple[torch.Tensor, ...],
+        logit_rows: torch.Tensor,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Compute one ragged batch, writing the KV of its tokens.
+
+        Args:
+            ids: [T] int64 token ids.
+            cache: as from ``allocate_cache``.
+            logit_rows: [S] int64, the rows of the batch whose next token is wanted.
+            on_layer: called with i as soon as layer i's K and V of this batch are in the cache.
+
+        Returns:
+            [S, vocab] float32 logits.
+        """
+        c, ops = self.config, self._ops
+        heads = [c.heads, c.kv_heads, c.kv_heads]
+        keys, values = (component.unbind(0) for component in cache)
+        x = self._embedding[ids]  # [T, H]
+        residual = torch.zeros_like(x)
+        for i, layer in enumerate(self._layers):
+            x, residual = ops.add_rms_norm(x, residual, layer.attention_norm, c.norm_eps)
+            qkv = ops.linear(x, layer.qkv, None).view(len(ids), sum(heads), c.head_dim)
+            q, k, v = torch.split(qkv, heads, dim=1)
+            ops.rope_kv_write(q, k, v, self._cos_sin, meta, keys[i], values[i])
+            if on_layer is not None:
+                on_layer(i)
+            attended = ops.attention(q, keys[i], values[i], meta, self._scale)
+            x = ops.linear(attended.flatten(1), layer.output, None)
+            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, c.norm_eps)
+            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up, None)), layer.down, None)
+        x, _ = ops.add_rms_norm(x[logit_rows], residual[logit_rows], self._final_norm, c.norm_eps)
+        return ops.logits(x, self._head)

@@ -1,0 +1,95 @@
+"""Durable files and locks: the few file system idioms that make a store crash-safe."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on the disk (its directory entry is the caller's)."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the directory's entries are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def place_durably(path: Path, data: bytes, scratch: Path) -> None:
+    """Give a file new content: after a crash it has the old one or the new one, whole.
+
+    ``scratch`` is a directory of the caller's on the same file system.
+    """
+    temporary = scratch / path.name
+    write_durably(temporary, data)
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` (created when absent), against threads and processes.
+
+    The kernel drops it when the holder dies. ``on_wait`` is called once if somebody else has it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not _try_lock(fd):
+            if on_wait is not None:
+                on_wait()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def workspace(root: Path, guard: Path) -> Iterator[Path]:
+    """A fresh directory below ``root``, removed at the end; leftovers of dead processes go first.
+
+    The owner holds a lock on the directory itself, so an unlocked one is a leftover. ``guard`` is
+    the lock under which directories are created and collected: none is collected before it is
+    locked.
+    """
+    with locked(guard):
+        _collect(root)
+        path = root / uuid.uuid4().hex
+        path.mkdir()
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(fd)
+
+
+def _collect(root: Path) -> None:
+    for path in root.iterdir():
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _try_lock(fd):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,135 @@
+"""Options and shells that several commands share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from topology.model import Position
+    from wire.address import Dialer
+    from wire.tls import Credentials
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_MESH = "http://127.0.0.1:8080"
+FILE = click.Path(dir_okay=False, path_type=Path)
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+
+
+def default_store() -> Path:
+    """``$POPMESH_STORE``, else the user's data directory."""
+    if named := os.environ.get("POPMESH_STORE"):
+        return Path(named)
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "popmesh" / "store"
+
+
+def mesh_options(command: F) -> F:
+    """``--mesh`` and ``--api-key`` of the commands that talk to a running mesh."""
+    command = click.option(
+        "--api-key",
+        envvar="POPMESH_API_KEY",
+        show_envvar=True,
+        metavar="KEY",
+        help="Key of a tenant, where the topology has tenants.",
+    )(command)
+    return click.option(
+        "--mesh",
+        envvar="POPMESH_MESH",
+        show_envvar=True,
+        default=DEFAULT_MESH,
+        show_default=True,
+        metavar="URL",
+        help="A router of the mesh.",
+    )(command)
+
+
+def process_options(command: F) -> F:
+    """Options of the long-running processes of a mesh."""
+    for option in (
+        click.option(
+            "--link-map",
+            type=FILE,
+            metavar="FILE",
+            help="JSON that replaces addresses to dial (written by 'popmesh up').",
+        ),
+        click.option(
+            "--tls",
+            type=DIRECTORY,
+            metavar="DIR",
+            help="Certificates of this process, from 'popmesh tls issue'. Needed off loopback.",
+        ),
+        click.option(
+            "--registry",
+            required=True,
+            metavar="consul://HOST:PORT",
+            help="Where nodes and routers find each other.",
+        ),
+        click.option(
+            "--topology", required=True, type=FILE, metavar="FILE", help="The mesh, as YAML."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def store_option(command: F) -> F:
+    """``--store`` with its default."""
+    return click.option(
+        "--store",
+        type=DIRECTORY,
+        default=default_store,
+        show_default="$POPMESH_STORE or ~/.local/share/popmesh/store",
+        metavar="DIR",
+        help="Model store.",
+    )(command)
+
+
+def load_dialer(link_map: Path | None) -> Dialer:
+    """A dialer with the map's replacements; raises ``ConfigError``."""
+    from wire.address import Dialer
+
+    if link_map is None:
+        return Dialer()
+    from popmesh.links.plan import read_link_map
+
+    return Dialer(read_link_map(link_map))
+
+
+def load_credentials(directory: Path | None) -> Credentials | None:
+    """Certificates, where there is a directory of them; raises ``ConfigError``."""
+    if directory is None:
+        return None
+    from wire.tls import Credentials
+
+    return Credentials.load(directory)
+
+
+def parse_position(text: str) -> Position:
+    """``LAT,LON`` in degrees; raises ``ConfigError``."""
+    from topology.model import Position
+    from wire.errors import ConfigError
+
+    try:
+        lat, lon = (float(part) for part in text.split(","))
+    except ValueError:
+        lat = lon = float("nan")
+    if not (-90 <= lat <= 90 and -180 <= lon <= 180):
+        raise ConfigError(
+            f"{text!r} is not a position", suggestion="write LAT,LON, such as 52.37,4.90"
+        )
+    return Position(lat, lon)
+
+
+def log_to_stderr() -> None:
+    """Logging of a process that somebody else keeps the output of."""
+    import logging
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )

@@ -1,0 +1,70 @@
+"""``popmesh router``: one router of the mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from popmesh.commands.common import (
+    FILE,
+    load_credentials,
+    load_dialer,
+    log_to_stderr,
+    process_options,
+)
+
+
+@click.command()
+@process_options
+@click.option("--name", metavar="NAME", help="Router of the topology. Default: its only one.")
+@click.option(
+    "--listen", metavar="HOST:PORT", help="Where clients connect. Default: as the topology says."
+)
+@click.option("--mmdb", type=FILE, metavar="FILE", help="GeoIP database that places clients.")
+def router(
+    topology: Path,
+    registry: str,
+    tls: Path | None,
+    link_map: Path | None,
+    name: str | None,
+    listen: str | None,
+    mmdb: Path | None,
+) -> None:
+    """Run a router: the OpenAI-compatible door of the mesh.
+
+    It finds the nodes through the registry and serves until SIGTERM or Ctrl-C, after which it ends
+    what is running.
+
+    \b
+    Example:
+      popmesh router --topology mesh.yaml --registry consul://127.0.0.1:8500 \\
+        --listen 127.0.0.1:8080
+      curl http://127.0.0.1:8080/v1/models
+    """
+    from router.app import RouterConfig
+    from router.main import run
+    from topology.load import load_topology
+    from wire.address import parse_address
+    from wire.errors import ConfigError
+
+    mesh = load_topology(topology)
+    if name is None and len(mesh.routers) == 1:
+        name = next(iter(mesh.routers))
+    if name not in mesh.routers:
+        known = ", ".join(mesh.routers) or "the topology has none: add one under routers"
+        problem = "which router is this?" if name is None else f"no router is called {name!r}"
+        raise ConfigError(problem, where=str(topology), suggestion=f"--name: {known}")
+    host, port = parse_address(listen or str(mesh.routers[name].listen))
+    config = RouterConfig(
+        name=name,
+        topology=mesh,
+        registry_url=registry,
+        listen_host=host,
+        listen_port=port,
+        credentials=load_credentials(tls),
+        dialer=load_dialer(link_map),
+        mmdb=mmdb,
+    )
+    log_to_stderr()
+    run(config, lambda url: click.echo(f"router {name} serves {url}"))

@@ -1,0 +1,47 @@
+"""One direction of one link: how long bytes take to get through.
+
+Pure: time is an argument. A link first *serialises* (bytes leave one after the other at its rate),
+then *propagates* (every byte takes the one-way delay). ``popmesh.links.fair_queue`` decides whose
+bytes go first; sockets and timers belong to ``popmesh.links.shaper``.
+"""
+
+from __future__ import annotations
+
+MIN_BUFFER_BYTES = 256 * 1024
+"""Smallest buffer of a connection: keeps a fast local link busy between two timer ticks."""
+
+MAX_BUFFER_BYTES = 256 * 1024 * 1024
+"""Largest buffer of a connection: 10 Gbit/s at 200 ms, the widest link worth emulating here."""
+
+
+class DelayLine:
+    """Serialisation and propagation in one direction; arrivals keep the order of ``push``."""
+
+    def __init__(self, rate_bytes_per_s: float, delay_s: float) -> None:
+        self.free_at = 0.0
+        self._last_arrival = 0.0
+        self.configure(rate_bytes_per_s, delay_s)
+
+    def configure(self, rate_bytes_per_s: float, delay_s: float) -> None:
+        """Change rate and one-way delay for bytes pushed from now on; raises ``ValueError``."""
+        if rate_bytes_per_s <= 0 or delay_s < 0:
+            raise ValueError(f"impossible link: {rate_bytes_per_s} B/s, {delay_s} s")
+        self.rate_bytes_per_s = rate_bytes_per_s
+        self.delay_s = delay_s
+
+    def push(self, now: float, nbytes: int) -> float:
+        """Send ``nbytes`` that are there since ``now``; returns when the last one arrives, in s.
+
+        ``now`` may lie before earlier calls' (a late timer): the line was idle then, not lost.
+        """
+        start = max(now, self.free_at)
+        self.free_at = start + nbytes / self.rate_bytes_per_s
+        # A shortened delay must not let later bytes overtake earlier ones.
+        self._last_arrival = max(self.free_at + self.delay_s, self._last_arrival)
+        return self._last_arrival
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What one connection may hold in this direction: bandwidth times RTT, within bounds."""
+        product = int(self.rate_bytes_per_s * 2 * self.delay_s)
+        return min(max(product, MIN_BUFFER_BYTES), MAX_BUFFER_BYTES)

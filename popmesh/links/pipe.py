@@ -1,0 +1,202 @@
+"""A shaped connection's two pipes, and the link direction that carries them.
+
+Owns the order of bytes and ends on their way through a ``Direction``; who may connect to whom
+is the shaper's. When bytes move is decided by ``FairQueue`` and ``DelayLine``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import assert_never, cast
+
+from popmesh.links.delay_line import DelayLine
+from popmesh.links.fair_queue import FairQueue
+from popmesh.links.plan import EmulatedLink
+
+SEGMENT_BYTES = 16 * 1024
+"""Reads are cut into pieces of this size, so that flows alternate on a slow link. Guess: 1.3 ms of
+100 Mbit/s; a tenth of that would cost more Python than it saves waiting."""
+
+EARLY_S = 0.0005
+"""Deliveries due within half a timer tick (uvloop: 1 ms) go out now rather than a tick late."""
+
+
+class End(Enum):
+    """How a stream of bytes ends."""
+
+    HALF_CLOSE = 1
+    RESET = 2
+
+
+Item = memoryview | End
+
+
+class Direction:
+    """One direction of one site pair: all its connections share the rate, one timer drives it."""
+
+    def __init__(self, link: EmulatedLink) -> None:
+        self.line = DelayLine(link.rate_bytes_per_s, link.one_way_s)
+        self._queue: FairQueue[Pipe, Item] = FairQueue(self.line)
+        self._flying: deque[tuple[float, Pipe, Item]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+
+    def send(self, pipe: Pipe, items: list[Item]) -> None:
+        """Put a pipe's next items on their way."""
+        now = time.monotonic()
+        for item in items:
+            nbytes = item.nbytes if isinstance(item, memoryview) else 0
+            self._queue.offer(pipe, nbytes, item, now)
+        self._advance(now)
+
+    def _advance(self, now: float) -> None:
+        self._flying.extend(self._queue.commit(now))
+        due: dict[Pipe, None] = {}
+        while self._flying and self._flying[0][0] <= now + EARLY_S:
+            _, pipe, item = self._flying.popleft()
+            pipe.arrived.append(item)
+            due[pipe] = None
+        for pipe in due:
+            pipe.flush()
+        self._arm(now)
+
+    def _arm(self, now: float) -> None:
+        deadlines = [self._flying[0][0]] if self._flying else []
+        if (queued := self._queue.next_deadline()) is not None:
+            deadlines.append(queued)
+        if not deadlines:
+            return
+        wake_at = min(deadlines)
+        if self._timer is not None:
+            if self._timer_at <= wake_at:
+                return
+            self._timer.cancel()
+        self._timer_at = wake_at
+        self._timer = asyncio.get_running_loop().call_later(max(wake_at - now, 0.0), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._advance(time.monotonic())
+
+
+@dataclass(eq=False, slots=True)
+class Pipe:
+    """One connection in one direction: ``source`` is read, ``sink`` is written (None: not yet)."""
+
+    direction: Direction
+    source: asyncio.Transport | None = None
+    sink: asyncio.Transport | None = None
+    held_bytes: int = 0
+    sink_full: bool = False
+    source_paused: bool = False
+    ended: bool = False
+    end_delivered: bool = False
+    arrived: deque[Item] = field(default_factory=deque)
+    reverse: Pipe | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Bytes read from the source enter the link; a full buffer pauses the source."""
+        view = memoryview(data)
+        self.held_bytes += len(view)
+        if self.held_bytes > self.direction.line.buffer_bytes:
+            self._pause_source(True)
+        self.direction.send(
+            self, [view[at : at + SEGMENT_BYTES] for at in range(0, len(view), SEGMENT_BYTES)]
+        )
+
+    def finish(self, end: End) -> None:
+        """The source has ended; the end follows the data. A reset may follow a half-close."""
+        if not self.ended or end is End.RESET:
+            self.ended = True
+            self.direction.send(self, [end])
+
+    def flush(self) -> None:
+        """Write what has arrived, as far as the sink takes it."""
+        while self.arrived and self.sink is not None and not self.sink_full:
+            self._write(self.sink, self.arrived.popleft())
+        if self.source_paused and self.held_bytes <= self.direction.line.buffer_bytes // 2:
+            self._pause_source(False)
+
+    def _write(self, sink: asyncio.Transport, item: Item) -> None:
+        if isinstance(item, memoryview):
+            self.held_bytes -= item.nbytes
+            if not sink.is_closing():
+                sink.write(item)
+            return
+        self.end_delivered = True
+        if sink.is_closing():
+            return
+        match item:
+            case End.HALF_CLOSE:
+                sink.write_eof()
+                if self.reverse is not None and self.reverse.end_delivered:
+                    self.close()
+            case End.RESET:
+                reset(sink)
+            case _:
+                assert_never(item)
+
+    def close(self) -> None:
+        """Close both sockets in order: what they still have to write is written."""
+        for transport in (self.source, self.sink):
+            if transport is not None:
+                transport.close()
+
+    def _pause_source(self, pause: bool) -> None:
+        self.source_paused = pause
+        if self.source is not None and not self.source.is_closing():
+            if pause:
+                self.source.pause_reading()
+            else:
+                self.source.resume_reading()
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Close with a reset instead of an orderly end."""
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+def pipe_pair(forward: Direction, backward: Direction) -> tuple[Pipe, Pipe]:
+    """The two pipes of one connection."""
+    there, back = Pipe(forward), Pipe(backward)
+    there.reverse, back.reverse = back, there
+    return there, back
+
+
+class Endpoint(asyncio.Protocol):
+    """One of a connection's two sockets: the source of ``outgoing``, the sink of ``incoming``."""
+
+    def __init__(self, outgoing: Pipe, incoming: Pipe) -> None:
+        self.outgoing = outgoing
+        self.incoming = incoming
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.outgoing.source = self.incoming.sink = cast(asyncio.Transport, transport)
+        self.incoming.flush()
+
+    def data_received(self, data: bytes) -> None:
+        self.outgoing.feed(data)
+
+    def eof_received(self) -> bool:
+        self.outgoing.finish(End.HALF_CLOSE)
+        return True  # stay open for the other direction
+
+    def pause_writing(self) -> None:
+        self.incoming.sink_full = True
+
+    def resume_writing(self) -> None:
+        self.incoming.sink_full = False
+        self.incoming.flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # An orderly end was announced by eof_received; whatever else ends a socket is a reset.
+        self.outgoing.finish(End.RESET)
+        self.resume_writing()  # what still arrives drains into nowhere

@@ -1,0 +1,1 @@
+"""How facts look in a terminal. Units are printed, and the formula where a number needs one."""

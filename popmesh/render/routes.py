@@ -1,0 +1,118 @@
+"""Routes and their reasons in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from popmesh.client import Plan, Record, Route, Transfer
+
+TERMS = {
+    "to_prefill": "client to prefill site",
+    "queue": "queue there",
+    "prefill": "prefill",
+    "kv_tail": "KV the link cannot hide",
+    "interference": "interference at decode",
+    "decode": "decode",
+    "to_client": "decode site to client",
+}
+"""The router's cost terms in words; a term that is not here is shown as it is."""
+
+
+def pair_text(route: Route) -> str:
+    """``fra-1 (fra) -> lhr-1 (lhr)``."""
+    return f"{route.prefill} ({route.prefill_site}) -> {route.decode} ({route.decode_site})"
+
+
+def plan_view(plan: Plan) -> Group:
+    """Candidates side by side, term by term in ms, then why the best one is the best."""
+    routes = [plan.route, *plan.fallbacks]
+    terms = list(dict.fromkeys(reason.term for route in routes for reason in route.reasons))
+    table = Table(
+        "Prefill -> decode",
+        "Cost, ms",
+        *(TERMS.get(term, term) for term in terms),
+        title="Candidates, the cheapest first (cost = sum of the terms, in ms)",
+        title_justify="left",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for number, route in enumerate(routes):
+        terms_ms = {reason.term: reason.seconds * 1e3 for reason in route.reasons}
+        cells = [f"{terms_ms[term]:.1f}" if term in terms_ms else "" for term in terms]
+        style = "bold" if number == 0 else ""
+        table.add_row(pair_text(route), f"{route.cost_s * 1e3:.1f}", *cells, style=style)
+    client = plan.client
+    head = (
+        f"Client at {client.lat:.2f},{client.lon:.2f} ({client.source}); "
+        f"about {plan.prompt_tokens_estimate} prompt tokens"
+    )
+    parts: list[Text | Table] = [Text(head), table, reason_table(plan.route)]
+    if plan.rejected:
+        out = Table("Left out", "Why")
+        for rejected in plan.rejected:
+            out.add_row(rejected.node, rejected.reason)
+        parts.append(out)
+    return Group(*parts)
+
+
+def reason_table(route: Route) -> Table:
+    """Every term of one route's cost, with its reason."""
+    table = Table("Term", "ms", "Because", title=pair_text(route), title_justify="left")
+    table.columns[1].justify = "right"
+    for reason in route.reasons:
+        ms = f"{reason.seconds * 1e3:.1f}"
+        table.add_row(TERMS.get(reason.term, reason.term), ms, reason.detail)
+    return table
+
+
+def record_view(record: Record) -> Group:
+    """What a finished request's route was, why, and what its transfer did."""
+    route = record.attempts[-1].route
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row(
+        "Time to first token", _ms(record.ttft_ms), "at the router: request read -> token"
+    )
+    facts.add_row("Whole answer", _ms(record.total_ms), "")
+    facts.add_row("Queue at prefill", _ms(record.node_queue_ms), "measured by the node")
+    facts.add_row("Prefill", _ms(record.node_prefill_ms), "measured by the node")
+    if len(record.attempts) > 1:
+        outcomes = ", ".join(attempt.outcome for attempt in record.attempts)
+        facts.add_row("Attempts", str(len(record.attempts)), outcomes)
+    if record.transfer is not None:
+        _transfer_rows(facts, record.transfer)
+    return Group(reason_table(route), facts)
+
+
+def summary_line(record: Record) -> str:
+    """The route of an answer in one line."""
+    parts = [pair_text(record.attempts[-1].route), f"first token {_ms(record.ttft_ms)}"]
+    if record.transfer is not None and record.transfer.kv_bytes:
+        parts.append(f"KV {_bytes(record.transfer.kv_bytes)}, {_hidden(record.transfer)} hidden")
+    return " | ".join(parts)
+
+
+def _transfer_rows(facts: Table, transfer: Transfer) -> None:
+    rate = f"link RTT {transfer.rtt_ms:.1f} ms"
+    facts.add_row(
+        "KV cache sent", _bytes(transfer.kv_bytes), f"in {_ms(transfer.transfer_ms)}, {rate}"
+    )
+    facts.add_row(
+        "Hidden behind compute",
+        _hidden(transfer),
+        f"{_bytes(transfer.hidden_bytes)} had arrived when the last layer was computed",
+    )
+    facts.add_row("KV tail", _ms(transfer.tail_ms), "last layer computed -> last byte received")
+
+
+def _hidden(transfer: Transfer) -> str:
+    return f"{100 * transfer.hidden_bytes / max(transfer.kv_bytes, 1):.0f} %"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} ms"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"

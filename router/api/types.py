@@ -1,0 +1,117 @@
+"""JSON bodies that clients send, as strict msgspec structs, and what parsing makes of them.
+
+Owns the shapes and ranges of the supported parameters. Which other parameters are refused and which
+are harmless is ``router.api.parse``'s business. Source of names, ranges and defaults: the OpenAI
+API reference for chat completions and (legacy) completions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+
+from wire.messages import Input, Sampling
+
+ApiKind = Literal["chat", "completion"]
+
+MAX_COUNT = 2**31 - 1
+"""Largest token count or token id taken from a client: more than any context or vocabulary."""
+
+MAX_STOP_STRINGS = 4
+"""Source: OpenAI API reference."""
+
+MAX_STOP_CHARS = 256
+"""Longest stop string, in characters. Guess: nodes hold back that much text of every stream."""
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
+Temperature = Annotated[float, msgspec.Meta(ge=0.0, le=2.0)]
+TopP = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
+StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+StopList = Annotated[list[StopString], msgspec.Meta(max_length=MAX_STOP_STRINGS)]
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """One part of a message's content; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant", "developer", "tool"]
+    content: str | list[TextPart]
+
+    def text(self) -> str:
+        """The content as one string; parts are joined as they stand."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Parameters that both endpoints share."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    max_tokens: Count | None = None
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    seed: int | None = None
+    stop: StopString | StopList | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+
+
+class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: Count | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[TokenId]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A request that is well formed; whether the mesh can serve it is still open.
+
+    ``max_tokens`` None means "to the context"; ``seed`` is unsigned 64-bit or None (router draws).
+    """
+
+    kind: ApiKind
+    model: str
+    input: Input
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    stream: bool
+    include_usage: bool
+
+    def sampling(self, drawn_seed: int) -> Sampling:
+        """The wire form, with ``drawn_seed`` where the client gave none."""
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=drawn_seed if self.seed is None else self.seed,
+            stop=list(self.stop),
+            ignore_eos=self.ignore_eos,
+        )

@@ -1,0 +1,283 @@
+"""The model API: bodies in, answers out. ``/v1/chat/completions``, ``/v1/completions``,
+``/v1/models``.
+
+A thin shell over parse, route and ``Exchange``; every error becomes one OpenAI-shaped answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from router.admission import MAX_BODY_BYTES, Limits
+from router.api.parse import parse_chat, parse_completion
+from router.api.render import StreamRenderer, whole_answer
+from router.api.types import ApiKind, ParsedRequest
+from router.auth import Authenticator, Caller
+from router.dispatch import Dispatch
+from router.exchange import AnswerSink, Exchange
+from router.geo import GEO_HEADER, ClientLocator, ClientPlace
+from router.policy import ROUTE_HEADER, Pin, Plan, RouteRequest
+from router.record import RequestRecord
+from router.request_events import RequestSpec
+from router.sinks import Served, SseSink, WholeSink
+from wire.errors import MeshError, RequestError
+
+_PARSERS: dict[ApiKind, Callable[[bytes], ParsedRequest]] = {
+    "chat": parse_chat,
+    "completion": parse_completion,
+}
+_ID_PREFIX: dict[ApiKind, str] = {"chat": "chatcmpl-", "completion": "cmpl-"}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that passed every check short of finding a route."""
+
+    parsed: ParsedRequest
+    caller: Caller
+    place: ClientPlace
+    routing: RouteRequest
+    chain: list[bytes]
+    prompt_bytes: int
+
+
+class ModelApi:
+    """Handlers of the model API."""
+
+    def __init__(
+        self,
+        dispatch: Dispatch,
+        authenticator: Authenticator,
+        locator: ClientLocator,
+        limits: Limits,
+        started_s: int,
+    ) -> None:
+        self._dispatch = dispatch
+        self._auth = authenticator
+        self._locator = locator
+        self._limits = limits
+        self._started_s = started_s
+
+    # ---- handlers -----------------------------------------------------------------------------
+
+    async def models(self, request: web.Request) -> web.Response:
+        """``GET /v1/models``: what the topology lists and what nodes offer."""
+        self._caller(request)
+        view = self._dispatch.builder.snapshot()
+        names = sorted(view.topology.models.keys() | view.offered.keys())
+        return web.json_response(
+            {
+                "object": "list",
+                "data": [
+                    {
+                        "id": name,
+                        "object": "model",
+                        "created": self._started_s,
+                        "owned_by": view.topology.mesh,
+                    }
+                    for name in names
+                ],
+            }
+        )
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """``POST /v1/chat/completions``."""
+        return await self._generate(request, "chat")
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """``POST /v1/completions``."""
+        return await self._generate(request, "completion")
+
+    async def prepare(self, request: web.Request, kind: ApiKind) -> Prepared:
+        """Authenticate, read, parse, place and measure a request; raises ``MeshError``."""
+        caller = self._caller(request)
+        data = await self._read_body(request)
+        parsed = _PARSERS[kind](data)
+        place = self._locator.place(peer_of(request), request.headers.get(GEO_HEADER))
+        if place.ignored_header:
+            self._dispatch.metrics.ignored_geo.add()
+        pin = _pin(request.headers.get(ROUTE_HEADER), caller)
+        work, chain, prompt_bytes = self._dispatch.measure(
+            parsed.model, caller.tenant, parsed.input, parsed.max_tokens
+        )
+        self._check_max_tokens(parsed)
+        routing = RouteRequest(work, place.position, caller.regions, pin)
+        return Prepared(parsed, caller, place, routing, chain, prompt_bytes)
+
+    # ---- generating ---------------------------------------------------------------------------
+
+    async def _generate(self, request: web.Request, kind: ApiKind) -> web.StreamResponse:
+        caller = self._caller(request)
+        admission = self._dispatch.admission
+        try:
+            admission.enter(caller.tenant)
+        except MeshError as exc:
+            self._dispatch.metrics.refused.add(exc.code)
+            raise
+        try:
+            try:
+                prepared = await self.prepare(request, kind)
+                plan = self._dispatch.choose(prepared.routing)
+            except MeshError as exc:
+                self._dispatch.metrics.refused.add(exc.code)
+                raise
+            self._dispatch.retry_budget.deposit()
+            if prepared.parsed.stream:
+                return await self._stream(request, kind, prepared, plan)
+            return await self._whole(kind, prepared, plan)
+        finally:
+            admission.leave(caller.tenant)
+
+    async def _stream(
+        self, request: web.Request, kind: ApiKind, prepared: Prepared, plan: Plan
+    ) -> web.StreamResponse:
+        answer_id, created_s = _answer_id(kind), int(time.time())
+        parsed = prepared.parsed
+        renderer = StreamRenderer(kind, answer_id, parsed.model, created_s, parsed.include_usage)
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client left before its answer began")
+        sink = SseSink(renderer, on_stuck=transport.abort)
+        exchange = self._exchange(answer_id, prepared, sink)
+        try:
+            exchange.start(plan)
+            begun = await sink.begun
+            if isinstance(begun, MeshError):
+                raise begun
+            response = web.StreamResponse(headers=_route_headers(answer_id, begun))
+            response.content_type = "text/event-stream"
+            response.headers["Cache-Control"] = "no-cache"
+            await response.prepare(request)
+            # HTTP/1.0 knows no chunks: there the body ends with the connection.
+            sink.attach(transport, chunked=request.version >= (1, 1))
+            await response.write_eof(await sink.ended)
+            return response
+        finally:
+            exchange.client_gone()
+
+    async def _whole(self, kind: ApiKind, prepared: Prepared, plan: Plan) -> web.Response:
+        answer_id, created_s = _answer_id(kind), int(time.time())
+        sink = WholeSink()
+        exchange = self._exchange(answer_id, prepared, sink)
+        try:
+            exchange.start(plan)
+            ended = await sink.ended
+        finally:
+            exchange.client_gone()
+        if isinstance(ended, MeshError):
+            raise ended
+        body = whole_answer(
+            kind,
+            answer_id,
+            prepared.parsed.model,
+            created_s,
+            ended.escaped,
+            ended.reason,
+            ended.usage,
+        )
+        return web.Response(
+            body=body,
+            content_type="application/json",
+            headers=_route_headers(answer_id, ended.served),
+        )
+
+    def _exchange(self, answer_id: str, prepared: Prepared, sink: AnswerSink) -> Exchange:
+        parsed, caller = prepared.parsed, prepared.caller
+        record = RequestRecord(answer_id, parsed.model, caller.tenant, prepared.place.source)
+        self._dispatch.log.add(record)
+        now = asyncio.get_running_loop().time()
+        spec = RequestSpec(
+            request_id=answer_id,
+            model=parsed.model,
+            tenant=caller.tenant,
+            input=parsed.input,
+            sampling=parsed.sampling(secrets.randbits(64)),
+            chain=prepared.chain,
+            deadline=now + self._limits.request_timeout_s,
+        )
+        return Exchange(self._dispatch, spec, record, prepared.routing, prepared.prompt_bytes, sink)
+
+    # ---- checks -------------------------------------------------------------------------------
+
+    def _caller(self, request: web.Request) -> Caller:
+        return self._auth.client(request.headers.get("Authorization"), peer_of(request))
+
+    async def _read_body(self, request: web.Request) -> bytes:
+        too_large = RequestError(
+            f"the body exceeds {MAX_BODY_BYTES // 2**20} MiB", code="request_too_large"
+        )
+        if (request.content_length or 0) > MAX_BODY_BYTES:
+            raise too_large
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                return await request.read()
+        except TimeoutError as exc:
+            raise RequestError(
+                f"the body was not complete after {self._limits.body_timeout_s:g} s",
+                code="request_timeout",
+            ) from exc
+        except web.HTTPRequestEntityTooLarge as exc:
+            raise too_large from exc
+        except web.RequestPayloadError as exc:
+            raise RequestError(f"the body cannot be read: {exc}") from exc
+
+    def _check_max_tokens(self, parsed: ParsedRequest) -> None:
+        """Refuse more output than any node's context could hold, before any node is asked."""
+        view = self._dispatch.builder.snapshot()
+        contexts = [
+            view.nodes[name].offers[parsed.model].context_tokens
+            for name in view.offered.get(parsed.model, ())
+        ]
+        if contexts and parsed.max_tokens is not None and parsed.max_tokens > max(contexts):
+            raise RequestError(
+                f"max_tokens is {parsed.max_tokens}, but the context of {parsed.model} is "
+                f"{max(contexts)} tokens",
+                code="invalid_value",
+                param="max_tokens",
+            )
+
+
+def peer_of(request: web.Request) -> str:
+    """IP address of the other end as text; empty when unknown."""
+    transport = request.transport
+    peername = None if transport is None else transport.get_extra_info("peername")
+    return str(peername[0]) if isinstance(peername, tuple) else ""
+
+
+def _answer_id(kind: ApiKind) -> str:
+    return _ID_PREFIX[kind] + secrets.token_hex(16)
+
+
+def _route_headers(answer_id: str, served: Served) -> dict[str, str]:
+    return {
+        "x-popmesh-request-id": answer_id,
+        "x-popmesh-prefill": served.prefill,
+        "x-popmesh-decode": served.decode,
+    }
+
+
+def _pin(header: str | None, caller: Caller) -> Pin:
+    """``prefill=NAME,decode=NAME`` (either may be missing) -> ``Pin``; raises ``RequestError``."""
+    if header is None:
+        return Pin()
+    if not caller.operator:
+        raise RequestError(
+            f"{ROUTE_HEADER} needs an operator's key", code="forbidden", param=ROUTE_HEADER
+        )
+    chosen: dict[str, str] = {}
+    for item in header.split(","):
+        role, equals, name = (part.strip() for part in item.partition("="))
+        if role not in ("prefill", "decode") or role in chosen or not equals or not name:
+            raise RequestError(
+                f"{ROUTE_HEADER} must be prefill=NAME,decode=NAME; got {header[:80]!r}",
+                code="invalid_value",
+                param=ROUTE_HEADER,
+            )
+        chosen[role] = name
+    return Pin(chosen.get("prefill"), chosen.get("decode"))

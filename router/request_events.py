@@ -1,0 +1,162 @@
+"""What a request machine is told and what it asks for; frozen values without behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.api.render import ClientFinish, Usage
+from router.policy import Route
+from wire.errors import MeshError
+from wire.messages import Accepted, Failed, Finished, Input, Refused, Sampling, StepEntry, Submit
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """The request as every attempt submits it. ``deadline`` is on the router's clock, seconds."""
+
+    request_id: str
+    model: str
+    tenant: str
+    input: Input
+    sampling: Sampling
+    chain: list[bytes]
+    deadline: float
+
+
+# ---- events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A route for the next attempt, with what only the shell can mint or look up."""
+
+    route: Route
+    stream: int
+    transfer_id: bytes
+    kv_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unroutable:
+    """There is no route for the next attempt."""
+
+    error: MeshError
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens from ``node``."""
+
+    node: str
+    entry: StepEntry
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSaid:
+    """A control message of one of this request's streams."""
+
+    node: str
+    message: Accepted | Refused | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The link to ``node`` is gone, and with it everything that ran there for us."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """Nobody reads the answer any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; sent when ``next_deadline`` is reached."""
+
+
+Event = Routed | Unroutable | Tokens | NodeSaid | LinkLost | ClientGone | Tick
+
+
+# ---- effects -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Replan:
+    """Find another route; answer with ``Routed`` or ``Unroutable``."""
+
+    avoid_nodes: frozenset[str]
+    avoid_pairs: frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class SendSubmit:
+    """Start a leg at ``node``."""
+
+    node: str
+    message: Submit
+
+
+@dataclass(frozen=True, slots=True)
+class SendCancel:
+    """Stop a leg at ``node``."""
+
+    node: str
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseStream:
+    """No message of this stream matters any more, from whichever node."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmitHeaders:
+    """The answer begins; sent once, before any text."""
+
+    prefill: str
+    decode: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmitText:
+    """JSON-escaped text for the client, never empty."""
+
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EmitFinish:
+    """The answer is complete."""
+
+    reason: ClientFinish
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class EmitError:
+    """The request failed; before ``EmitHeaders`` an HTTP status, after it an event in the
+    stream."""
+
+    error: MeshError
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Nothing is held any more; the machine ignores everything from now on."""
+
+
+Effect = (
+    Replan
+    | SendSubmit
+    | SendCancel
+    | CloseStream
+    | EmitHeaders
+    | EmitText
+    | EmitFinish
+    | EmitError
+    | Done
+)

@@ -1,0 +1,62 @@
+"""The router's metrics: every definition, once. Formulas stand in the help texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from router.metrics import Counter, Histogram, Metric
+
+
+@dataclass(slots=True)
+class RouterMetrics:
+    """Counters that code adds to; gauges are attached by the application."""
+
+    requests: Counter = field(
+        default_factory=lambda: Counter(
+            "popmesh_requests_total",
+            "Requests ended, by outcome: stop, length, client_gone or an error code.",
+            ("outcome",),
+        )
+    )
+    refused: Counter = field(
+        default_factory=lambda: Counter(
+            "popmesh_refused_total",
+            "Requests refused before any node saw them, by error code.",
+            ("code",),
+        )
+    )
+    tokens: Counter = field(
+        default_factory=lambda: Counter(
+            "popmesh_tokens_total",
+            "Tokens of complete answers: prompt, cached (part of prompt) and completion.",
+            ("kind",),
+        )
+    )
+    retries: Counter = field(
+        default_factory=lambda: Counter(
+            "popmesh_retries_total", "Attempts given up in favour of another route."
+        )
+    )
+    ignored_geo: Counter = field(
+        default_factory=lambda: Counter(
+            "popmesh_ignored_geo_headers_total",
+            "Client geography headers from untrusted networks, ignored.",
+        )
+    )
+    ttft: Histogram = field(
+        default_factory=lambda: Histogram(
+            "popmesh_ttft_seconds",
+            "Request read to first token received, at the router.",
+        )
+    )
+
+    def all(self) -> list[Metric]:
+        """Every metric."""
+        return [
+            self.requests,
+            self.refused,
+            self.tokens,
+            self.retries,
+            self.ignored_geo,
+            self.ttft,
+        ]

@@ -1,0 +1,1 @@
+"""Tests. A package, so that the folders below, named after ours, do not shadow them on sys.path."""

@@ -1,0 +1,95 @@
+"""Shared by the kernel tests: tolerances, shuffled block tables, the ISAs of this CPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from kernels.meta import AttentionMeta
+from kernels.native.build import NativeUnavailableError, ensure_library
+from kernels.native.ops import NativeOps
+
+# Allowed |native - reference| <= atol + rtol |reference|, for results of magnitude about 1.
+# bfloat16 has 8 bits: one rounding is 2^-9 relative, and probabilities are rounded before the
+# second product.
+TOLERANCE = {
+    torch.float32: {"atol": 2e-5, "rtol": 2e-5},
+    torch.bfloat16: {"atol": 1e-2, "rtol": 1.6e-2},
+}
+DTYPES = list(TOLERANCE)
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
+
+
+@functools.cache
+def native(isa: str, threads: int = 2) -> NativeOps:
+    """Native operations of one instruction set; skips the test where this machine lacks it."""
+    try:
+        return NativeOps(ensure_library(), threads, isa)
+    except NativeUnavailableError as exc:
+        pytest.skip(str(exc))
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Assert agreement within the table; NaN anywhere fails."""
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual.float(), expected.float(), **TOLERANCE[actual.dtype])
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """A batch over a cache whose unused slots are NaN: whoever reads one shows it."""
+
+    meta: AttentionMeta
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+
+
+def paged_batch(
+    rng: torch.Generator,
+    lens: list[tuple[int, int]],
+    *,
+    kv_heads: int,
+    head_dim: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+) -> PagedBatch:
+    """A batch of sequences given as (query tokens, context tokens), blocks scattered over a pool.
+
+    Every used slot holds random K and V, the ones of the query tokens included.
+    """
+    needed = [-(-context // block_tokens) for _, context in lens]
+    total = sum(needed) + 3
+    free = torch.randperm(total, generator=rng).tolist()
+    tables = torch.zeros(len(lens), max(needed) + 1, dtype=torch.int32)
+    shape = (total, block_tokens, kv_heads, head_dim)
+    k_cache = torch.full(shape, float("nan"), dtype=dtype)
+    v_cache = torch.full(shape, float("nan"), dtype=dtype)
+    positions: list[int] = []
+    slots: list[int] = []
+    starts = [0]
+    for row, (queries, context) in enumerate(lens):
+        blocks = [free.pop() for _ in range(needed[row])]
+        tables[row, : needed[row]] = torch.tensor(blocks, dtype=torch.int32)
+        used = [blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(context)]
+        for cache in (k_cache, v_cache):
+            filling = torch.randn(context, kv_heads, head_dim, generator=rng).to(dtype)
+            cache.flatten(0, 1)[torch.tensor(used)] = filling
+        positions += range(context - queries, context)
+        slots += used[context - queries :]
+        starts.append(starts[-1] + queries)
+    meta = AttentionMeta(
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        query_starts=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor([c for _, c in lens], dtype=torch.int32),
+        block_tables=tables,
+        block_tokens=block_tokens,
+        max_query=max(q for q, _ in lens),
+        max_context=max(c for _, c in lens),
+        query_lens_host=[q for q, _ in lens],
+        context_lens_host=[c for _, c in lens],
+    )
+    return PagedBatch(meta, k_cache, v_cache)

@@ -1,0 +1,147 @@
+"""Building the library: clean cache, several processes at once, no compiler, broken compiler."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.native import build
+from kernels.native.binding import NativeContext
+from kernels.native.build import NativeUnavailableError, ensure_library
+from kernels.ops import load_ops
+
+
+def fake_compiler(folder: Path, script: str) -> None:
+    """A ``cc`` in ``folder`` that runs ``script``."""
+    folder.mkdir()
+    compiler = folder / "cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+
+
+def build_into(folder: Path, paths: multiprocessing.SimpleQueue[str]) -> None:
+    """Body of a process that builds."""
+    paths.put(str(ensure_library(folder)))
+
+
+def test_processes_building_at_once_share_one_library(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    paths = context.SimpleQueue()
+    processes = [context.Process(target=build_into, args=(tmp_path, paths)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert paths.get() == paths.get()
+    [library] = tmp_path.iterdir()
+    assert NativeContext(library, 1).isa in ("avx512_bf16", "avx512", "avx2", "portable")
+    built = library.stat().st_mtime_ns
+    assert ensure_library(tmp_path) == library
+    assert library.stat().st_mtime_ns == built
+
+
+def test_the_cache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POPMESH_CACHE", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "native"
+    monkeypatch.delenv("POPMESH_CACHE")
+    assert build.cache_folder() == Path.home() / ".cache" / "popmesh" / "native"
+
+
+def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = build.find_compiler()
+    before = build.library_digest(compiler)
+    for path in build.SOURCE_FOLDER.glob("*.[ch]"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
+    assert build.library_digest(compiler) == before
+    (tmp_path / "vmath.h").write_bytes(b"/* changed */")
+    assert build.library_digest(compiler) != before
+
+
+def test_without_a_compiler_auto_falls_back_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert load_ops("auto", 1).name == "reference"
+    assert "no C compiler on PATH" in caplog.text
+
+
+def test_without_a_compiler_native_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NativeUnavailableError, match="no C compiler on PATH"):
+        load_ops("native", 1)
+
+
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_compiler(
+        tmp_path / "bin", 'test "$1" = --version && exit 0; echo "no such header" >&2; exit 3'
+    )
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(NativeUnavailableError, match="failed with 3:\nno such header"):
+        ensure_library(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
+    library = tmp_path / "broken.so"
+    library.write_bytes(b"not a library")
+    with pytest.raises(NativeUnavailableError, match="does not load"):
+        NativeContext(library, 1)
+
+
+def test_an_unwritable_cache_is_refused(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(NativeUnavailableError, match="cannot write"):
+        ensure_library(blocked / "native")
+
+
+def test_impossible_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="threads is 0"):
+        load_ops("auto", 0)
+    with pytest.raises(ValueError, match="unknown backend"):
+        load_ops("cuda", 1)  # type: ignore[arg-type]
+    with pytest.raises(NativeUnavailableError, match="cannot run mmx kernels"):
+        NativeContext(ensure_library(), 1, "mmx")
+
+
+def count_threads() -> int:
+    """Threads of this process as the kernel counts them."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux procfs")
+def test_a_pool_has_exactly_the_threads_asked_for_and_joins_them() -> None:
+    library = ensure_library()
+    before = count_threads()
+    alone = NativeContext(library, 1)
+    assert count_threads() == before
+    pool = NativeContext(library, 4)
+    assert count_threads() == before + 3
+    del pool, alone
+    assert count_threads() == before
+
+
+def test_calls_from_several_threads_take_turns() -> None:
+    ops = load_ops("native", 2)
+    x, w = torch.randn(3, 576), torch.randn(960, 576)
+    expected = ops.linear(x, w, None)
+
+    def agrees(_: int) -> bool:
+        return all(torch.equal(ops.linear(x, w, None), expected) for _ in range(100))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(agrees, range(4))) == [True] * 4

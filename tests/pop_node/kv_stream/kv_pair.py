@@ -1,0 +1,413 @@
+"""A real sender and a real receiver back to back, with engines and a network made of lists.
+
+The network keeps every frame until the test decides what becomes of it. Each engine has memory
+whose content is a function of (group, component, layer, token), so misplaced bytes show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from pop_node.kv_stream import events as ev
+from pop_node.kv_stream.coverage import required_tokens
+from pop_node.kv_stream.frames import CODEC_RAW, Commit, Data, data_checksum
+from pop_node.kv_stream.prompt import prompt_digest
+from pop_node.kv_stream.receiver import Receiver
+from pop_node.kv_stream.sender import Sender
+from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec, Piece
+from wire.errors import MeshError, PeerError
+
+SPEC = KvSpec(
+    (
+        KvGroup(
+            "tokens",
+            (0, 2),
+            (KvComponent("k", "float32", (2,)), KvComponent("v", "bfloat16", (1, 2))),
+        ),
+        KvGroup("window", (1,), (KvComponent("latent", "float16", (3,)),), window=3),
+    )
+)
+CHUNK = 4  # tokens per piece
+SLOT_BYTES = 2 * CHUNK * 8
+EXPORT_SLOTS = 3
+IMPORT_SLOTS = 4
+CONN = 7
+LINK = "d 127.0.0.1:1"
+DEADLINE_S = 60.0
+
+
+def token_bytes(seed: bytes, group: int, component: int, layer: int, token: int) -> bytes:
+    """What a correct cache holds at one place."""
+    size = SPEC.groups[group].components[component].token_bytes
+    place = f"{group}.{component}.{layer}.{token}".encode()
+    return hashlib.blake2b(place, key=seed, digest_size=size).digest()
+
+
+def piece_bytes(seed: bytes, p: Piece) -> bytes:
+    """Payload of a piece: [layer, token]."""
+    return b"".join(
+        token_bytes(seed, p.group, p.component, layer, token)
+        for layer in range(p.layer_lo, p.layer_hi)
+        for token in range(p.token_lo, p.token_hi)
+    )
+
+
+def pieces_from(have: int, total: int) -> list[Piece]:
+    """All pieces of a prompt in chunks, both layers of group 0 at once."""
+    found = []
+    for lo in range(have, total, CHUNK):
+        for g, group in enumerate(SPEC.groups):
+            hi, layers = min(lo + CHUNK, total), len(group.layers)
+            found += [Piece(g, c, 0, layers, lo, hi) for c in range(len(group.components))]
+    return found
+
+
+@dataclass
+class Plan:
+    """One transfer as the test wants it."""
+
+    transfer: bytes
+    prompt_tokens: int = 9
+    have_tokens: int = 0
+    ids: tuple[int, ...] = (5,)
+    attempt: int = 1
+    deadline: float = DEADLINE_S
+
+    @property
+    def digest(self) -> bytes:
+        return prompt_digest(range(self.prompt_tokens))
+
+    @property
+    def total(self) -> int:
+        return self.prompt_tokens + len(self.ids) - 1
+
+
+@dataclass
+class Pair:
+    """Both machines, their engines, and what is on its way between them."""
+
+    now: float = 0.0
+    sender: Sender = field(default_factory=Sender)
+    receiver: Receiver = field(
+        default_factory=lambda: Receiver(EXPORT_SLOTS, IMPORT_SLOTS, SLOT_BYTES)
+    )
+    plans: dict[bytes, Plan] = field(default_factory=dict)
+    up: list = field(default_factory=list)  # (message, payload) P -> D
+    down: list = field(default_factory=list)  # messages D -> P
+    to_write: list[ev.SendPiece] = field(default_factory=list)
+    to_stage: list[tuple[bytes, Piece]] = field(default_factory=list)
+    to_import: list[ev.Import] = field(default_factory=list)
+    arriving: list[tuple[int, Data, bytes]] = field(default_factory=list)
+    export: dict[int, bytes | None] = field(
+        default_factory=lambda: dict.fromkeys(range(EXPORT_SLOTS))
+    )
+    slots: dict[int, bytes] = field(default_factory=dict)  # import slots in use
+    memory: dict[bytes, dict] = field(default_factory=dict)
+    ended_p: Counter = field(default_factory=Counter)
+    ended_d: Counter = field(default_factory=Counter)
+    committed: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
+    reports: dict = field(default_factory=dict)
+    errors_p: dict[bytes, MeshError] = field(default_factory=dict)
+    errors_d: dict[bytes, MeshError] = field(default_factory=dict)
+    link_is_up: bool = False
+    effects_left: int = -1  # fault sweep: the effect that fails; negative: none
+    is_lost: bool = False  # ... by not reaching the peer; otherwise ``strike`` follows it
+    strike: Callable[[], None] = lambda: None
+    must_strike: bool = False
+
+    # ---- the agents ----
+
+    def open(self, plan: Plan, **changes) -> None:
+        self.plans[plan.transfer] = plan
+        opened = ev.Opened(
+            plan.transfer,
+            plan.attempt,
+            "d",
+            LINK,
+            "m",
+            "ident",
+            SPEC,
+            plan.prompt_tokens,
+            plan.digest,
+            plan.deadline,
+        )
+        self.p(replace(opened, **changes))
+
+    def expect(self, plan: Plan, **changes) -> None:
+        self.plans[plan.transfer] = plan
+        expected = ev.Expected(
+            plan.transfer,
+            plan.attempt,
+            "p",
+            "m",
+            "ident",
+            SPEC,
+            plan.prompt_tokens,
+            plan.digest,
+            plan.deadline,
+            max_ids=len(plan.ids),
+        )
+        self.d(replace(expected, **changes))
+
+    def allocate(self, plan: Plan) -> None:
+        cells = self.memory[plan.transfer] = {}
+        for p in pieces_from(0, plan.have_tokens):
+            self.scatter(cells, p, piece_bytes(b"kv", p))
+        self.d(ev.Allocated(plan.transfer, plan.have_tokens))
+
+    def commit(self, plan: Plan) -> None:
+        self.p(ev.ComputeEnded(plan.transfer))
+        self.p(ev.CommitReady(plan.transfer, plan.ids))
+
+    # ---- events in, effects out ----
+
+    def p(self, event) -> None:
+        for effect in self.sender.handle(event, self.now):
+            if not (self.is_fault() and self.is_lost and isinstance(effect, ev.Tell)):
+                self.on_p(effect)
+        self.check()
+
+    def d(self, event) -> None:
+        for effect in self.receiver.handle(event, self.now):
+            if not (self.is_fault() and self.is_lost and isinstance(effect, ev.Reply)):
+                self.on_d(effect)
+        self.check()
+
+    def is_fault(self) -> bool:
+        """Count an effect; True for the one that the sweep picked."""
+        self.effects_left -= 1
+        if self.effects_left == -1:
+            self.must_strike = True
+            return True
+        return False
+
+    def on_p(self, effect) -> None:
+        match effect:
+            case ev.Connect():
+                if not self.link_is_up:
+                    self.link_is_up = True
+                    self.p(ev.LinkUp(LINK, SLOT_BYTES))
+            case ev.Tell(_, message):
+                self.up.append((message, b""))
+            case ev.SendPiece():
+                self.to_write.append(effect)
+            case ev.StageFrom(transfer, have):
+                plan = self.plans[transfer]
+                self.to_stage += [(transfer, p) for p in pieces_from(have, plan.total)]
+            case ev.SlotFree(slot):
+                assert self.export[slot] is not None, "an export slot came back twice"
+                self.export[slot] = None
+            case ev.Delivered(transfer, report):
+                self.ended_p[transfer] += 1
+                self.reports[transfer] = report
+            case ev.Failed(transfer, error):
+                self.ended_p[transfer] += 1
+                self.errors_p[transfer] = error
+
+    def on_d(self, effect) -> None:
+        match effect:
+            case ev.Reply(_, message):
+                self.down.append(message)
+            case ev.Import():
+                self.to_import.append(effect)
+            case ev.Committed(transfer, ids):
+                self.ended_d[transfer] += 1
+                self.committed[transfer] = ids
+                self.check_bytes(self.plans[transfer])
+            case ev.Failed(transfer, error):
+                self.ended_d[transfer] += 1
+                self.errors_d[transfer] = error
+            case ev.ReceiveInto(slot):
+                assert slot not in self.slots, "an import slot was handed out twice"
+                assert EXPORT_SLOTS <= slot < EXPORT_SLOTS + IMPORT_SLOTS
+                self.slots[slot] = b""
+
+    # ---- the engines ----
+
+    def stage_one(self) -> bool:
+        free = [slot for slot, held in self.export.items() if held is None]
+        if not self.to_stage or not free:
+            return False
+        transfer, piece = self.to_stage.pop(0)
+        self.export[free[0]] = piece_bytes(b"kv", piece)
+        self.p(ev.Staged(transfer, free[0], piece, piece.nbytes(SPEC)))
+        return True
+
+    def import_one(self, at: int = 0) -> bool:
+        if not self.to_import:
+            return False
+        item = self.to_import.pop(at % len(self.to_import))
+        cells = self.memory.get(item.transfer)
+        if cells is not None:
+            self.scatter(cells, item.piece, self.slots[item.slot])
+        del self.slots[item.slot]
+        self.d(ev.Imported(item.slot))
+        return True
+
+    @staticmethod
+    def scatter(cells: dict, p: Piece, payload: bytes) -> None:
+        size = SPEC.groups[p.group].components[p.component].token_bytes
+        at = 0
+        for layer in range(p.layer_lo, p.layer_hi):
+            for token in range(p.token_lo, p.token_hi):
+                cells[p.group, p.component, layer, token] = payload[at : at + size]
+                at += size
+
+    # ---- the network ----
+
+    def write_one(self) -> bool:
+        if not self.to_write:
+            return False
+        s = self.to_write.pop(0)
+        payload = self.export[s.slot]
+        assert payload is not None, "a slot was freed before it was written"
+        p = s.piece
+        checksum = data_checksum(s.transfer, s.attempt, p, CODEC_RAW, payload)
+        data = Data(
+            s.transfer,
+            s.attempt,
+            p.group,
+            p.component,
+            p.layer_lo,
+            p.layer_hi,
+            p.token_lo,
+            p.token_hi,
+            CODEC_RAW,
+            checksum,
+        )
+        self.up.append((data, payload))
+        self.p(ev.Sending(s.transfer, s.nbytes, s.nbytes + 60))
+        self.p(ev.Written(s.slot))
+        return True
+
+    def deliver_up(self, at: int = 0) -> bool:
+        if not self.up:
+            return False
+        self.arrive(*self.up.pop(at % len(self.up)))
+        return True
+
+    def arrive(self, message, payload: bytes) -> None:
+        if not isinstance(message, Data):
+            self.d(ev.FrameIn(CONN, "p", message))
+            return
+        before = set(self.slots)
+        self.d(ev.DataBegins(CONN, "p", message, len(payload)))
+        for slot in set(self.slots) - before:
+            self.arriving.append((slot, message, payload))
+
+    def finish_one(self, at: int = 0) -> bool:
+        """The rest of a payload arrives."""
+        if not self.arriving:
+            return False
+        slot, data, payload = self.arriving.pop(at % len(self.arriving))
+        self.slots[slot] = payload
+        checksum = data_checksum(data.transfer, data.attempt, data.piece, data.codec, payload)
+        imports = len(self.to_import)
+        self.d(ev.DataEnded(slot, checksum))
+        if len(self.to_import) == imports:
+            self.slots.pop(slot, None)
+        return True
+
+    def deliver_down(self, at: int = 0) -> bool:
+        if not self.down:
+            return False
+        self.p(ev.FromPeer(LINK, self.down.pop(at % len(self.down))))
+        return True
+
+    def break_link(self) -> None:
+        """Both connections are gone, with everything on them."""
+        error = PeerError("gone", code="link_lost")
+        self.link_is_up = False
+        self.up.clear()
+        self.down.clear()
+        for item in self.to_write:
+            self.p(ev.Written(item.slot))
+        self.to_write.clear()
+        self.p(ev.LinkDown(LINK, error))
+        for slot, _, _ in self.arriving:
+            del self.slots[slot]
+        self.arriving.clear()
+        self.d(ev.ConnLost(CONN, error))
+
+    # ---- running and checking ----
+
+    def run(self) -> None:
+        """Let everything happen until nothing moves."""
+        while (
+            self.struck()
+            or self.stage_one()
+            or self.write_one()
+            or self.deliver_up()
+            or self.finish_one()
+            or self.import_one()
+            or self.deliver_down()
+        ):
+            pass
+
+    def struck(self) -> bool:
+        """Let the picked fault happen between two events, as in an event loop."""
+        due, self.must_strike = self.must_strike, False
+        if due:
+            self.strike()
+        return due
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.p(ev.Tick())
+        self.d(ev.Tick())
+
+    def check(self) -> None:
+        """Invariants of every moment."""
+        pool = self.receiver.pool
+        assert pool.free >= 0
+        assert pool.free + pool.promised + pool.used == IMPORT_SLOTS
+        assert max(self.ended_p.values(), default=0) <= 1
+        assert max(self.ended_d.values(), default=0) <= 1
+
+    def check_at_rest(self) -> None:
+        """Invariants once every transfer is over."""
+        self.run()
+        self.wait(10 * DEADLINE_S)
+        self.run()
+        assert len(self.sender) == len(self.receiver) == self.receiver.parked == 0
+        assert self.sender.next_deadline() is None
+        assert self.receiver.next_deadline() is None
+        assert self.sender.slots_held == 0
+        assert set(self.export.values()) == {None}
+        assert (self.receiver.pool.free, self.slots) == (IMPORT_SLOTS, {})
+
+    def check_bytes(self, plan: Plan) -> None:
+        """What was committed is complete and bit-equal."""
+        assert self.committed[plan.transfer] == plan.ids
+        cells = self.memory[plan.transfer]
+        for g, group in enumerate(SPEC.groups):
+            lo, hi = required_tokens(group, 0, plan.total)
+            for c in range(len(group.components)):
+                for layer in range(len(group.layers)):
+                    for token in range(lo, hi):
+                        want = token_bytes(b"kv", g, c, layer, token)
+                        assert cells[g, c, layer, token] == want
+
+
+def altered(frame: tuple, how: int) -> tuple:
+    """A frame with one thing changed."""
+    message, payload = frame
+    if payload:
+        if how % 2:
+            flipped = bytearray(payload)
+            flipped[how % len(payload)] ^= 1 << how % 8
+            return message, bytes(flipped)
+        changes = [{"token_lo": 0, "token_hi": message.token_hi - message.token_lo}]
+        changes += [{"component": 1 - min(message.component, 1)}, {"group": 9}, {"codec": "zip"}]
+        return _with(message, changes[how // 2 % 4]), payload
+    if isinstance(message, Commit):
+        return _with(message, {"prompt_digest": bytes(16)}), payload
+    return _with(message, {"attempt": message.attempt + how % 3 - 1 & 0xFF}), payload
+
+
+def _with(message, changes: dict):
+    fields = {name: getattr(message, name) for name in message.__struct_fields__}
+    return type(message)(**(fields | changes))

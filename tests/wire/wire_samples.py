@@ -1,0 +1,90 @@
+"""One fixed message of every type, for the golden frames."""
+
+from __future__ import annotations
+
+from wire.messages import (
+    Accepted,
+    CacheDelta,
+    Cancel,
+    ChatInput,
+    ChatTurn,
+    Draining,
+    EngineLoad,
+    Failed,
+    Finished,
+    Goodbye,
+    Hello,
+    LinkRate,
+    Load,
+    Message,
+    ModelOffer,
+    Part,
+    Ping,
+    Pong,
+    Refused,
+    Sampling,
+    Step,
+    StepEntry,
+    Submit,
+    TextInput,
+    TokensInput,
+    Transfer,
+    TransferReport,
+)
+
+SAMPLING = Sampling(48, 0.7, 0.95, 2**64 - 1, ["\n\n", "Ende"], False)
+OFFER = ModelOffer("smollm2-135m", "ab" * 32, 8192, 46080, 16, 1024, "bfloat16", "127.0.0.1:7101")
+
+
+def submit(prompt: ChatInput | TextInput | TokensInput, **changed: object) -> Submit:
+    fields: dict[str, object] = {
+        "stream": 7,
+        "request_id": "req-0123",
+        "attempt": 2,
+        "leg": "prefill",
+        "model": "smollm2-135m",
+        "tenant": "acme",
+        "input": prompt,
+        "sampling": SAMPLING,
+        "forced_ids": [1, 300, 49151],
+        "transfer": Transfer(bytes(range(16)), "lhr-1", "127.0.0.1:7101"),
+        "chain": [b"\x01" * 16, b"\x02" * 16],
+        "deadline_remaining_ms": 30_000,
+    }
+    return Submit(**(fields | changed))  # type: ignore[arg-type]
+
+
+NODE_SAYS: dict[str, Message] = {
+    "hello-node": Hello(
+        1, 1, "demo", "node", "fra-1", "fra", "0badcafe", ["decode", "prefill"], [OFFER]
+    ),
+    "accepted": Accepted(7, 812, 256),
+    "refused": Refused(7, "out_of_blocks", "no room for 9000 tokens", True, 250),
+    "step": Step([StepEntry(7, 0, [42], b"H\\u00e9"), StepEntry(8, 15, [1, 2, 3], b"")]),
+    "finished-handoff": Finished(
+        7, "handoff", 1, 1.5, 320.25, TransferReport(46080, 46200, 40000, 320.0, 330.0, 12.5, 15.0)
+    ),
+    "finished-stop": Finished(8, "stop", 48, 0.0, 12.0, None),
+    "failed": Failed(7, "engine_died", "the engine went away", True),
+    "load": Load(
+        [EngineLoad("smollm2-135m", True, 512, 3, 1, 900, 60, 1024, 1100.5, 28.25, 1, 2, 4)],
+        [LinkRate("lhr-1", 15.2, 48e6)],
+        False,
+    ),
+    "cache-delta": CacheDelta("smollm2-135m", True, [(b"\x03" * 16, 64)], [b"\x04" * 16]),
+    "draining": Draining(3),
+    "pong": Pong(2**32),
+    "goodbye": Goodbye("version_mismatch", "we speak 1-1"),
+}
+
+ROUTER_SAYS: dict[str, Message] = {
+    "hello-router": Hello(1, 1, "demo", "router", "router-fra", "fra", "feed", [], []),
+    "submit-chat": submit(
+        ChatInput([ChatTurn("system", "Be brief."), ChatTurn("user", "Grüße 🌍")])
+    ),
+    "submit-text": submit(TextInput("Once"), leg="both", transfer=None, forced_ids=[], chain=[]),
+    "submit-tokens": submit(TokensInput([0, 5, 49151]), leg="decode", attempt=1),
+    "cancel": Cancel(7),
+    "ping": Ping(2**32),
+    "part": Part(3, True, b"tail of something large"),
+}
