@@ -21,8 +21,9 @@ from typing import assert_never
 
 from pop_node import lifecycle
 from pop_node.engine.config import EngineConfig
+from pop_node.generation import HostSettings
 from pop_node.leg import refusal
-from pop_node.model_host import HostSettings, ModelHost
+from pop_node.model_host import ModelHost
 from pop_node.router_link import RouterLink, link_factory
 from pop_node.store.store import Bundle, Store
 from pop_node.text.tokenizer import TextCodec

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,18 +16,14 @@ from typing import assert_never
 
 from pop_node import leg as legs
 from pop_node.engine import messages as engine
-from pop_node.engine.client import EngineClient
-from pop_node.engine.config import EngineConfig
-from pop_node.kv_stream.endpoint import KvEndpoint
-from pop_node.kv_stream.prompt import prompt_digest
-from pop_node.kv_stream.spec import KvSpec, Piece
-from pop_node.kv_stream.staging import Staging, StagingLayout
+from pop_node.generation import Generation, HostSettings
+from pop_node.kv_stream.spec import Piece
 from pop_node.prefix_directory import PrefixDirectory
+from pop_node.prompt import prepare
 from pop_node.router_link import RouterLink
-from pop_node.text.stream import TextStream, escape_json
+from pop_node.text.stream import escape_json
 from pop_node.text.tokenizer import TextCodec
-from wire.address import Dialer
-from wire.errors import DeadlineError, MeshError, OverloadError, PeerError, RequestError
+from wire.errors import DeadlineError, MeshError, OverloadError, PeerError
 from wire.messages import (
     CacheDelta,
     EngineLoad,
@@ -51,25 +46,6 @@ QUEUED_TOKENS_STEP = 512
 """
 
 
-@dataclass(frozen=True, slots=True)
-class HostSettings:
-    """What a host needs to know of its node."""
-
-    mesh: str
-    node: str
-    site: str
-    incarnation: str
-    model: str
-    identity: str
-    engine: EngineConfig
-    kv_host: str
-    kv_port: int
-    dialer: Dialer
-    server_ssl: ssl.SSLContext | None
-    client_ssl: ssl.SSLContext | None
-    authorize_peer: Callable[[str, ssl.SSLObject | None], None]
-
-
 @dataclass(slots=True)
 class _Live:
     """A leg with what its effects need."""
@@ -77,18 +53,6 @@ class _Live:
     leg: legs.Leg
     link: RouterLink
     deadline: asyncio.TimerHandle | None = None
-
-
-@dataclass(slots=True)
-class _Generation:
-    """Everything that lives and dies with one engine process."""
-
-    client: EngineClient
-    staging: Staging
-    endpoint: KvEndpoint
-    ready: engine.Ready | None = None
-    spec: KvSpec | None = None
-    kv_address: str = ""
 
 
 class ModelHost:
@@ -112,7 +76,7 @@ class ModelHost:
         self._on_exited = on_exited
         self._on_load_changed = on_load_changed
         self._on_legs = on_legs
-        self._generation: _Generation | None = None
+        self._generation: Generation | None = None
         self._tasks = asyncio.TaskGroup()
         self._next_seq = 1
         self._by_seq: dict[int, _Live] = {}
@@ -128,27 +92,11 @@ class ModelHost:
     async def start(self, tasks: asyncio.TaskGroup) -> None:
         """Start a new generation; ``on_ready`` follows once a token was produced."""
         self._tasks = tasks
-        layout = StagingLayout()
-        staging = Staging.create(layout)
-        settings = self.settings
-        endpoint = KvEndpoint(
-            name=settings.node,
-            site=settings.site,
-            mesh=settings.mesh,
-            incarnation=settings.incarnation,
-            staging=staging,
-            dialer=settings.dialer,
-            server_ssl=settings.server_ssl,
-            client_ssl=settings.client_ssl,
-            authorize=settings.authorize_peer,
-            events=self,
-        )
-        client = EngineClient()
-        generation = _Generation(client, staging, endpoint)
+        generation = Generation(self.settings, self)
         self._generation = generation
-        await client.start(
-            settings.engine,
-            staging,
+        await generation.client.start(
+            self.settings.engine,
+            generation.staging,
             lambda message: self._engine_said(generation, message),
             lambda code: self._engine_exited(generation, code),
         )
@@ -159,7 +107,7 @@ class ModelHost:
         self._break_all(PeerError("the node is shutting down", code="draining"))
         if generation is not None:
             await generation.client.stop(timeout_s=5.0)
-            await self._dispose(generation)
+            await generation.close()
 
     @property
     def ready(self) -> bool:
@@ -302,7 +250,7 @@ class ModelHost:
 
     # ---- from the engine -----------------------------------------------------------------------
 
-    def _engine_said(self, generation: _Generation, message: engine.EngineMessage) -> None:
+    def _engine_said(self, generation: Generation, message: engine.EngineMessage) -> None:
         if generation is not self._generation:
             return  # last words of an engine that was replaced
         match message:
@@ -331,18 +279,15 @@ class ModelHost:
             case _:
                 assert_never(message)
 
-    async def _engine_ready(self, generation: _Generation, ready: engine.Ready) -> None:
-        host, port = await generation.endpoint.start(self.settings.kv_host, self.settings.kv_port)
+    async def _engine_ready(self, generation: Generation, ready: engine.Ready) -> None:
+        await generation.open_doors(ready)
         if generation is not self._generation:
             return
-        generation.spec = KvSpec.from_dict(ready.kv_spec)
-        generation.kv_address = f"{host}:{port}"
-        generation.ready = ready
         phases = ", ".join(f"{name} {ms:.0f} ms" for name, ms in ready.phases_ms.items())
         log.info("engine of %s ready: %s backend, %s", self.settings.model, ready.backend, phases)
         self._on_ready(self.settings.model)
 
-    def _engine_exited(self, generation: _Generation, code: int) -> None:
+    def _engine_exited(self, generation: Generation, code: int) -> None:
         if generation is not self._generation:
             return
         log.error("engine of %s exited with code %d", self.settings.model, code)
@@ -350,7 +295,7 @@ class ModelHost:
         self._directory.clear()
         error = PeerError(f"the engine of {self.settings.model} died", code="engine_died")
         self._break_all(error)
-        self._tasks.create_task(self._dispose(generation))
+        self._tasks.create_task(generation.close())
         self._on_exited(self.settings.model)
         self._on_load_changed()
 
@@ -436,54 +381,8 @@ class ModelHost:
             case legs.Over():
                 self._forget(live)
             case _:
-                self._transfer_effect(leg, effect)
-
-    def _transfer_effect(self, leg: legs.Leg, effect: legs.TransferEffect) -> None:
-        generation = self._generation
-        if generation is None or generation.spec is None:
-            return  # the engine is gone, and its transfers with it
-        endpoint, settings, submit = generation.endpoint, self.settings, leg.submit
-        plan, transfer = submit.transfer, leg.transfer_id
-        assert plan is not None
-        match effect:
-            case legs.OpenTransfer(ids):
-                endpoint.open(
-                    transfer,
-                    submit.attempt,
-                    plan.peer,
-                    plan.address,
-                    settings.model,
-                    settings.identity,
-                    generation.spec,
-                    len(ids),
-                    prompt_digest(ids),
-                    submit.deadline_remaining_ms / 1000,
-                )
-            case legs.ExpectTransfer(ids):
-                endpoint.expect(
-                    transfer,
-                    submit.attempt,
-                    plan.peer,
-                    settings.model,
-                    settings.identity,
-                    generation.spec,
-                    len(ids),
-                    prompt_digest(ids),
-                    submit.deadline_remaining_ms / 1000,
-                    max_ids=len(submit.forced_ids) + 1,
-                )
-            case legs.GrantTransfer(have_tokens):
-                endpoint.allocated(transfer, have_tokens)
-            case legs.ComputeStarted():
-                endpoint.compute_started(transfer)
-            case legs.ComputeEnded():
-                endpoint.compute_ended(transfer)
-            case legs.CommitTransfer(ids):
-                endpoint.commit(transfer, ids)
-            case legs.CancelTransfer(code, message):
-                endpoint.cancel(transfer, code, message)
-            case _:
-                assert_never(effect)
+                if self._generation is not None:  # else its transfers went with the engine
+                    self._generation.transfer_effect(leg, effect)
 
     def _to_engine(self, message: engine.AgentMessage) -> None:
         if self._generation is not None:
@@ -502,27 +401,3 @@ class ModelHost:
     def _break_all(self, error: MeshError) -> None:
         for live in list(self._by_seq.values()):
             self._advance(live, legs.Broken(error, engine_gone=True))
-
-    @staticmethod
-    async def _dispose(generation: _Generation) -> None:
-        await generation.endpoint.close()
-        generation.staging.close()
-
-
-def prepare(codec: TextCodec, submit: Submit, context_tokens: int) -> legs.Prepared:
-    """Prompt ids and the token limit of a submit; runs on a worker thread.
-
-    Raises ``RequestError`` for a prompt that cannot be rendered, is empty or does not fit.
-    """
-    prompt_ids = codec.encode_input(submit.input)
-    room = context_tokens - len(prompt_ids)
-    if room < 1:
-        raise RequestError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's context holds {context_tokens}; "
-            "shorten the prompt",
-            code="context_length_exceeded",
-            param="messages",
-        )
-    asked = submit.sampling.max_tokens
-    max_tokens = room if asked is None else min(asked, room)
-    return legs.Prepared(prompt_ids, max_tokens, TextStream(codec, submit.sampling.stop))

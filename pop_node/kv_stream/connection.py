@@ -124,14 +124,13 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
         found: ssl.SSLObject | None = self._transport.get_extra_info("ssl_object")
         return found
 
-    @property
     def is_closing(self) -> bool:
         """True once the connection is ending or gone."""
         return self._gone or self._error is not None
 
     def send(self, message: Message) -> None:
         """Queue a control frame; dropped when the connection is closing."""
-        if self.is_closing:
+        if self.is_closing():
             return
         if len(self._control) >= MAX_CONTROL_FRAMES:
             self.fail(PeerError("the peer does not read", code="link_lost"))
@@ -145,7 +144,7 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
             return
         self._flushing = True
         try:
-            while not self._paused and not self.is_closing:
+            while not self._paused and not self.is_closing():
                 if self._control:
                     self._transport.write(self._control.popleft())
                 elif self.peer is None or (piece := self._owner.next_piece(self)) is None:
@@ -160,7 +159,7 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
 
     def tick(self, now: float) -> None:
         """Ping when it is time; give up on a peer that has gone silent."""
-        if self.is_closing:
+        if self.is_closing():
             return
         if self.keepalive.is_dead(now):
             self.fail(PeerError(f"{self._name()} has gone silent", code="link_lost"))
@@ -169,7 +168,7 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
 
     def fail(self, error: MeshError) -> None:
         """Close on purpose, telling the peer why if it still reads."""
-        if self.is_closing:
+        if self.is_closing():
             return
         self._error = error
         if self._transport is None:
@@ -200,14 +199,14 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
         return self._reader.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self.is_closing:  # a TLS transport reads on while it closes
+        if self.is_closing():  # a TLS transport reads on while it closes
             return
         now = time.monotonic()
         self.keepalive.heard(now)
         try:
             for message in self._reader.received(nbytes):
                 self._take(message, now)
-                if self.is_closing:
+                if self.is_closing():
                     return
         except MeshError as error:
             self.fail(error)

@@ -410,7 +410,7 @@ class KvEndpoint:
     def _arm(self) -> None:
         """One timer for the earliest deadline of both machines and all connections."""
         waits = [self._sender.next_deadline(), self._receiver.next_deadline()]
-        conns = [conn for conn in self._connections() if not conn.is_closing]
+        conns = [conn for conn in self._connections() if not conn.is_closing()]
         waits += [conn.keepalive.next_deadline() for conn in conns]
         wake_at = min((at for at in waits if at is not None), default=None)
         if wake_at == self._wake_at:

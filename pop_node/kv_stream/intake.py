@@ -50,7 +50,6 @@ class Intake:
         watch: Callable[[], None],
     ) -> None:
         self.connections: dict[int, Connection[FromSender]] = {}
-        self.bytes_in = 0
         self._hello = hello
         self._staging = staging
         self._emit = emit
@@ -115,7 +114,6 @@ class Intake:
         if held is None:
             return  # it was skipped
         slot, nbytes = held
-        self.bytes_in += nbytes
         payload = self._staging.slot(slot)[:nbytes]
         checksum = data_checksum(data.transfer, data.attempt, data.piece, data.codec, payload)
         self._emit(DataEnded(slot, checksum))

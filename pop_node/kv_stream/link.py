@@ -70,7 +70,6 @@ class PeerLink:
         self.connections: list[Connection[FromReceiver]] = []
         self.rates = RateMeter()
         self.rtt_s = 0.0
-        self.bytes_out = 0
         self.is_up = False
         self.is_down = False
         self._hello = hello
@@ -190,7 +189,6 @@ class PeerLink:
             )
             head = encode(data, item.nbytes)
             self.rates.sent(item.transfer, item.nbytes)
-            self.bytes_out += item.nbytes
             self._emit(Sending(item.transfer, item.nbytes, len(head) + item.nbytes))
             return PieceFrame(head, payload, item.slot)
         return None
