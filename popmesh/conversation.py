@@ -14,6 +14,9 @@ from popmesh.client import Answer, MeshClient
 from popmesh.render.routes import summary_line
 from wire.errors import ConfigError, MeshError
 
+SAMPLING = {"temperature": 0.4, "max_tokens": 512}
+"""Of a chat. Guess: small models ramble at temperature 1, and may never end."""
+
 MAX_LINE_BYTES = 1024 * 1024
 """Longest line taken from a terminal, which itself cuts at 4 KiB."""
 
@@ -50,7 +53,9 @@ async def converse(
             continue
         question = {"role": "user", "content": line.strip()}
         try:
-            answer = await stream_answer(client, console, model, [*messages, question], client_geo)
+            answer = await stream_answer(
+                client, console, model, [*messages, question], client_geo, **SAMPLING
+            )
         except ConfigError:
             raise
         except MeshError as exc:

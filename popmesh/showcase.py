@@ -43,9 +43,7 @@ not take any money for it, only a sack of mussels. On Sunday we rested, wrote le
 the week's numbers to the school on the mainland by radio, as we do every Sunday; the children
 asked whether the seals were afraid of thunder. We promised to ask them.
 """
-QUESTION = (
-    "Here is a report.\n\n" + REPORT + "\nWhat happened on Thursday? Answer in three sentences."
-)
+QUESTION = "What happened on Thursday? Answer in three sentences."
 
 
 def run_demo(store: Path, port: int | None, once: bool) -> int:
@@ -70,8 +68,9 @@ def run_demo(store: Path, port: int | None, once: bool) -> int:
 
 async def _sample(client: MeshClient, console: Console, model: str) -> int:
     console.print(f"\nA client in Munich sends a report of {len(REPORT.split())} words and asks:")
-    console.print(Text(QUESTION.rsplit("\n", 1)[1], style="italic"))
-    messages = [{"role": "user", "content": QUESTION}]
+    console.print(Text(QUESTION, style="italic"))
+    prompt = f"Here is a report.\n\n{' '.join(REPORT.split())}\n\n{QUESTION}"
+    messages = [{"role": "user", "content": prompt}]
     answer = await stream_answer(
         client, console, model, messages, CLIENT, max_tokens=MAX_TOKENS, temperature=0
     )

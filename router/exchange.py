@@ -92,6 +92,7 @@ class Exchange:
         """Nobody reads any more: cancel everything. Harmless after the end."""
         if self._machine.phase not in ("settling", "done"):
             self._feed(ClientGone())
+            self._dispatch.finished(self._machine.record)
 
     def abandon(self) -> None:
         """The router stops: let go of whatever is left."""

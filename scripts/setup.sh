@@ -45,5 +45,5 @@ if ! [ -x "$venv/bin/python" ] || ! usable "$venv/bin/python"; then
     make_venv "$python"
 fi
 echo "setup: installing popmesh[$extra] and what it needs (a few minutes the first time)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check \
     --constraint constraints.txt --editable ".[$extra]"

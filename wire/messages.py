@@ -59,7 +59,8 @@ Input = ChatInput | TextInput | TokensInput
 
 
 class Sampling(_Message, frozen=True):
-    """How to choose tokens: ``temperature`` 0 is greedy, ``max_tokens`` None is "to the context"."""
+    """How to choose tokens: ``temperature`` 0 is greedy, ``max_tokens`` None is "to the context".
+    """
 
     max_tokens: int | None
     temperature: float
@@ -89,8 +90,8 @@ class ModelOffer(_Message, frozen=True):
 
     ``identity`` is the hex digest of what the model computes (decoded tensors, configuration that
     matters for the math, tokenizer and template); two nodes hand KV over only when it is equal.
-    ``kv_bytes_per_token`` is the size of one token's KV over all layers, in bytes. ``kv_address`` is
-    where this model's engine takes KV streams (``host:port``).
+    ``kv_bytes_per_token`` is the size of one token's KV over all layers, in bytes. ``kv_address``
+    is where this model's engine takes KV streams (``host:port``).
     """
 
     name: str

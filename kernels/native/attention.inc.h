@@ -4,15 +4,15 @@
  * Scores and sums are float32; probabilities are rounded to A for the second product of a chunk.
  *
  * Roofline: decode reads 4 Hk D bytes (bf16) per cached token and multiplies 2 Hq D times, so it is
- * bound by memory. 16 sequences of 512 tokens (Hq 9, Hk 3, D 64) take 0.54 ms on one Zen 5 core, 11.7
- * GB/s of a measured 21. A chunk is bound by arithmetic: 2,048 tokens take 22 ms on that core, 109
- * billion multiply-adds/s, exponentials included.
+ * bound by memory. 16 sequences of 512 tokens (Hq 9, Hk 3, D 64) take 0.54 ms on one Zen 5 core,
+ * 11.7 GB/s of a measured 21. A chunk is bound by arithmetic: 2,048 tokens take 22 ms on that core,
+ * 109 billion multiply-adds/s, exponentials included.
  */
 
 #ifndef PM_ATTENTION_ONCE
 #define PM_ATTENTION_ONCE
-/* How far decode loads ahead. A block of 16 tokens takes about the latency of one memory access; 1 and
- * 2 measured alike and 4 worse (Zen 5, 16 sequences of 512 tokens), none at all several times worse. */
+/* How far decode loads ahead. A block of 16 tokens takes about the latency of one memory access; 1
+ * and 2 measured alike, 4 worse, none several times worse (Zen 5, 16 sequences of 512 tokens). */
 enum { PREFETCH_BLOCKS = 2 };
 #endif
 
@@ -43,8 +43,8 @@ PM_INLINE const E *FN(token_row)(const FN(paged) * view, long position)
            position % view->block_tokens * view->token_stride;
 }
 
-/* Starts loading this KV head's rows of the first `tokens` positions of a block. Blocks lie anywhere,
- * so the processor cannot foresee the next one. */
+/* Starts loading this KV head's rows of the first `tokens` positions of a block. Blocks lie
+ * anywhere, so the processor cannot foresee the next one. */
 PM_INLINE void FN(prefetch_block)(const FN(paged) * view, long block, long tokens, long D)
 {
     const char *row = (const char *)FN(block_row)(view, block);
@@ -56,9 +56,9 @@ PM_INLINE void FN(prefetch_block)(const FN(paged) * view, long block, long token
 PM_INLINE void FN(prefetch_ahead)(const FN(paged) * view, long block, long position, long context,
                                   long D)
 {
-    const long next = position + PREFETCH_BLOCKS * view->block_tokens;
-    if (next < context)
-        FN(prefetch_block)(view, block + PREFETCH_BLOCKS, pm_min(view->block_tokens, context - next), D);
+    const long left = context - (position + PREFETCH_BLOCKS * view->block_tokens);
+    if (left > 0)
+        FN(prefetch_block)(view, block + PREFETCH_BLOCKS, pm_min(view->block_tokens, left), D);
 }
 
 /* scores[g][p] = scale * q[g] . k[p] for all p < context. */
@@ -121,7 +121,7 @@ PM_INLINE float FN(softmax)(float *scores, long n)
     return 1.0f / sum;
 }
 
-/* out[g] = factor[g] * sum over p of scores[g][p] v[p]; heads is a constant where this is called. */
+/* out[g] = factors[g] * sum over p of scores[g][p] v[p]; heads is constant where this is called. */
 PM_INLINE void FN(weigh_values)(E *out, const float *factors, const float *scores, long stride,
                                 const FN(paged) * values, long context, long D, const int heads)
 {
@@ -194,7 +194,7 @@ typedef struct {
     float *o;        /* [M][Dv], Dv = D rounded up to GEMM_NP */
     float *peak;     /* [M] */
     float *sum;      /* [M] */
-    uint32_t *b;     /* packed K^T tile [Dk / STEP][GEMM_NP], then V panel [GEMM_NP / STEP][GEMM_NP] */
+    uint32_t *b;     /* packed K^T [Dk / STEP][GEMM_NP], then V [GEMM_NP / STEP][GEMM_NP] */
     size_t bytes;
 } FN(chunk);
 
@@ -229,8 +229,8 @@ static size_t FN(attention_scratch)(const pm_attention_job *job)
     return one > chunk ? one : chunk;
 }
 
-PM_INLINE void FN(gemm_rows)(const A *a, long lda, const uint32_t *b, long steps, float *c, long ldc,
-                             int accumulate, long rows)
+PM_INLINE void FN(gemm_rows)(const A *a, long lda, const uint32_t *b, long steps, float *c,
+                             long ldc, int accumulate, long rows)
 {
     for (long i = 0; i < rows; i += GEMM_MR)
         FN(gemm_tile)(a + i * lda, lda, b, steps, c + i * ldc, ldc, accumulate,
@@ -271,7 +271,7 @@ PM_INLINE void FN(softmax_tile)(FN(chunk) * c, long row, long visible, float sca
             vf_store(o + j, vf_mul(vf_load(o + j), vf_set1(decay)));
 }
 
-/* Packs columns [d, d + GEMM_NP) of keys first..first+n-1 of V as B, zero where there is nothing. */
+/* Packs columns [d, d + GEMM_NP) of n keys of V from `first` on as B, zero where there is nothing. */
 PM_INLINE void FN(pack_values)(const FN(paged) * values, long first, long n, long d, long D,
                                uint32_t *b)
 {
@@ -345,8 +345,8 @@ PM_INLINE void FN(attend_chunk)(const pm_attention_job *job, pm_attention_item i
     }
 
     for (long r = 0; r < rows; r++) {
-        E *out = (E *)job->out +
-                 ((start + item.query_lo + r / group) * job->Hq + item.kv_head * group + r % group) * D;
+        const long token = start + item.query_lo + r / group;
+        E *out = (E *)job->out + (token * job->Hq + item.kv_head * group + r % group) * D;
         const vf factor = vf_set1(1.0f / c.sum[r]);
         for (long d = 0; d < D; d += VW) {
             const long lanes = pm_min(VW, D - d);

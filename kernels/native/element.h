@@ -3,8 +3,8 @@
  *
  * Two views of the arithmetic:
  *   dot   d_*  vectors along the summed axis, for few rows of x;
- *   gemm  a_*  one step (STEP elements) of a row of A, against VW columns of packed B. B is packed as
- *              words of 32 bits: one float, or a bf16 pair where the processor multiplies pairs.
+ *   gemm  a_*  one step (STEP elements) of a row of A, against VW columns of packed B. B is packed
+ *              as words of 32 bits: one float, or a bf16 pair where the processor multiplies pairs.
  */
 #undef E
 #undef A

@@ -1,8 +1,13 @@
 /* Builds the kernel table of one instruction set. The including file defines, beforehand:
- * PM_TARGET (function attribute), PM_HAVE_DPBF16, PM_TABLE (name of the table), PM_NAME (for people),
- * PM_SIMD (header), PM_DOT_MAX_ROWS (measured on Zen 5 with the shapes of a 135M model: rows of x up
- * to which the dot kernel beats packing), and PM_GEMM_MR, PM_DOT_T, PM_PV_HEADS equal to the header's
- * tiles (their cases are chosen by the preprocessor). */
+ *   PM_TARGET         attribute of every function
+ *   PM_HAVE_DPBF16    1 where the processor multiplies bf16 pairs
+ *   PM_TABLE, PM_NAME the table, and its name for people
+ *   PM_SIMD           the header to use
+ *   PM_DOT_MAX_ROWS   rows of x up to which the dot kernel beats packing (measured on Zen 5 with the
+ *                     shapes of a 135M model)
+ *   PM_GEMM_MR, PM_DOT_T, PM_PV_HEADS
+ *                     equal to the header's tiles: the preprocessor chooses their cases
+ */
 #include <math.h>
 #include <string.h>
 

@@ -1,11 +1,11 @@
 /* y = x w^T + bias for one element type.
  *
  * Few rows (decode) are bound by reading w once: DOT_T rows of x against 4 rows of w, vectors along
- * K. Many rows (prefill) are bound by arithmetic: a panel of w is packed once per item and multiplied
- * tile by tile. In both, the order of summation of an output does not depend on T.
+ * K. Many rows (prefill) are bound by arithmetic: a panel of w is packed once per item and
+ * multiplied tile by tile. In both, the order of summation of an output does not depend on T.
  *
  * Roofline, bf16 on one Zen 5 core with the shapes of a 135M model: one row reads w at 17 GB/s of a
- * measured 21; 512 rows run at 217 billion multiply-adds/s, what oneDNN reaches in torch 2.13 (220).
+ * measured 21; 512 rows run at 217 billion multiply-adds/s (oneDNN in torch 2.13: 220).
  */
 
 /* Stores n results of row t from column n0 on, with bias, in the output type of the job. */
@@ -24,7 +24,9 @@ PM_INLINE void FN(put_columns)(const pm_linear_job *job, long t, long n0, const 
     }
 }
 
-PM_INLINE void FN(dot_tile)(const E *x, const E *const w[4], long K, float out[DOT_T][4], const int tt)
+/* out[t][r] = x[t] . w[r]; tt is a constant wherever this is called. */
+PM_INLINE void FN(dot_tile)(const E *x, const E *const w[4], long K, float out[DOT_T][4],
+                            const int tt)
 {
     vf acc[DOT_T][4];
     long k = 0;
@@ -79,7 +81,7 @@ PM_TARGET static void FN(linear_dot)(const void *argument, long item, void *scra
     }
 }
 
-/* Scratch: packed B [K rounded up to STEP][GEMM_NP] words, A rows [GEMM_MR][K'], C [GEMM_MR][GEMM_NP]. */
+/* Scratch, K' = K rounded up to STEP: B [K' / STEP][GEMM_NP], A [GEMM_MR][K'], C [GEMM_MR][GEMM_NP]. */
 static size_t FN(linear_gemm_scratch)(const pm_linear_job *job)
 {
     size_t padded = (size_t)(pm_ceil_div(job->K, STEP) * STEP);

@@ -10,7 +10,7 @@ PM_TARGET static void FN(norm)(const void *argument, long item, void *scratch)
         const E *x = (const E *)job->x + t * H;
         E *out = (E *)job->out + t * H;
         vf squares = vf_zero();
-        if (job->residual != NULL) { /* the sum is rounded to E first: it is what later layers see */
+        if (job->residual != NULL) { /* normalise the rounded sum: it is what later layers see */
             const E *residual = (const E *)job->residual + t * H;
             E *sum = (E *)job->new_residual + t * H;
             for (long i = 0; i < H; i += VW) {
@@ -47,7 +47,7 @@ PM_TARGET static void FN(silu_mul)(const void *argument, long item, void *scratc
     }
 }
 
-/* Rotates `heads` heads of D in place: (a, b) of the two halves -> (a cos - b sin, b cos + a sin). */
+/* Rotates heads of D in place: (a, b) of the two halves -> (a cos - b sin, b cos + a sin). */
 PM_INLINE void FN(rotate)(E *x, const float *cos_sin, long heads, long D)
 {
     const long half = D / 2;

@@ -5,7 +5,7 @@
 #define PM_INLINE static inline __attribute__((always_inline)) PM_TARGET
 
 enum { VW = 16 };
-/* Register tiles: dot, rows of x at once; gemm, rows x vectors of columns; attention, query heads. */
+/* Register tiles. dot: rows of x; gemm: rows and vectors of columns; attention: query heads. */
 enum { DOT_T = 4, GEMM_MR = 6, GEMM_NV = 4, PV_HEADS = 4 };
 
 typedef __m512 vf;
@@ -110,10 +110,11 @@ PM_INLINE void transpose_words(const uint32_t *const rows[VW], uint32_t *dst, lo
         b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
     }
     for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(dst + i * stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(dst + (i + 8) * stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        _mm512_storeu_si512(dst + (i + 4) * stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        _mm512_storeu_si512(dst + (i + 12) * stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+        uint32_t *to = dst + i * stride;
+        _mm512_storeu_si512(to, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + 4 * stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + 8 * stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + 12 * stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
     }
 }
 

@@ -7,8 +7,8 @@ bytes go first; sockets and timers belong to ``popmesh.links.shaper``.
 
 from __future__ import annotations
 
-MIN_BUFFER_BYTES = 256 * 1024
-"""Smallest buffer of a connection: keeps a fast local link busy between two timer ticks."""
+SLACK_BUFFER_BYTES = 256 * 1024
+"""Buffer of a connection beyond what is in flight: keeps the link busy between two timer ticks."""
 
 MAX_BUFFER_BYTES = 256 * 1024 * 1024
 """Largest buffer of a connection: 10 Gbit/s at 200 ms, the widest link worth emulating here."""
@@ -42,6 +42,9 @@ class DelayLine:
 
     @property
     def buffer_bytes(self) -> int:
-        """What one connection may hold in this direction: bandwidth times RTT, within bounds."""
+        """What one connection may hold in this direction: bandwidth times RTT and some slack.
+
+        Half of the product is in flight at full rate; the rest waits, as in a sender's window.
+        """
         product = int(self.rate_bytes_per_s * 2 * self.delay_s)
-        return min(max(product, MIN_BUFFER_BYTES), MAX_BUFFER_BYTES)
+        return min(product + SLACK_BUFFER_BYTES, MAX_BUFFER_BYTES)

@@ -23,6 +23,10 @@ SEGMENT_BYTES = 16 * 1024
 """Reads are cut into pieces of this size, so that flows alternate on a slow link. Guess: 1.3 ms of
 100 Mbit/s; a tenth of that would cost more Python than it saves waiting."""
 
+RESUME_SHARE = 0.75
+"""Of a full buffer, when reading goes on. More than half: what is in flight leaves no queue there,
+and the link would idle until the next read."""
+
 EARLY_S = 0.0005
 """Deliveries due within half a timer tick (uvloop: 1 ms) go out now rather than a tick late."""
 
@@ -120,7 +124,10 @@ class Pipe:
         """Write what has arrived, as far as the sink takes it."""
         while self.arrived and self.sink is not None and not self.sink_full:
             self._write(self.sink, self.arrived.popleft())
-        if self.source_paused and self.held_bytes <= self.direction.line.buffer_bytes // 2:
+        if (
+            self.source_paused
+            and self.held_bytes <= RESUME_SHARE * self.direction.line.buffer_bytes
+        ):
             self._pause_source(False)
 
     def _write(self, sink: asyncio.Transport, item: Item) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from popmesh.client import Plan, Record, Route, Transfer
@@ -19,6 +19,9 @@ TERMS = {
 }
 """The router's cost terms in words; a term that is not here is shown as it is."""
 
+MAX_CANDIDATES = 4
+"""Candidates shown side by side: as many as fit 80 columns. ``--json`` has them all."""
+
 
 def pair_text(route: Route) -> str:
     """``fra-1 (fra) -> lhr-1 (lhr)``."""
@@ -27,22 +30,13 @@ def pair_text(route: Route) -> str:
 
 def plan_view(plan: Plan) -> Group:
     """Candidates side by side, term by term in ms, then why the best one is the best."""
-    routes = [plan.route, *plan.fallbacks]
-    terms = list(dict.fromkeys(reason.term for route in routes for reason in route.reasons))
-    table = Table(
-        "Prefill -> decode",
-        "Cost, ms",
-        *(TERMS.get(term, term) for term in terms),
-        title="Candidates, the cheapest first (cost = sum of the terms, in ms)",
-        title_justify="left",
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for number, route in enumerate(routes):
-        terms_ms = {reason.term: reason.seconds * 1e3 for reason in route.reasons}
-        cells = [f"{terms_ms[term]:.1f}" if term in terms_ms else "" for term in terms]
-        style = "bold" if number == 0 else ""
-        table.add_row(pair_text(route), f"{route.cost_s * 1e3:.1f}", *cells, style=style)
+    routes = [plan.route, *plan.fallbacks][:MAX_CANDIDATES]
+    columns = [Column(f"{r.prefill} -> {r.decode}", justify="right") for r in routes]
+    table = Table("ms", *columns, title="Candidates, the cheapest first", title_justify="left")
+    for term in dict.fromkeys(reason.term for route in routes for reason in route.reasons):
+        table.add_row(TERMS.get(term, term), *(_term_ms(route, term) for route in routes))
+    table.add_section()
+    table.add_row("cost: the sum", *(f"{route.cost_s * 1e3:.1f}" for route in routes))
     client = plan.client
     head = (
         f"Client at {client.lat:.2f},{client.lon:.2f} ({client.source}); "
@@ -55,6 +49,10 @@ def plan_view(plan: Plan) -> Group:
             out.add_row(rejected.node, rejected.reason)
         parts.append(out)
     return Group(*parts)
+
+
+def _term_ms(route: Route, term: str) -> str:
+    return next((f"{r.seconds * 1e3:.1f}" for r in route.reasons if r.term == term), "")
 
 
 def reason_table(route: Route) -> Table:

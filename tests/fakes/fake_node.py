@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -111,7 +112,8 @@ class Faults:
 class FakeNode:
     """One fake node. ``go`` gates every token; ``submits`` and ``cancels`` are what routers said.
 
-    ``rtt_s`` is how long a ping takes, as if the node were that far away.
+    ``rtt_s`` is how long a ping takes, as if the node were that far away; ``padding`` adds that
+    many bytes to every token's text.
     """
 
     name: str
@@ -125,6 +127,7 @@ class FakeNode:
     answer_tokens: int = 8
     faults: Faults = field(default_factory=Faults)
     rtt_s: float = 0.0
+    padding: int = 0
     load: EngineLoad | None = None
     submits: list[Submit] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
@@ -134,11 +137,11 @@ class FakeNode:
     address: str = ""
     _server: asyncio.Server | None = None
 
-    async def start(self) -> None:
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
         """Listen on a free loopback port."""
         self.go.set()
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0)
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, ssl=tls)
         self.address = format_address(*self._server.sockets[0].getsockname()[:2])
 
     async def stop(self) -> None:
@@ -190,7 +193,7 @@ class FakeNode:
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition()`` holds after some change."""
-        async with self.changed:
+        async with self.changed, asyncio.timeout(20):
             await self.changed.wait_for(condition)
 
     async def note(self) -> None:
@@ -325,7 +328,18 @@ class _Connection(asyncio.Protocol):
                 self.drop()
                 return
             token = next_token(data, ids)
-            self.say(Step([StepEntry(stream, len(ids), [token], escape(token_text(token)))]))
+            self.say(
+                Step(
+                    [
+                        StepEntry(
+                            stream,
+                            len(ids),
+                            [token],
+                            escape(token_text(token) + "x" * node.padding),
+                        )
+                    ]
+                )
+            )
             ids.append(token)
             sent += 1
             if submit.leg == "prefill" and len(ids) < limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import AsyncIterator
 
@@ -23,6 +24,7 @@ from popmesh.client import (
     Transfer,
 )
 from popmesh.conversation import converse
+from popmesh.render.progress import Phases
 from popmesh.render.routes import plan_view, record_view, summary_line
 from popmesh.render.status import status_view
 from popmesh.showcase import sample_problem
@@ -219,7 +221,7 @@ def test_a_plan_shows_every_candidate_and_who_is_out():
         ClientPlace(48.1, 11.6, "header"), 700, ROUTE, [LOCAL], [Rejected("iad-2", "draining")]
     )
     shown = text_of(plan_view(plan))
-    for expected in ("fra-1 (fra) -> lhr-1", "iad-1 (iad) -> iad-1", "123.0", "300.0", "draining"):
+    for expected in ("fra-1 -> lhr-1", "iad-1 -> iad-1", "123.0", "300.0", "draining"):
         assert expected in shown
 
 
@@ -234,8 +236,8 @@ def test_a_status_shows_nodes_with_and_without_engines():
     }  # fmt: skip
     down = node | {"name": "lhr-1", "link": "down", "link_error": "refused", "engines": []}
     status = {
-        "router": "r", "site": "fra", "mesh": "demo", "running": 2, "directory_age_s": None,
-        "directory_error": None, "routable": [], "nodes": [node, down],
+        "router": "r", "site": "fra", "mesh": "demo", "running": 2, "registry_age_s": None,
+        "routable": [], "nodes": [node, down],
     }  # fmt: skip
     shown = text_of(status_view(status))
     for expected in ("15/20", "31", "refused", "none", "not heard yet"):
@@ -260,3 +262,20 @@ def finished(**changed: object) -> Answer:
 def test_the_demo_only_passes_when_a_whole_answer_crossed_sites(answer, record, problem):
     said = sample_problem(answer, record)
     assert said is None if problem is None else problem in said
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_names_every_phase_and_completes_it(terminal):
+    console = Console(file=io.StringIO(), record=True, width=120, force_terminal=terminal)
+    with Phases(console) as phases:
+        phases.report("download", 0, 0)
+        phases.report("download", 1_000_000, 2_000_000)
+        phases.report("convert", 5_000_000, 5_000_000)
+        for number in range(3):
+            phases.report("nodes", number, 2)
+    shown = console.export_text()
+    for words in ("Downloading", "Converting", "Loading the model at every node"):
+        assert words in shown
+    if terminal:
+        assert "2/2" in shown
+        assert "2/2 MB" in shown, "a phase that is over was left incomplete"

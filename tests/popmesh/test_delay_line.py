@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popmesh.links.delay_line import MAX_BUFFER_BYTES, MIN_BUFFER_BYTES, DelayLine
+from popmesh.links.delay_line import MAX_BUFFER_BYTES, SLACK_BUFFER_BYTES, DelayLine
 from popmesh.links.fair_queue import HORIZON_S, PRUNE_FLOWS, FairQueue
 
 PUSHES = st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, 200_000)), min_size=1, max_size=60)
@@ -57,8 +57,8 @@ def test_impossible_links_are_refused(rate, delay):
 
 
 def test_buffer_is_the_bandwidth_delay_product_within_bounds():
-    assert DelayLine(125e6, 0.05).buffer_bytes == 12_500_000
-    assert DelayLine(1e6, 0.001).buffer_bytes == MIN_BUFFER_BYTES
+    assert DelayLine(125e6, 0.05).buffer_bytes == 12_500_000 + SLACK_BUFFER_BYTES
+    assert DelayLine(1e6, 0.0).buffer_bytes == SLACK_BUFFER_BYTES
     assert DelayLine(1e10, 1.0).buffer_bytes == MAX_BUFFER_BYTES
 
 

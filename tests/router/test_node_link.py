@@ -110,6 +110,14 @@ async def linked(
         await node.stop()
 
 
+async def first_error(link: NodeLink) -> str:
+    """What the link complains about, once it does."""
+    async with asyncio.timeout(10):
+        while link.last_error is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return link.last_error
+
+
 def fake(**changes: str) -> FakeNode:
     return FakeNode(**({"name": "fra-1", "site": "fra", "mesh": FakeMesh()} | changes))  # type: ignore[arg-type]
 
@@ -157,10 +165,7 @@ async def test_comes_back_and_tells_open_streams() -> None:
 )
 async def test_the_wrong_peer_is_refused(node: FakeNode, word: str) -> None:
     async with linked(node) as (link, heard):
-        async with asyncio.timeout(10):
-            while link.last_error is None:
-                await asyncio.sleep(0.01)
-        assert word in link.last_error
+        assert word in await first_error(link)
         assert not link.up
         assert heard.count("up") == 0
 
@@ -180,10 +185,7 @@ async def test_nothing_listens() -> None:
     known = make_topology().nodes["fra-1"]
     link = NodeLink(known, "127.0.0.1:1", identity(), events(heard), random.Random(0))
     task = asyncio.ensure_future(link.run())
-    async with asyncio.timeout(10):
-        while link.last_error is None:
-            await asyncio.sleep(0.01)
-    assert "cannot reach 127.0.0.1:1" in link.last_error
+    assert "cannot reach 127.0.0.1:1" in await first_error(link)
     assert not link.send(Cancel(1))
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -195,10 +197,7 @@ async def test_off_loopback_needs_certificates() -> None:
     known = make_topology().nodes["fra-1"]
     link = NodeLink(known, "192.0.2.1:9", identity(), events(heard), random.Random(0))
     task = asyncio.ensure_future(link.run())
-    async with asyncio.timeout(10):
-        while link.last_error is None:
-            await asyncio.sleep(0.01)
-    assert "no certificate" in link.last_error
+    assert "no certificate" in await first_error(link)
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
@@ -206,6 +205,7 @@ async def test_off_loopback_needs_certificates() -> None:
 
 async def test_long_messages_arrive_and_are_overtaken() -> None:
     node = fake()
+    node.context_tokens = 10_000_000
     async with linked(node) as (link, heard):
         await heard.wait("up")
         link.send(submit(7, "x" * 3_000_000))

@@ -129,7 +129,7 @@ def test_roles_come_from_the_topology_whatever_a_node_says() -> None:
 
 
 def test_a_load_replaces_what_was_reserved_before_it() -> None:
-    builder, node = built()
+    builder, _ = built()
     builder.set_rtt("fra-1", 100.0)
     builder.reserve("fra-1", 1, Reservation(MODEL, 500, 1, at=1.0))
     builder.reserve("fra-1", 2, Reservation(MODEL, 300, 0, at=2.0))
