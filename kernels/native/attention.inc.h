@@ -271,7 +271,7 @@ PM_INLINE void FN(softmax_tile)(FN(chunk) * c, long row, long visible, float sca
             vf_store(o + j, vf_mul(vf_load(o + j), vf_set1(decay)));
 }
 
-/* Packs columns [d, d + GEMM_NP) of n keys of V from `first` on as B, zero where there is nothing. */
+/* Packs columns [d, d + GEMM_NP) of n keys of V from `first` on as B, zero beyond them. */
 PM_INLINE void FN(pack_values)(const FN(paged) * values, long first, long n, long d, long D,
                                uint32_t *b)
 {

@@ -59,8 +59,8 @@ PM_INLINE void FN(copy_row)(A *dst, const E *src, long n, long padded)
     if (i < n)
         vf_store_n(dst + i, e_load_n(src + i, n - i), n - i);
 #endif
-    for (long i = n; i < padded; i++)
-        dst[i] = 0;
+    for (long j = n; j < padded; j++)
+        dst[j] = 0;
 }
 
 /* Elements 2 j and 2 j + 1 (or j) of a row as one word; what lies beyond n elements reads as 0. */
@@ -103,9 +103,9 @@ PM_TARGET static void FN(pack_rows)(const E *const rows[GEMM_NP], long n, uint32
     for (int group = 0; group < GEMM_NP; group += VW) {
         long j = 0;
         for (; j + VW <= whole; j += VW) {
-            const uint32_t *from[VW];
+            const void *from[VW];
             for (int i = 0; i < VW; i++)
-                from[i] = (const uint32_t *)(rows[group + i] + j * per_word);
+                from[i] = rows[group + i] + j * per_word;
 #if PM_BF16 && !PAIRS
             uint32_t tile[VW * VW];
             transpose_words(from, tile, VW);

@@ -106,7 +106,7 @@ PM_INLINE vf vf_scale2(vf x, vf n)
                          power_of_2(_mm256_sub_epi32(whole, half)));
 }
 
-PM_INLINE void transpose_words(const uint32_t *const rows[VW], uint32_t *dst, long stride)
+PM_INLINE void transpose_words(const void *const rows[VW], uint32_t *dst, long stride)
 {
     __m256 a[VW], b[VW];
     for (int i = 0; i < VW; i++)

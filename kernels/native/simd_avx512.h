@@ -87,8 +87,8 @@ PM_INLINE vf vf_round(vf x)
 /* x * 2^n, n integral; under- and overflow are graceful. */
 PM_INLINE vf vf_scale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
 
-/* dst[j * stride + i] = rows[i][j] for VW x VW words of 32 bits. */
-PM_INLINE void transpose_words(const uint32_t *const rows[VW], uint32_t *dst, long stride)
+/* dst[j * stride + i] = rows[i][j] for VW x VW words of 32 bits; rows need no alignment. */
+PM_INLINE void transpose_words(const void *const rows[VW], uint32_t *dst, long stride)
 {
     __m512i a[VW], b[VW];
     for (int i = 0; i < VW; i++)

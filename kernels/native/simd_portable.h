@@ -93,9 +93,9 @@ PM_INLINE vf vf_split(vf x, vf *exponent)
 PM_INLINE vf vf_round(vf x) { LANES(rintf(x.lane[i])); }
 PM_INLINE vf vf_scale2(vf x, vf n) { LANES(ldexpf(x.lane[i], (int)n.lane[i])); }
 
-PM_INLINE void transpose_words(const uint32_t *const rows[VW], uint32_t *dst, long stride)
+PM_INLINE void transpose_words(const void *const rows[VW], uint32_t *dst, long stride)
 {
     for (int i = 0; i < VW; i++)
         for (int j = 0; j < VW; j++)
-            dst[j * stride + i] = rows[i][j];
+            memcpy(&dst[j * stride + i], (const char *)rows[i] + 4 * j, 4);
 }

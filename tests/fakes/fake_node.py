@@ -12,6 +12,7 @@ import hashlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import msgspec
 
@@ -233,10 +234,9 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self.node.connections.append(self)
-        transport.write(encode(self.node.hello()))
+        self._transport.write(encode(self.node.hello()))
         self.say(self.node.load_message())
 
     def data_received(self, data: bytes) -> None:
