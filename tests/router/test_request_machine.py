@@ -341,6 +341,7 @@ class Simulation:
         leg, stream, rng = _Leg(node, submit), submit.stream, self.rng
         start = len(submit.forced_ids)
         assert submit.forced_ids == ANSWER[:start]
+        assert wanted(start) == self.text  # forced is exactly what the client has
         if rng.random() < self.trouble / 3:
             leg.said = [NodeSaid(node, Refused(stream, "overloaded", "", True, 0))]
             self.legs.append(leg)
