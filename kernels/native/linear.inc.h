@@ -81,7 +81,7 @@ PM_TARGET static void FN(linear_dot)(const void *argument, long item, void *scra
     }
 }
 
-/* Scratch: B [K' / STEP][GEMM_NP], A [GEMM_MR][K'], C [GEMM_MR][GEMM_NP]; K' is K rounded to STEP. */
+/* Scratch: B [K' / STEP][GEMM_NP], A [GEMM_MR][K'], C [GEMM_MR][GEMM_NP]; K' = K up to a STEP. */
 static size_t FN(linear_gemm_scratch)(const pm_linear_job *job)
 {
     size_t padded = (size_t)(pm_ceil_div(job->K, STEP) * STEP);
