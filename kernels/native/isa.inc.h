@@ -3,8 +3,8 @@
  *   PM_HAVE_DPBF16    1 where the processor multiplies bf16 pairs
  *   PM_TABLE, PM_NAME the table, and its name for people
  *   PM_SIMD           the header to use
- *   PM_DOT_MAX_ROWS   rows of x up to which the dot kernel beats packing (measured on Zen 5 with
- *                     the shapes of a 135M model)
+ *   PM_DOT_MAX_ROWS   {float32, bfloat16} rows of x up to which the dot kernel beats packing
+ *                     (measured on Zen 5 with the shapes of a 135M model)
  *   PM_GEMM_MR, PM_DOT_T, PM_PV_HEADS
  *                     equal to the header's tiles: the preprocessor chooses their cases
  */

@@ -67,7 +67,7 @@ typedef struct {
 typedef struct {
     const char *name;
     long gemm_columns; /* columns of w per gemm item */
-    long dot_max_rows; /* up to this many rows of x, linear_dot is the faster one */
+    long dot_max_rows[PM_DTYPES]; /* up to this many rows of x, linear_dot is the faster one */
     void (*linear_dot[PM_DTYPES])(const void *job, long item, void *scratch);
     void (*linear_gemm[PM_DTYPES])(const void *job, long item, void *scratch);
     size_t (*linear_gemm_scratch[PM_DTYPES])(const pm_linear_job *job);

@@ -88,7 +88,7 @@ PM_API int pm_linear(pm_context *context, int dtype, const void *x, const void *
     const pm_kernels *kernels = context->kernels;
     pm_linear_job job = {.x = x, .w = w, .bias = bias, .y = y, .T = T, .N = N, .K = K,
                          .y_f32 = y_f32};
-    if (T <= kernels->dot_max_rows) {
+    if (T <= kernels->dot_max_rows[dtype]) {
         /* Rows of w in multiples of 4, the width of the dot tile. */
         job.unit = pm_max(4, PM_DOT_UNIT / pm_max(1, K) / 4 * 4);
         return pm_pool_run(context->pool, kernels->linear_dot[dtype], &job,

