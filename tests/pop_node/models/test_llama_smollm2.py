@@ -1,8 +1,8 @@
 """The real model in bfloat16 against transformers, on text.
 
 Stated tolerance: measured against transformers in float32, our bfloat16 logits are off by no more
-than transformers' own bfloat16 logits are, plus a quarter, in root mean square and at the worst; our
-float32 logits by at most 1e-3.
+than transformers' own bfloat16 logits are, plus a quarter, in root mean square and at the worst;
+our float32 logits by at most 1e-3.
 """
 
 from __future__ import annotations
