@@ -27,9 +27,8 @@ def registry(listen: str) -> None:
     import asyncio
     import logging
 
-    from registry.embedded import EmbeddedRegistry
-
     from popmesh.signals import run_until_signal
+    from registry.embedded import EmbeddedRegistry
     from wire.address import is_loopback, parse_address
     from wire.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""Meshes shared by the end-to-end tests: one in bfloat16, one in float32."""
+"""Meshes for the end-to-end tests, one per file that asks: they end before other tests run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROJECT = Path(__file__).parents[2]
 DEMO = PROJECT / "topology" / "examples" / "demo.yaml"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo_mesh(model_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """The demo's four nodes in three sites, links emulated."""
     assert load_topology(DEMO).models, "the demo topology serves a model"
@@ -41,7 +41,7 @@ routers:
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exact_mesh(model_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """Two nodes on two continents, float32: what they say can be compared token by token."""
     directory = tmp_path_factory.mktemp("exact")
