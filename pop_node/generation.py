@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from pop_node import leg as legs
+from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
 from pop_node.engine.client import EngineClient
 from pop_node.engine.config import EngineConfig
@@ -77,14 +78,14 @@ class Generation:
         await self.endpoint.close()
         self.staging.close()
 
-    def transfer_effect(self, leg: legs.Leg, effect: legs.TransferEffect) -> None:
+    def transfer_effect(self, leg: legs.Leg, effect: ev.TransferEffect) -> None:
         """Carry out what a leg wants of its transfer."""
         endpoint, settings, submit = self.endpoint, self.settings, leg.submit
         plan, transfer = submit.transfer, leg.transfer_id
         assert plan is not None, "only split legs have transfers"
         assert self.spec is not None, "legs exist only once the engine is ready"
         match effect:
-            case legs.OpenTransfer(ids):
+            case ev.OpenTransfer(ids):
                 endpoint.open(
                     transfer,
                     submit.attempt,
@@ -97,7 +98,7 @@ class Generation:
                     prompt_digest(ids),
                     submit.deadline_remaining_ms / 1000,
                 )
-            case legs.ExpectTransfer(ids):
+            case ev.ExpectTransfer(ids):
                 endpoint.expect(
                     transfer,
                     submit.attempt,
@@ -110,15 +111,15 @@ class Generation:
                     submit.deadline_remaining_ms / 1000,
                     max_ids=len(submit.forced_ids) + 1,
                 )
-            case legs.GrantTransfer(have_tokens):
+            case ev.GrantTransfer(have_tokens):
                 endpoint.allocated(transfer, have_tokens)
-            case legs.ComputeStarted():
+            case ev.ComputeStarted():
                 endpoint.compute_started(transfer)
-            case legs.ComputeEnded():
+            case ev.ComputeEnded():
                 endpoint.compute_ended(transfer)
-            case legs.CommitTransfer(ids):
+            case ev.CommitTransfer(ids):
                 endpoint.commit(transfer, ids)
-            case legs.CancelTransfer(code, message):
+            case ev.CancelTransfer(code, message):
                 endpoint.cancel(transfer, code, message)
             case _:
                 assert_never(effect)

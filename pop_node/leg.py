@@ -11,9 +11,9 @@ once; ``pop_node.model_host`` carries the effects out. It knows no socket, engin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, assert_never
+from typing import Literal, assert_never
 
+from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
 from wire.errors import MeshError, TransferError
 from wire.messages import (
@@ -21,7 +21,6 @@ from wire.messages import (
     Failed,
     Finished,
     FinishReason,
-    NodeMessage,
     Refused,
     StepEntry,
     Submit,
@@ -31,191 +30,18 @@ from wire.messages import (
 State = Literal["preparing", "queued", "running", "handoff", "closing", "ended"]
 
 
-class TextDeltas(Protocol):
-    """Incremental text of one stream (``pop_node.text.stream.TextStream``)."""
-
-    def push(self, ids: list[int]) -> TextDelta: ...
-
-    def flush(self) -> str: ...
-
-
-class TextDelta(Protocol):
-    """What ``push`` made printable, and whether a stop string was completed."""
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def stopped(self) -> bool: ...
-
-
-# ---- events ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """The prompt is rendered and tokenised; ``max_tokens`` is capped to the context."""
-
-    prompt_ids: list[int]
-    max_tokens: int
-    text: TextDeltas
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareFailed:
-    error: MeshError
-
-
-@dataclass(frozen=True, slots=True)
-class TransferCommitted:
-    """Decode side: all KV is here; the answer so far is ``ids``."""
-
-    ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class TransferDone:
-    """Prefill side: the decode site has everything."""
-
-    report: TransferReport
-
-
-@dataclass(frozen=True, slots=True)
-class TransferFailed:
-    error: MeshError
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """The router wants no more of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The leg cannot go on: deadline passed, engine died, router link lost, node shutting down.
-
-    ``engine_gone`` says that the engine forgot everything already.
-    """
-
-    error: MeshError
-    engine_gone: bool = False
-
-
-EngineEvent = engine.Allocated | engine.Declined | engine.Token | engine.PrefillDone | engine.Ended
-Event = (
-    Prepared
-    | PrepareFailed
-    | TransferCommitted
-    | TransferDone
-    | TransferFailed
-    | Cancelled
-    | Broken
-    | EngineEvent
-)
-
-
-# ---- effects -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ToEngine:
-    message: engine.Add | engine.Drop | engine.Commit | engine.Release
-
-
-@dataclass(frozen=True, slots=True)
-class Say:
-    """Tell the router."""
-
-    message: NodeMessage
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """Put this into the router's next ``Step`` frame, before anything said later."""
-
-    entry: StepEntry
-
-
-@dataclass(frozen=True, slots=True)
-class OpenTransfer:
-    """Prefill side: offer the KV of ``ids`` to the decode node."""
-
-    ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectTransfer:
-    """Decode side: a transfer for ``ids`` is wanted."""
-
-    ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class GrantTransfer:
-    """Decode side: blocks are allocated, the first ``have_tokens`` are already here."""
-
-    have_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ComputeStarted:
-    """Prefill side: the prompt has its blocks and is being computed."""
-
-
-@dataclass(frozen=True, slots=True)
-class ComputeEnded:
-    """Prefill side: the last layer of the prompt is computed."""
-
-
-@dataclass(frozen=True, slots=True)
-class CommitTransfer:
-    """Prefill side: the answer so far, [0:h]."""
-
-    ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class CancelTransfer:
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class RecordPrefix:
-    """The prompt's KV is in this node's cache now."""
-
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Over:
-    """Nothing of this leg is left anywhere; forget it."""
-
-
-TransferEffect = (
-    OpenTransfer
-    | ExpectTransfer
-    | GrantTransfer
-    | ComputeStarted
-    | ComputeEnded
-    | CommitTransfer
-    | CancelTransfer
-)
-Effect = ToEngine | Say | Emit | TransferEffect | RecordPrefix | Over
-
-
 class Leg:
     """State machine of one leg; ``seq`` is its number in the engine."""
 
     def __init__(
-        self, seq: int, submit: Submit, stop_ids: frozenset[int], escape_json: Escape
+        self, seq: int, submit: Submit, stop_ids: frozenset[int], escape_json: ev.Escape
     ) -> None:
         self.seq = seq
         self.submit = submit
         self.state: State = "preparing"
         self._stop_ids = stop_ids
         self._escape = escape_json
-        self._text: TextDeltas | None = None
+        self._text: ev.TextDeltas | None = None
         self._prompt_tokens = 0
         self._ids: list[int] = list(submit.forced_ids)
         self._in_engine = False
@@ -228,14 +54,14 @@ class Leg:
         """The 16-byte transfer id, empty when the leg has no transfer."""
         return self.submit.transfer.id if self.submit.transfer is not None else b""
 
-    def handle(self, event: Event) -> list[Effect]:
+    def handle(self, event: ev.Event) -> list[ev.Effect]:
         """Advance by one event."""
         if self.state == "ended":
             return []
         match event:
-            case Prepared():
+            case ev.Prepared():
                 return self._prepared(event)
-            case PrepareFailed(error):
+            case ev.PrepareFailed(error):
                 return self._prepare_failed(error)
             case engine.Allocated(_, cached_tokens):
                 return self._allocated(cached_tokens)
@@ -248,26 +74,26 @@ class Leg:
             case engine.Ended():
                 self._in_engine = False
                 return self._close()
-            case TransferCommitted(ids):
+            case ev.TransferCommitted(ids):
                 return self._committed(ids)
-            case TransferDone(report):
+            case ev.TransferDone(report):
                 return self._transfer_done(report)
-            case TransferFailed(error):
+            case ev.TransferFailed(error):
                 self._transfer_open = False
                 return self._fail(error)
-            case Cancelled():
+            case ev.Cancelled():
                 return self._finish("cancelled", "cancelled", "the router cancelled the request")
-            case Broken(error, engine_gone):
+            case ev.Broken(error, engine_gone):
                 return self._broken(error, engine_gone)
             case _:
                 assert_never(event)
 
     # ---- start ---------------------------------------------------------------------------------
 
-    def _prepared(self, event: Prepared) -> list[Effect]:
+    def _prepared(self, event: ev.Prepared) -> list[ev.Effect]:
         if self.state == "closing":  # cancelled while the tokeniser ran
             self.state = "ended"
-            return [Over()]
+            return [ev.Over()]
         submit, sampling = self.submit, self.submit.sampling
         self._text = event.text
         if submit.forced_ids:
@@ -287,38 +113,40 @@ class Leg:
             salt=submit.tenant.encode(),
             transfer=self.transfer_id,
         )
-        effects: list[Effect] = [ToEngine(add)]
+        effects: list[ev.Effect] = [ev.ToEngine(add)]
         if submit.leg != "both":
             self._transfer_open = True
             ids = event.prompt_ids + submit.forced_ids
-            effects.append(OpenTransfer(ids) if submit.leg == "prefill" else ExpectTransfer(ids))
+            effects.append(
+                ev.OpenTransfer(ids) if submit.leg == "prefill" else ev.ExpectTransfer(ids)
+            )
         return effects
 
-    def _prepare_failed(self, error: MeshError) -> list[Effect]:
+    def _prepare_failed(self, error: MeshError) -> list[ev.Effect]:
         closing = self.state == "closing"
         self.state = "ended"
-        return [Over()] if closing else [Say(refusal(self.submit.stream, error)), Over()]
+        return [ev.Over()] if closing else [ev.Say(refusal(self.submit.stream, error)), ev.Over()]
 
-    def _allocated(self, cached_tokens: int) -> list[Effect]:
+    def _allocated(self, cached_tokens: int) -> list[ev.Effect]:
         if self.state != "queued":
             return []
         self.state = "running"
-        effects: list[Effect] = [
-            Say(Accepted(self.submit.stream, self._prompt_tokens, cached_tokens))
+        effects: list[ev.Effect] = [
+            ev.Say(Accepted(self.submit.stream, self._prompt_tokens, cached_tokens))
         ]
         if self.submit.leg == "decode":
-            effects.append(GrantTransfer(cached_tokens))
+            effects.append(ev.GrantTransfer(cached_tokens))
         elif self.submit.leg == "prefill" and self._transfer_open:
-            effects.append(ComputeStarted())
+            effects.append(ev.ComputeStarted())
         return effects
 
-    def _declined(self, code: str, message: str) -> list[Effect]:
+    def _declined(self, code: str, message: str) -> list[ev.Effect]:
         self._in_engine = False
         if self.state == "closing":
             return self._close()
         retryable = code in ("overloaded", "out_of_blocks")
-        effects: list[Effect] = [
-            Say(Refused(self.submit.stream, code, message, retryable, 0)),
+        effects: list[ev.Effect] = [
+            ev.Say(Refused(self.submit.stream, code, message, retryable, 0)),
             *self._cancel_transfer(code, message),
         ]
         self.state = "closing"
@@ -326,14 +154,14 @@ class Leg:
 
     # ---- tokens --------------------------------------------------------------------------------
 
-    def _prefill_done(self, queue_ms: float, compute_ms: float) -> list[Effect]:
+    def _prefill_done(self, queue_ms: float, compute_ms: float) -> list[ev.Effect]:
         self._queue_ms, self._prefill_ms = queue_ms, compute_ms
-        effects: list[Effect] = [RecordPrefix(self._prompt_tokens)]
+        effects: list[ev.Effect] = [ev.RecordPrefix(self._prompt_tokens)]
         if self.submit.leg == "prefill" and self._transfer_open:
-            effects.append(ComputeEnded())
+            effects.append(ev.ComputeEnded())
         return effects
 
-    def _token(self, token: engine.Token) -> list[Effect]:
+    def _token(self, token: engine.Token) -> list[ev.Effect]:
         if self.state != "running":
             return []  # a token that crossed a cancel
         assert self._text is not None
@@ -346,10 +174,10 @@ class Leg:
         elif finish in ("stop", "length"):
             text += self._text.flush()
         entry = StepEntry(self.submit.stream, token.index, [token.id], self._escape(text))
-        effects: list[Effect] = [Emit(entry)]
+        effects: list[ev.Effect] = [ev.Emit(entry)]
         if finish == "handoff":
             self.state = "handoff"
-            effects.append(CommitTransfer(list(self._ids)))
+            effects.append(ev.CommitTransfer(list(self._ids)))
         elif finish in ("stop", "length"):
             reason: FinishReason = "stop" if finish == "stop" else "length"
             message = "the answer ended before the hand-over"
@@ -358,7 +186,7 @@ class Leg:
 
     # ---- transfer ------------------------------------------------------------------------------
 
-    def _committed(self, ids: list[int]) -> list[Effect]:
+    def _committed(self, ids: list[int]) -> list[ev.Effect]:
         self._transfer_open = False
         if self.state != "running":
             return []
@@ -370,48 +198,48 @@ class Leg:
         self._ids = list(ids)
         self._text.push(ids[known:])  # the prefill node has sent their text
         return [
-            ToEngine(engine.Commit(self.transfer_id, ids)),
-            RecordPrefix(self._prompt_tokens),
+            ev.ToEngine(engine.Commit(self.transfer_id, ids)),
+            ev.RecordPrefix(self._prompt_tokens),
         ]
 
-    def _transfer_done(self, report: TransferReport) -> list[Effect]:
+    def _transfer_done(self, report: TransferReport) -> list[ev.Effect]:
         self._transfer_open = False
         if self.state != "handoff":
             return []
         self.state = "closing"
-        return [Say(self._finished("handoff", report)), *self._release()]
+        return [ev.Say(self._finished("handoff", report)), *self._release()]
 
     # ---- ends ----------------------------------------------------------------------------------
 
     def _finish(
         self, reason: FinishReason, code: str, message: str, in_engine: str = ""
-    ) -> list[Effect]:
+    ) -> list[ev.Effect]:
         """End well. ``in_engine`` is the engine's own finish: then it lets go by itself."""
         if self.state == "closing":
             return []
         preparing = self.state == "preparing"
         self.state = "closing"
-        effects: list[Effect] = [
-            Say(self._finished(reason, None)),
+        effects: list[ev.Effect] = [
+            ev.Say(self._finished(reason, None)),
             *self._cancel_transfer(code, message),
         ]
         if in_engine not in ("stop", "length"):
             effects += self._drop()
         return effects if preparing else effects + self._close()
 
-    def _fail(self, error: MeshError) -> list[Effect]:
+    def _fail(self, error: MeshError) -> list[ev.Effect]:
         if self.state == "closing":
             return []
         preparing = self.state == "preparing"
         self.state = "closing"
-        effects: list[Effect] = [
-            Say(Failed(self.submit.stream, error.code, error.message, error.retryable)),
+        effects: list[ev.Effect] = [
+            ev.Say(Failed(self.submit.stream, error.code, error.message, error.retryable)),
             *self._cancel_transfer(error.code, error.message),
             *self._drop(),
         ]
         return effects if preparing else effects + self._close()
 
-    def _broken(self, error: MeshError, engine_gone: bool) -> list[Effect]:
+    def _broken(self, error: MeshError, engine_gone: bool) -> list[ev.Effect]:
         preparing = self.state == "preparing"
         if engine_gone:
             self._in_engine = False
@@ -420,34 +248,28 @@ class Leg:
             effects += self._close()
         return effects
 
-    def _drop(self) -> list[Effect]:
-        return [ToEngine(engine.Drop(self.seq))] if self._in_engine else []
+    def _drop(self) -> list[ev.Effect]:
+        return [ev.ToEngine(engine.Drop(self.seq))] if self._in_engine else []
 
-    def _release(self) -> list[Effect]:
-        return [ToEngine(engine.Release(self.transfer_id))]
+    def _release(self) -> list[ev.Effect]:
+        return [ev.ToEngine(engine.Release(self.transfer_id))]
 
-    def _cancel_transfer(self, code: str, message: str) -> list[Effect]:
+    def _cancel_transfer(self, code: str, message: str) -> list[ev.Effect]:
         if not self._transfer_open:
             return []
         self._transfer_open = False
-        return [CancelTransfer(code, message)]
+        return [ev.CancelTransfer(code, message)]
 
-    def _close(self) -> list[Effect]:
+    def _close(self) -> list[ev.Effect]:
         if self.state != "closing" or self._in_engine:
             return []
         self.state = "ended"
-        return [Over()]
+        return [ev.Over()]
 
     def _finished(self, reason: FinishReason, report: TransferReport | None) -> Finished:
         return Finished(
             self.submit.stream, reason, len(self._ids), self._queue_ms, self._prefill_ms, report
         )
-
-
-class Escape(Protocol):
-    """JSON-escape a text, without the quotes."""
-
-    def __call__(self, text: str, /) -> bytes: ...
 
 
 def refusal(stream: int, error: MeshError) -> Refused:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from pop_node import leg as legs
+from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
 from pop_node.generation import Generation, HostSettings
 from pop_node.kv_stream.spec import Piece
@@ -207,13 +208,13 @@ class ModelHost:
         """Stop a leg; unknown streams have ended already."""
         live = self._by_stream.get((link, stream))
         if live is not None:
-            self._advance(live, legs.Cancelled())
+            self._advance(live, ev.Cancelled())
 
     def router_left(self, link: RouterLink) -> None:
         """A router's connection is gone: nobody reads its streams any more."""
         for (owner, _), live in list(self._by_stream.items()):
             if owner is link:
-                self._advance(live, legs.Cancelled())
+                self._advance(live, ev.Cancelled())
 
     def _refuse(self, link: RouterLink, submit: Submit) -> MeshError | None:
         if not self.ready:
@@ -236,7 +237,7 @@ class ModelHost:
                 self._executor, prepare, self._codec, live.leg.submit, self._context_tokens()
             )
         except MeshError as exc:
-            self._advance(live, legs.PrepareFailed(exc))
+            self._advance(live, ev.PrepareFailed(exc))
         else:
             self._advance(live, prepared)
 
@@ -246,7 +247,7 @@ class ModelHost:
 
     def _deadline_passed(self, live: _Live) -> None:
         live.deadline = None
-        self._advance(live, legs.Broken(DeadlineError("the request's deadline passed")))
+        self._advance(live, ev.Broken(DeadlineError("the request's deadline passed")))
 
     # ---- from the engine -----------------------------------------------------------------------
 
@@ -344,41 +345,41 @@ class ModelHost:
         )
 
     def on_committed(self, transfer: bytes, ids: list[int]) -> None:
-        self._transfer_event(transfer, legs.TransferCommitted(ids))
+        self._transfer_event(transfer, ev.TransferCommitted(ids))
 
     def on_done(self, transfer: bytes, report: TransferReport) -> None:
-        self._transfer_event(transfer, legs.TransferDone(report))
+        self._transfer_event(transfer, ev.TransferDone(report))
 
     def on_failed(self, transfer: bytes, error: MeshError) -> None:
-        self._transfer_event(transfer, legs.TransferFailed(error))
+        self._transfer_event(transfer, ev.TransferFailed(error))
 
-    def _transfer_event(self, transfer: bytes, event: legs.Event) -> None:
+    def _transfer_event(self, transfer: bytes, event: ev.Event) -> None:
         live = self._by_transfer.get(transfer)
         if live is not None:
             self._advance(live, event)
 
     # ---- effects -------------------------------------------------------------------------------
 
-    def _advance(self, live: _Live, event: legs.Event) -> None:
+    def _advance(self, live: _Live, event: ev.Event) -> None:
         for effect in live.leg.handle(event):
             self._carry_out(live, effect)
 
-    def _carry_out(self, live: _Live, effect: legs.Effect) -> None:
+    def _carry_out(self, live: _Live, effect: ev.Effect) -> None:
         leg = live.leg
         match effect:
-            case legs.Emit(entry):
+            case ev.Emit(entry):
                 live.link.emit(entry)
-            case legs.Say(message):
+            case ev.Say(message):
                 if self._deferred is not None:
                     self._deferred.append((live.link, message))
                 else:
                     live.link.say(message)
-            case legs.ToEngine(message):
+            case ev.ToEngine(message):
                 self._to_engine(message)
-            case legs.RecordPrefix(prompt_tokens):
+            case ev.RecordPrefix(prompt_tokens):
                 size = len(canonical_bytes(leg.submit.input))
                 self._directory.record(leg.submit.chain, size, prompt_tokens)
-            case legs.Over():
+            case ev.Over():
                 self._forget(live)
             case _:
                 if self._generation is not None:  # else its transfers went with the engine
@@ -400,4 +401,4 @@ class ModelHost:
 
     def _break_all(self, error: MeshError) -> None:
         for live in list(self._by_seq.values()):
-            self._advance(live, legs.Broken(error, engine_gone=True))
+            self._advance(live, ev.Broken(error, engine_gone=True))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pop_node import leg as legs
+from pop_node import leg_events as ev
 from pop_node.text.stream import TextStream
 from pop_node.text.tokenizer import TextCodec
 from wire.errors import RequestError
 from wire.messages import Submit
 
 
-def prepare(codec: TextCodec, submit: Submit, context_tokens: int) -> legs.Prepared:
+def prepare(codec: TextCodec, submit: Submit, context_tokens: int) -> ev.Prepared:
     """Prompt ids and the token limit of a submit; runs on a worker thread.
 
     Raises ``RequestError`` for a prompt that cannot be rendered, is empty or does not fit.
@@ -25,4 +25,4 @@ def prepare(codec: TextCodec, submit: Submit, context_tokens: int) -> legs.Prepa
         )
     asked = submit.sampling.max_tokens
     max_tokens = room if asked is None else min(asked, room)
-    return legs.Prepared(prompt_ids, max_tokens, TextStream(codec, submit.sampling.stop))
+    return ev.Prepared(prompt_ids, max_tokens, TextStream(codec, submit.sampling.stop))

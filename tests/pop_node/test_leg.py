@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pop_node import leg as legs
+from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
 from wire.errors import PeerError, RequestError, TransferError
 from wire.messages import (
@@ -66,11 +67,11 @@ def make_leg(kind="both", forced=()):
 
 
 def said(effects):
-    return [e.message for e in effects if isinstance(e, legs.Say)]
+    return [e.message for e in effects if isinstance(e, ev.Say)]
 
 
 def prepared():
-    return legs.Prepared([10, 11, 12], 8, FakeText())
+    return ev.Prepared([10, 11, 12], 8, FakeText())
 
 
 def test_both_runs_to_its_end():
@@ -84,7 +85,7 @@ def test_both_runs_to_its_end():
     effects = leg.handle(engine.Token(1, 1, EOS, "stop"))
     assert effects[0].entry.text == b"<2>!"
     assert said(effects) == [Finished(5, "stop", 2, 1.5, 9.0, None)]
-    assert leg.handle(engine.Ended(1)) == [legs.Over()]
+    assert leg.handle(engine.Ended(1)) == [ev.Over()]
 
 
 def test_a_stop_string_drops_the_sequence():
@@ -93,23 +94,23 @@ def test_a_stop_string_drops_the_sequence():
     leg.handle(engine.Allocated(1, 0))
     effects = leg.handle(engine.Token(1, 0, 7, ""))
     assert said(effects)[0].reason == "stop"
-    assert legs.ToEngine(engine.Drop(1)) in effects
+    assert ev.ToEngine(engine.Drop(1)) in effects
     assert leg.handle(engine.Token(1, 1, 8, "")) == []
 
 
 def test_prefill_hands_over():
     leg = make_leg("prefill")
     effects = leg.handle(prepared())
-    assert effects[1] == legs.OpenTransfer([10, 11, 12])
-    assert legs.ComputeStarted() in leg.handle(engine.Allocated(1, 0))
-    assert legs.ComputeEnded() in leg.handle(engine.PrefillDone(1, 0.0, 5.0))
+    assert effects[1] == ev.OpenTransfer([10, 11, 12])
+    assert ev.ComputeStarted() in leg.handle(engine.Allocated(1, 0))
+    assert ev.ComputeEnded() in leg.handle(engine.PrefillDone(1, 0.0, 5.0))
     effects = leg.handle(engine.Token(1, 0, 40, "handoff"))
-    assert legs.CommitTransfer([40]) in effects
+    assert ev.CommitTransfer([40]) in effects
     assert said(effects) == []
-    effects = leg.handle(legs.TransferDone(REPORT))
+    effects = leg.handle(ev.TransferDone(REPORT))
     assert said(effects)[0] == Finished(5, "handoff", 1, 0.0, 5.0, REPORT)
-    assert legs.ToEngine(engine.Release(b"t" * 16)) in effects
-    assert leg.handle(engine.Ended(1)) == [legs.Over()]
+    assert ev.ToEngine(engine.Release(b"t" * 16)) in effects
+    assert leg.handle(engine.Ended(1)) == [ev.Over()]
 
 
 def test_prefill_that_finishes_cancels_its_transfer():
@@ -118,17 +119,17 @@ def test_prefill_that_finishes_cancels_its_transfer():
     leg.handle(engine.Allocated(1, 0))
     effects = leg.handle(engine.Token(1, 0, EOS, "stop"))
     assert said(effects)[0].reason == "stop"
-    assert [e.code for e in effects if isinstance(e, legs.CancelTransfer)] == ["answer_complete"]
+    assert [e.code for e in effects if isinstance(e, ev.CancelTransfer)] == ["answer_complete"]
 
 
 def test_decode_continues_after_the_commit():
     leg = make_leg("decode")
     text = FakeText()
-    effects = leg.handle(legs.Prepared([10, 11], 8, text))
-    assert effects[1] == legs.ExpectTransfer([10, 11])
-    assert legs.GrantTransfer(4) in leg.handle(engine.Allocated(1, 4))
-    effects = leg.handle(legs.TransferCommitted([40]))
-    assert legs.ToEngine(engine.Commit(b"t" * 16, [40])) in effects
+    effects = leg.handle(ev.Prepared([10, 11], 8, text))
+    assert effects[1] == ev.ExpectTransfer([10, 11])
+    assert ev.GrantTransfer(4) in leg.handle(engine.Allocated(1, 4))
+    effects = leg.handle(ev.TransferCommitted([40]))
+    assert ev.ToEngine(engine.Commit(b"t" * 16, [40])) in effects
     assert text.seen == [40]
     (emit,) = leg.handle(engine.Token(1, 1, 41, ""))
     assert emit.entry.index == 1
@@ -137,7 +138,7 @@ def test_decode_continues_after_the_commit():
 def test_forced_ids_are_not_emitted_again():
     leg = make_leg(forced=[40, 41])
     text = FakeText()
-    (add,) = leg.handle(legs.Prepared([10], 8, text))
+    (add,) = leg.handle(ev.Prepared([10], 8, text))
     assert add.message.forced_ids == [40, 41]
     assert text.seen == [40, 41]
     leg.handle(engine.Allocated(1, 0))
@@ -149,33 +150,31 @@ def test_a_commit_that_contradicts_the_forced_ids_fails():
     leg = make_leg("decode", forced=[40])
     leg.handle(prepared())
     leg.handle(engine.Allocated(1, 0))
-    (failed, *_) = said(leg.handle(legs.TransferCommitted([99, 41])))
+    (failed, *_) = said(leg.handle(ev.TransferCommitted([99, 41])))
     assert failed.code == "prompt_mismatch"
 
 
 def test_cancel_while_the_tokeniser_runs_waits_for_it():
     leg = make_leg()
-    assert said(leg.handle(legs.Cancelled()))[0].reason == "cancelled"
+    assert said(leg.handle(ev.Cancelled()))[0].reason == "cancelled"
     assert leg.state == "closing"
-    assert leg.handle(prepared()) == [legs.Over()]
+    assert leg.handle(prepared()) == [ev.Over()]
 
 
 def test_a_bad_prompt_is_refused():
     leg = make_leg()
-    effects = leg.handle(
-        legs.PrepareFailed(RequestError("too long", code="context_length_exceeded"))
-    )
+    effects = leg.handle(ev.PrepareFailed(RequestError("too long", code="context_length_exceeded")))
     assert said(effects) == [Refused(5, "context_length_exceeded", "too long", False, 0)]
-    assert effects[-1] == legs.Over()
+    assert effects[-1] == ev.Over()
 
 
 def test_a_dead_engine_ends_the_leg_at_once():
     leg = make_leg("decode")
     leg.handle(prepared())
     error = PeerError("engine died", code="engine_died")
-    effects = leg.handle(legs.Broken(error, engine_gone=True))
+    effects = leg.handle(ev.Broken(error, engine_gone=True))
     assert said(effects) == [Failed(5, "engine_died", "engine died", True)]
-    assert effects[-1] == legs.Over()
+    assert effects[-1] == ev.Over()
 
 
 class World:
@@ -195,27 +194,27 @@ class World:
         for effect in self.leg.handle(event):
             assert not self.over, "an effect after Over"
             match effect:
-                case legs.ToEngine(engine.Add()):
+                case ev.ToEngine(engine.Add()):
                     assert not self.in_engine
                     self.in_engine = True
-                case legs.ToEngine(engine.Drop() | engine.Release()):
+                case ev.ToEngine(engine.Drop() | engine.Release()):
                     assert self.in_engine
                     self.finished_by_engine = True
-                case legs.OpenTransfer() | legs.ExpectTransfer():
+                case ev.OpenTransfer() | ev.ExpectTransfer():
                     assert self.transfer == "none"
                     self.transfer = "open"
-                case legs.CancelTransfer():
+                case ev.CancelTransfer():
                     assert self.transfer == "open"
                     self.transfer = "closed"
-                case legs.Say(Refused() | Finished() | Failed() as message):
+                case ev.Say(Refused() | Finished() | Failed() as message):
                     self.endings.append(message)
-                case legs.Over():
+                case ev.Over():
                     self.over = True
 
     def choices(self):
         out = []
         if self.tokenising:
-            out += [prepared(), legs.PrepareFailed(RequestError("bad"))]
+            out += [prepared(), ev.PrepareFailed(RequestError("bad"))]
         if self.in_engine:
             out += [engine.Allocated(1, 0), engine.PrefillDone(1, 0.0, 1.0)]
             if self.leg.state == "running" and self.index < 6:
@@ -228,27 +227,27 @@ class World:
             if self.finished_by_engine:
                 out.append(engine.Ended(1))
         if self.transfer == "open":
-            out.append(legs.TransferFailed(TransferError("lost")))
+            out.append(ev.TransferFailed(TransferError("lost")))
             if self.kind == "prefill" and self.leg.state == "handoff":
-                out.append(legs.TransferDone(REPORT))
+                out.append(ev.TransferDone(REPORT))
             if self.kind == "decode" and self.leg.state == "running":
-                out.append(legs.TransferCommitted([40]))
-        out.append(legs.Cancelled())
-        out.append(legs.Broken(PeerError("deadline"), engine_gone=False))
+                out.append(ev.TransferCommitted([40]))
+        out.append(ev.Cancelled())
+        out.append(ev.Broken(PeerError("deadline"), engine_gone=False))
         return out
 
     def step(self, event) -> None:
         match event:
-            case legs.Prepared() | legs.PrepareFailed():
+            case ev.Prepared() | ev.PrepareFailed():
                 self.tokenising = False
             case engine.Token():
                 self.index += 1
                 self.finished_by_engine |= event.finish == "stop"
             case engine.Declined() | engine.Ended():
                 self.in_engine = False
-            case legs.TransferFailed() | legs.TransferDone():
+            case ev.TransferFailed() | ev.TransferDone():
                 self.transfer = "closed"
-            case legs.TransferCommitted():
+            case ev.TransferCommitted():
                 self.transfer = "closed"
                 self.index = 1
         self.feed(event)
@@ -265,7 +264,7 @@ def test_every_leg_ends_exactly_once(kind, data):
         world.step(choices[data.draw(st.integers(0, len(choices) - 1))])
     # Let everything that is still under way come to rest.
     if not world.over:
-        world.step(legs.Cancelled())
+        world.step(ev.Cancelled())
     if world.tokenising and not world.over:
         world.step(prepared())
     if world.in_engine and not world.over:
@@ -273,13 +272,13 @@ def test_every_leg_ends_exactly_once(kind, data):
     assert world.over
     assert len(world.endings) == 1
     assert world.transfer in ("none", "closed")
-    assert world.leg.handle(legs.Cancelled()) == []
+    assert world.leg.handle(ev.Cancelled()) == []
 
 
 @pytest.mark.parametrize("kind", ["both", "prefill", "decode"])
 def test_ending_twice_is_silent(kind):
     leg = make_leg(kind)
     leg.handle(prepared())
-    assert len(said(leg.handle(legs.Cancelled()))) == 1
-    assert said(leg.handle(legs.Cancelled())) == []
-    assert said(leg.handle(legs.Broken(PeerError("late")))) == []
+    assert len(said(leg.handle(ev.Cancelled()))) == 1
+    assert said(leg.handle(ev.Cancelled())) == []
+    assert said(leg.handle(ev.Broken(PeerError("late")))) == []

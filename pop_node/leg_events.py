@@ -1,0 +1,189 @@
+"""What goes into and comes out of a leg: frozen values, decided on by ``pop_node.leg``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pop_node.engine import messages as engine
+from wire.errors import MeshError
+from wire.messages import NodeMessage, StepEntry, TransferReport
+
+
+class TextDeltas(Protocol):
+    """Incremental text of one stream (``pop_node.text.stream.TextStream``)."""
+
+    def push(self, ids: list[int]) -> TextDelta: ...
+
+    def flush(self) -> str: ...
+
+
+class TextDelta(Protocol):
+    """What ``push`` made printable, and whether a stop string was completed."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def stopped(self) -> bool: ...
+
+
+class Escape(Protocol):
+    """JSON-escape a text, without the quotes."""
+
+    def __call__(self, text: str, /) -> bytes: ...
+
+
+# ---- events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The prompt is rendered and tokenised; ``max_tokens`` is capped to the context."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+    text: TextDeltas
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareFailed:
+    error: MeshError
+
+
+@dataclass(frozen=True, slots=True)
+class TransferCommitted:
+    """Decode side: all KV is here; the answer so far is ``ids``."""
+
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TransferDone:
+    """Prefill side: the decode site has everything."""
+
+    report: TransferReport
+
+
+@dataclass(frozen=True, slots=True)
+class TransferFailed:
+    error: MeshError
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The router wants no more of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The leg cannot go on: deadline passed, engine died, router link lost, node shutting down.
+
+    ``engine_gone`` says that the engine forgot everything already.
+    """
+
+    error: MeshError
+    engine_gone: bool = False
+
+
+EngineEvent = engine.Allocated | engine.Declined | engine.Token | engine.PrefillDone | engine.Ended
+Event = (
+    Prepared
+    | PrepareFailed
+    | TransferCommitted
+    | TransferDone
+    | TransferFailed
+    | Cancelled
+    | Broken
+    | EngineEvent
+)
+
+
+# ---- effects -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ToEngine:
+    message: engine.Add | engine.Drop | engine.Commit | engine.Release
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Tell the router."""
+
+    message: NodeMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Put this into the router's next ``Step`` frame, before anything said later."""
+
+    entry: StepEntry
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTransfer:
+    """Prefill side: offer the KV of ``ids`` to the decode node."""
+
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectTransfer:
+    """Decode side: a transfer for ``ids`` is wanted."""
+
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class GrantTransfer:
+    """Decode side: blocks are allocated, the first ``have_tokens`` are already here."""
+
+    have_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeStarted:
+    """Prefill side: the prompt has its blocks and is being computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeEnded:
+    """Prefill side: the last layer of the prompt is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitTransfer:
+    """Prefill side: the answer so far, [0:h]."""
+
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTransfer:
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPrefix:
+    """The prompt's KV is in this node's cache now."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """Nothing of this leg is left anywhere; forget it."""
+
+
+TransferEffect = (
+    OpenTransfer
+    | ExpectTransfer
+    | GrantTransfer
+    | ComputeStarted
+    | ComputeEnded
+    | CommitTransfer
+    | CancelTransfer
+)
+Effect = ToEngine | Say | Emit | TransferEffect | RecordPrefix | Over
