@@ -59,8 +59,7 @@ Input = ChatInput | TextInput | TokensInput
 
 
 class Sampling(_Message, frozen=True):
-    """How to choose tokens: ``temperature`` 0 is greedy, ``max_tokens`` None is "to the context".
-    """
+    """How to choose tokens. ``temperature`` 0 is greedy; ``max_tokens`` None: up to the context."""
 
     max_tokens: int | None
     temperature: float

@@ -45,27 +45,6 @@ def test_chat(demo_mesh):
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
 
 
-def test_chat_streaming_equals_chat(demo_mesh):
-    ask: dict[str, Any] = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "Write two sentences about the sea. 🌊 Émile"}],
-        "max_completion_tokens": 60,
-        "temperature": 0.8,
-        "seed": 11,
-    }
-    with sync_client(demo_mesh) as client:
-        whole = client.chat.completions.create(**ask)
-        stream = client.chat.completions.create(
-            **ask, stream=True, stream_options={"include_usage": True}
-        )
-        events = list(stream)
-    text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
-    assert text == whole.choices[0].message.content
-    assert events[-1].usage == whole.usage
-    finishes = [e.choices[0].finish_reason for e in events if e.choices]
-    assert [f for f in finishes if f] == [whole.choices[0].finish_reason]
-
-
 async def test_async_streams_at_once(demo_mesh):
     """Bfloat16 answers may differ with the batch they ran in; lengths and endings may not."""
     async with async_client(demo_mesh) as client:

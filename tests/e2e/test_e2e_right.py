@@ -8,9 +8,11 @@ counts as equal only if transformers' logits put the two within 1e-3 of each oth
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -69,7 +71,7 @@ class Oracle:
 
 @pytest.fixture(scope="module")
 def oracle(smollm2_f32_dir: Path) -> Oracle:
-    torch.set_num_threads(1)
+    torch.set_num_threads(os.cpu_count() or 1)  # the mesh is idle meanwhile
     model = AutoModelForCausalLM.from_pretrained(smollm2_f32_dir, dtype=torch.float32)
     return Oracle(model.eval(), AutoTokenizer.from_pretrained(smollm2_f32_dir))
 
@@ -193,3 +195,25 @@ async def test_seeded_sampling_is_the_same_on_one_node_and_across_two(exact_mesh
         across = [await sample(SPLIT, seed) for seed in range(4)]
     assert alone == across
     assert len(set(alone)) == 4
+
+
+def test_streaming_equals_not_streaming(exact_mesh):
+    ask: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Write two sentences about the sea. 🌊 Émile"}],
+        "max_completion_tokens": 60,
+        "temperature": 0.8,
+        "seed": 11,
+    }
+    with openai.OpenAI(base_url=f"{exact_mesh.url}/v1", api_key="none") as client:
+        whole = client.chat.completions.create(**ask, extra_headers=BOTH)
+        again = client.chat.completions.create(**ask, extra_headers=BOTH)
+        stream = client.chat.completions.create(
+            **ask, extra_headers=BOTH, stream=True, stream_options={"include_usage": True}
+        )
+        events = list(stream)
+    text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
+    assert text == again.choices[0].message.content == whole.choices[0].message.content
+    assert events[-1].usage == again.usage
+    finishes = [e.choices[0].finish_reason for e in events if e.choices]
+    assert [f for f in finishes if f] == [again.choices[0].finish_reason]
