@@ -109,7 +109,6 @@ class Generation:
                     len(ids),
                     prompt_digest(ids),
                     submit.deadline_remaining_ms / 1000,
-                    max_ids=len(submit.forced_ids) + 1,
                 )
             case ev.GrantTransfer(have_tokens):
                 endpoint.allocated(transfer, have_tokens)

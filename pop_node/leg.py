@@ -15,7 +15,7 @@ from typing import Literal, assert_never
 
 from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
-from wire.errors import MeshError, TransferError
+from wire.errors import MeshError
 from wire.messages import (
     Accepted,
     Failed,
@@ -177,7 +177,7 @@ class Leg:
         effects: list[ev.Effect] = [ev.Emit(entry)]
         if finish == "handoff":
             self.state = "handoff"
-            effects.append(ev.CommitTransfer(list(self._ids)))
+            effects.append(ev.CommitTransfer(self._ids[len(self.submit.forced_ids) :]))
         elif finish in ("stop", "length"):
             reason: FinishReason = "stop" if finish == "stop" else "length"
             message = "the answer ended before the hand-over"
@@ -190,15 +190,11 @@ class Leg:
         self._transfer_open = False
         if self.state != "running":
             return []
-        known = len(self._ids)
-        if ids[:known] != self._ids or len(ids) <= known:
-            text = "the prefill node's answer so far does not continue ours"
-            return self._fail(TransferError(text, code="prompt_mismatch"))
         assert self._text is not None
-        self._ids = list(ids)
-        self._text.push(ids[known:])  # the prefill node has sent their text
+        self._ids += ids
+        self._text.push(ids)  # the prefill node has sent their text
         return [
-            ev.ToEngine(engine.Commit(self.transfer_id, ids)),
+            ev.ToEngine(engine.Commit(self.transfer_id, list(self._ids))),
             ev.RecordPrefix(self._prompt_tokens),
         ]
 

@@ -53,7 +53,7 @@ class PrepareFailed:
 
 @dataclass(frozen=True, slots=True)
 class TransferCommitted:
-    """Decode side: all KV is here; the answer so far is ``ids``."""
+    """Decode side: all KV is here; ``ids``, at least one, follow the forced ids."""
 
     ids: list[int]
 
@@ -123,14 +123,14 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class OpenTransfer:
-    """Prefill side: offer the KV of ``ids`` to the decode node."""
+    """Prefill side: offer the KV of ``ids``, prompt and forced ids, to the decode node."""
 
     ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectTransfer:
-    """Decode side: a transfer for ``ids`` is wanted."""
+    """Decode side: the KV of ``ids``, prompt and forced ids, is wanted."""
 
     ids: list[int]
 
@@ -154,7 +154,7 @@ class ComputeEnded:
 
 @dataclass(frozen=True, slots=True)
 class CommitTransfer:
-    """Prefill side: the answer so far, [0:h]."""
+    """Prefill side: ``ids`` follow the forced ids, which both sides were given."""
 
     ids: list[int]
 

@@ -225,9 +225,10 @@ class KvEndpoint:
     ) -> None:
         """A decode leg awaits this transfer from ``peer``; ``deadline_s`` from now.
 
-        ``max_ids`` is the most ids that its ``Commit`` may carry: forced ids and one more. Blocks
-        must be allocated for ``prompt_tokens + max_ids - 1`` tokens. Raises ``ValueError`` when the
-        id and attempt are in use.
+        ``prompt_tokens`` counts all tokens that both sides were given, forced ids too; ``max_ids``
+        is the most new ids that its ``Commit`` may carry. Blocks must be allocated for
+        ``prompt_tokens + max_ids - 1`` tokens. Raises ``ValueError`` when the id and attempt are in
+        use.
         """
         deadline = time.monotonic() + deadline_s
         self._to_receiver(

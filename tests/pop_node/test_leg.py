@@ -146,12 +146,17 @@ def test_forced_ids_are_not_emitted_again():
     assert emit.entry.index == 2
 
 
-def test_a_commit_that_contradicts_the_forced_ids_fails():
-    leg = make_leg("decode", forced=[40])
-    leg.handle(prepared())
-    leg.handle(engine.Allocated(1, 0))
-    (failed, *_) = said(leg.handle(ev.TransferCommitted([99, 41])))
-    assert failed.code == "prompt_mismatch"
+def test_a_commit_carries_what_follows_the_forced_ids():
+    prefill, decode = make_leg("prefill", forced=[40, 41]), make_leg("decode", forced=[40, 41])
+    assert prefill.handle(prepared())[1] == ev.OpenTransfer([10, 11, 12, 40, 41])
+    assert decode.handle(prepared())[1] == ev.ExpectTransfer([10, 11, 12, 40, 41])
+    prefill.handle(engine.Allocated(1, 0))
+    decode.handle(engine.Allocated(1, 0))
+    assert ev.CommitTransfer([42]) in prefill.handle(engine.Token(1, 2, 42, "handoff"))
+    effects = decode.handle(ev.TransferCommitted([42]))
+    assert ev.ToEngine(engine.Commit(b"t" * 16, [40, 41, 42])) in effects
+    (emit,) = decode.handle(engine.Token(1, 3, 43, ""))
+    assert emit.entry.index == 3
 
 
 def test_cancel_while_the_tokeniser_runs_waits_for_it():

@@ -1,0 +1,344 @@
+"""Real agents with real engines and a tiny Llama, and a router that is spoken by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from pop_node.agent import Agent, AgentConfig
+from pop_node.store.store import Store
+from registry.client import Registry
+from registry.embedded import EmbeddedRegistry
+from tests.pop_node.engine.tiny_llama import VOCABULARY, write_tiny_llama
+from topology.model import Address, Model, Node, Position, Site, Topology
+from wire.address import Dialer, parse_address
+from wire.framing import FrameWriter, router_side_reader
+from wire.messages import (
+    Accepted,
+    Cancel,
+    Failed,
+    Finished,
+    Goodbye,
+    Hello,
+    Leg,
+    Load,
+    Ping,
+    Refused,
+    RouterMessage,
+    Sampling,
+    Step,
+    Submit,
+    TextInput,
+    Transfer,
+)
+
+MESH, MODEL = "tiny", "tiny-llama"
+WAIT_S = 60.0
+KV_TOKENS = 2048
+
+Ending = Finished | Failed | Refused
+
+
+def write_store(root: Path) -> Store:
+    """A store with the tiny Llama and a tokenizer that has one token per byte."""
+    source = write_tiny_llama(root / "source")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 3]
+    tokens = ["<unk>", "<s>", "</s>", *letters]
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    store = Store(root / "store")
+    store.add(str(source), MODEL, "float32", lambda phase, done, total: None)
+    return store
+
+
+def topology(*names: str) -> Topology:
+    """One site, these nodes, loopback addresses chosen by the kernel."""
+    anywhere = Address("127.0.0.1", 0)
+    nodes = {
+        name: Node(
+            name=name,
+            site="ams",
+            roles=frozenset({"prefill", "decode"}),
+            models=(MODEL,),
+            mesh=anywhere,
+            kv=anywhere,
+            backend="reference",
+            kv_tokens=KV_TOKENS,
+        )
+        for name in names
+    }
+    sites = {"ams": Site("ams", Position(52.3, 4.8), "eu")}
+    return Topology(MESH, {MODEL: Model(MODEL, dtype="float32")}, sites, nodes, {})
+
+
+class RunningNode:
+    """An agent in this process, its engine in one of its own."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.config = config
+        self.name = config.node.name
+        self.address = ""
+        self.agent: Agent
+        self.made = asyncio.Event()
+        self.open = asyncio.Event()
+
+    async def run(self) -> None:
+        """As ``pop_node.agent.serve`` does, without the signals of the process."""
+        registry = Registry.connect(self.config.registry_url)
+        async with registry, asyncio.TaskGroup() as tasks:
+            self.agent = Agent(self.config, registry, tasks)
+            self.agent.on_doors_open = self._opened
+            self.made.set()
+            await self.agent.run()
+
+    def _opened(self, address: str) -> None:
+        self.address = address
+        self.open.set()
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the status file says."""
+        assert self.config.status_file is not None
+        status: dict[str, Any] = json.loads(self.config.status_file.read_text())
+        return status
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        engine: dict[str, Any] = self.status["engines"][0]
+        return engine
+
+    @property
+    def kv_address(self) -> str:
+        address: str = self.status["addresses"]["kv"][MODEL]
+        return address
+
+
+class HandRouter:
+    """The router's end of one mesh link; keeps what the node said."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._frames, self._parts = router_side_reader(), FrameWriter()
+        self._news = asyncio.Event()
+        self.said: list[Any] = []
+        self.tokens: dict[int, dict[int, int]] = {}
+        self.text: dict[int, bytes] = {}
+        self.endings: dict[int, list[Ending]] = {}
+        self.accepted: dict[int, Accepted] = {}
+        self.hello: Hello | None = None
+        self.load: Load | None = None
+        self.closed = False
+
+    async def read(self) -> None:
+        """Take in what comes until the link ends."""
+        while data := await self._reader.read(65536):
+            for message in self._frames.feed(data):
+                self._take(message)
+            self._news.set()
+        self.closed = True
+        self._news.set()
+
+    async def ping(self) -> None:
+        for nonce in itertools.count():
+            self.send(Ping(nonce))
+            await asyncio.sleep(1.0)
+
+    def _take(self, message: Any) -> None:
+        self.said.append(message)
+        match message:
+            case Hello():
+                self.hello = message
+            case Load():
+                self.load = message
+            case Accepted(stream):
+                self.accepted[stream] = message
+            case Finished(stream) | Failed(stream) | Refused(stream):
+                self.endings.setdefault(stream, []).append(message)
+            case Step(entries):
+                for entry in entries:
+                    assert entry.stream not in self.endings, "a token after the ending"
+                    got = self.tokens.setdefault(entry.stream, {})
+                    for index, token in enumerate(entry.ids, start=entry.index):
+                        assert index not in got, f"token {index} came twice"
+                        got[index] = token
+                    self.text[entry.stream] = self.text.get(entry.stream, b"") + entry.text
+            case Goodbye():
+                raise AssertionError(f"the node says {message}")
+
+    def send(self, message: RouterMessage) -> None:
+        if self._writer.is_closing():
+            return
+        frame = self._parts.push(message)
+        while frame or (frame := self._parts.next_bulk()):
+            self._writer.write(frame)
+            frame = b""
+
+    def close(self) -> None:
+        self._writer.close()
+
+    async def until(self, condition: Callable[[], Any], wait_s: float = WAIT_S) -> Any:
+        """Wait until ``condition()`` is truthy, looked at after whatever the node says."""
+        async with asyncio.timeout(wait_s):
+            while not (result := condition()):
+                assert not self.closed, "the node closed the link"
+                self._news.clear()
+                await self._news.wait()
+        return result
+
+    async def ending(self, stream: int, wait_s: float = WAIT_S) -> Ending:
+        endings: list[Ending] = await self.until(lambda: self.endings.get(stream), wait_s)
+        return endings[0]
+
+    async def at_rest(self) -> None:
+        """Wait until a load says that nothing is held, and the blocks are all there."""
+
+        def rested() -> bool:
+            assert self.load is not None
+            engine = self.load.engines[0]
+            busy = engine.running + engine.waiting + engine.streams
+            busy += engine.transfers_in + engine.transfers_out + engine.queued_prefill_tokens
+            blocks = engine.free_blocks + engine.cached_blocks
+            return engine.ready and not busy and blocks == engine.total_blocks > 0
+
+        self.load = None
+        await self.until(lambda: self.load is not None)
+        await self.until(rested)
+
+
+class TinyMesh:
+    """Agents, their registry and one hand-spoken router."""
+
+    def __init__(self, url: str, nodes: dict[str, RunningNode], tasks: asyncio.TaskGroup) -> None:
+        self.url = url
+        self.nodes = nodes
+        self._tasks = tasks
+        self._background: list[asyncio.Task[None]] = []
+        self.routers: dict[str, HandRouter] = {}
+        self._streams = itertools.count(1)
+
+    async def greet(self, name: str) -> HandRouter:
+        """A fresh link to a node, once the node has said Hello and its load."""
+        host, port = parse_address(self.nodes[name].address)
+        router = HandRouter(*await asyncio.open_connection(host, port))
+        self._background.append(self._tasks.create_task(router.read()))
+        self._background.append(self._tasks.create_task(router.ping()))
+        router.send(Hello(1, 1, MESH, "router", "hand", "ams", "i1", [], []))
+        await router.until(lambda: router.hello and router.load)
+        self.routers[name] = router
+        return router
+
+    def stream(self) -> int:
+        return next(self._streams)
+
+    def split(self, prefill: str, decode: str, **changes: Any) -> int:
+        """Submit both legs of one request; returns its stream number."""
+        stream = self.stream()
+        transfer = stream.to_bytes(16, "big")
+        to_decode = Transfer(transfer, decode, self.nodes[decode].kv_address)
+        from_prefill = Transfer(transfer, prefill, "")
+        legs = [(prefill, "prefill", to_decode), (decode, "decode", from_prefill)]
+        for node, leg, plan in legs:
+            self.routers[node].send(a_submit(stream, leg, transfer=plan, **changes))
+        return stream
+
+    def whole(self, node: str, **changes: Any) -> int:
+        """Submit a request to one node; returns its stream number."""
+        stream = self.stream()
+        self.routers[node].send(a_submit(stream, "both", **changes))
+        return stream
+
+    def cancel(self, stream: int, *nodes: str) -> None:
+        for node in nodes:
+            self.routers[node].send(Cancel(stream))
+
+    def answer(self, stream: int) -> list[int]:
+        """Tokens of a stream from all nodes, by index without holes."""
+        tokens: dict[int, int] = {}
+        for router in self.routers.values():
+            got = router.tokens.get(stream, {})
+            assert not tokens.keys() & got.keys(), "two nodes sent the same index"
+            tokens |= got
+        first = min(tokens, default=0)
+        assert sorted(tokens) == list(range(first, first + len(tokens))), "an index is missing"
+        return [tokens[index] for index in sorted(tokens)]
+
+    async def at_rest(self) -> None:
+        for router in self.routers.values():
+            await router.at_rest()
+
+    def close(self) -> None:
+        for router in self.routers.values():
+            router.close()
+        for task in self._background:
+            task.cancel()
+
+
+def a_submit(stream: int, leg: Leg | str, **changes: Any) -> Submit:
+    """A greedy request for eight tokens; ``changes`` are fields of ``Submit`` or ``Sampling``."""
+    sampling = {
+        name: changes.pop(name, value)
+        for name, value in {
+            "max_tokens": 8,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "seed": 7,
+            "stop": [],
+            "ignore_eos": True,
+        }.items()
+    }
+    fields: dict[str, Any] = {
+        "request_id": f"r{stream}",
+        "attempt": 1,
+        "model": MODEL,
+        "tenant": "",
+        "input": TextInput("a prompt that is a little longer than one block of tokens"),
+        "forced_ids": [],
+        "transfer": None,
+        "chain": [],
+        "deadline_remaining_ms": 60_000,
+    } | changes
+    return Submit(stream=stream, leg=leg, sampling=Sampling(**sampling), **fields)
+
+
+@asynccontextmanager
+async def tiny_mesh(store: Store, directory: Path, *names: str) -> AsyncIterator[TinyMesh]:
+    """Nodes that serve, each with one link from the router; all drained at the end."""
+    registry = EmbeddedRegistry()
+    url = await registry.start()
+    plan = topology(*names)
+    nodes = {
+        name: RunningNode(
+            AgentConfig(node, plan, url, store.root, Dialer(), None, directory / f"{name}.json")
+        )
+        for name, node in plan.nodes.items()
+    }
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(node.run(), name=name) for name, node in nodes.items()]
+            mesh = TinyMesh(url, nodes, tasks)
+            async with asyncio.timeout(WAIT_S):
+                for node in nodes.values():
+                    await node.open.wait()
+            for name in names:
+                await mesh.greet(name)
+            try:
+                yield mesh
+            finally:
+                mesh.close()
+            for node in nodes.values():
+                node.agent.drain()
+            async with asyncio.timeout(WAIT_S):
+                await asyncio.gather(*running)
+    finally:
+        await registry.stop()
