@@ -35,6 +35,18 @@ log = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 5.0
 """A peer that connects and stays silent is not a router. Guess: 10 RTTs around the Earth."""
 
+SILENCE_S = 15.0
+"""A router pings once a second; one that is silent for this long is gone, and its requests are
+cancelled. Guess: rides out a stalled process or a few lost segments."""
+
+STALL_S = 15.0
+"""A router that takes nothing of a full buffer for this long does not read any more. Guess."""
+
+WATCH_PERIOD_S = 5.0
+
+CLOSE_WAIT_S = 1.0
+"""For the last words to a router that we turn away; guess."""
+
 MAX_WRITE_BUFFER_BYTES = 8 * 1024 * 1024
 """A router that reads so slowly that this much waits for it is cut; its requests are cancelled."""
 
@@ -68,8 +80,9 @@ class RouterLink(asyncio.Protocol):
         self._writer = FrameWriter()
         self._transport: asyncio.Transport | None = None
         self._greeted = False
-        self._writable = True
-        self._hello_timer: asyncio.TimerHandle | None = None
+        self._stalled_at: float | None = None
+        self._heard_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._entries: list[StepEntry] = []
         self._entry_bytes = 0
         self.router = ""
@@ -79,10 +92,11 @@ class RouterLink(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._transport.set_write_buffer_limits(high=256 * 1024)
-        loop = asyncio.get_running_loop()
-        self._hello_timer = loop.call_later(HELLO_TIMEOUT_S, self._no_hello)
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(HELLO_TIMEOUT_S, self._watch)
 
     def data_received(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
         try:
             for message in self._reader.feed(data):
                 self._handle(message)
@@ -90,18 +104,18 @@ class RouterLink(asyncio.Protocol):
             self.close(exc)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._hello_timer is not None:
-            self._hello_timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._transport = None
         if self._greeted:
             self._greeted = False
             self._agent.router_left(self)
 
     def pause_writing(self) -> None:
-        self._writable = False
+        self._stalled_at = self._loop.time()
 
     def resume_writing(self) -> None:
-        self._writable = True
+        self._stalled_at = None
         self._write_bulk()
 
     # ---- for the agent -------------------------------------------------------------------------
@@ -127,12 +141,15 @@ class RouterLink(asyncio.Protocol):
 
     def close(self, error: PeerError | None = None) -> None:
         """Say why, if there is a reason, and close after what is buffered is written."""
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
             return
         if error is not None:
             log.warning("link to router %s closed: %s", self.router or "?", error.message)
             self._transport.write(encode(Goodbye(error.code, error.message[:500])))
         self._transport.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(CLOSE_WAIT_S, self._transport.abort)
 
     # ---- inside --------------------------------------------------------------------------------
 
@@ -162,15 +179,22 @@ class RouterLink(asyncio.Protocol):
         assert self._transport is not None
         negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
         self._agent.authorize_router(hello, self._transport.get_extra_info("ssl_object"))
-        if self._hello_timer is not None:
-            self._hello_timer.cancel()
         self._greeted = True
         self.router = hello.name
         self._write(encode(self._agent.hello()))
         self._agent.router_joined(self)
 
-    def _no_hello(self) -> None:
-        self.close(PeerError("no Hello in time", code="protocol_error", retryable=False))
+    def _watch(self) -> None:
+        """Look from time to time whether the router is still there, and reads."""
+        now = self._loop.time()
+        if not self._greeted:
+            self.close(PeerError("no Hello in time", code="protocol_error", retryable=False))
+        elif now - self._heard_at >= SILENCE_S:
+            self.close(PeerError("the router has gone silent", code="link_lost"))
+        elif self._stalled_at is not None and now - self._stalled_at >= STALL_S:
+            self.close(PeerError("the router does not read", code="link_lost"))
+        else:
+            self._timer = self._loop.call_later(WATCH_PERIOD_S, self._watch)
 
     def _write(self, frame: bytes) -> None:
         transport = self._transport
@@ -182,7 +206,7 @@ class RouterLink(asyncio.Protocol):
             transport.abort()
 
     def _write_bulk(self) -> None:
-        while self._writable and self._transport is not None:
+        while self._stalled_at is None and self._transport is not None:
             frame = self._writer.next_bulk()
             if not frame:
                 return

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from pop_node import router_link
 from pop_node.router_link import STEP_BYTES, link_factory
 from wire.errors import PeerError
 from wire.framing import MAX_FRAME_BYTES, FrameWriter, encode, router_side_reader
@@ -201,3 +202,40 @@ async def test_a_second_hello_is_a_violation():
         await greeted(router)
         router.send(hello())
         assert (await router.receive()).code == "protocol_error"
+
+
+async def test_a_silent_router_is_given_up(monkeypatch):
+    monkeypatch.setattr(router_link, "HELLO_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(router_link, "WATCH_PERIOD_S", 0.05)
+    monkeypatch.setattr(router_link, "SILENCE_S", 0.2)
+    async with linked() as router:
+        await greeted(router)
+        goodbye = await router.receive()
+        assert goodbye.code == "link_lost"
+        assert await router.closed()
+        assert (await router.agent.heard.get())[0] == "left"
+
+
+async def test_a_router_that_does_not_read_is_given_up(monkeypatch):
+    monkeypatch.setattr(router_link, "HELLO_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(router_link, "WATCH_PERIOD_S", 0.05)
+    monkeypatch.setattr(router_link, "STALL_S", 0.2)
+    monkeypatch.setattr(router_link, "CLOSE_WAIT_S", 0.05)
+    async with linked() as router:
+        link = await greeted(router)
+        router.writer.transport.pause_reading()
+        big = CacheDelta("m", True, [(bytes(16), 1)] * 8192, [])
+        for _ in range(60):  # more than the kernel's buffers hold
+            link.say(big)
+        assert (await router.agent.heard.get())[0] == "left"
+
+
+async def test_a_link_that_was_told_goodbye_ends_though_nobody_reads(monkeypatch):
+    monkeypatch.setattr(router_link, "CLOSE_WAIT_S", 0.05)
+    async with linked() as router:
+        link = await greeted(router)
+        router.writer.transport.pause_reading()
+        for _ in range(60):
+            link.say(CacheDelta("m", True, [(bytes(16), 1)] * 8192, []))
+        link.close()
+        assert (await router.agent.heard.get())[0] == "left"
