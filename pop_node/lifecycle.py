@@ -7,7 +7,8 @@ of a monotonic clock.
         \\--drain------------------------------------------------------------------------/
 
 An engine that exits is started again after a delay that doubles from 0.25 s to 30 s and falls back
-once the engine has stayed up for a minute.
+once the engine has stayed up for a minute. A node that drains takes no new work, so its engines
+are not started again.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ class NodeLifecycle:
         engine.ready = False
         delay_s = min(RESTART_FIRST_S * 2**engine.failures, RESTART_MAX_S)
         engine.failures = min(engine.failures + 1, 16)
-        engine.restart_at = now + delay_s
+        if self.state != "draining":
+            engine.restart_at = now + delay_s
 
     def _drain(self, until: float) -> list[Effect]:
         if self.state == "starting":
@@ -154,13 +156,17 @@ class NodeLifecycle:
         if self.state == "draining":
             return []
         self.state, self._drain_until = "draining", until
+        self._forget_restarts()
         return [AnnounceDrain()]
 
     def _stop(self) -> list[Effect]:
         self.state, self._drain_until = "stopped", None
+        self._forget_restarts()
+        return [Shutdown()]
+
+    def _forget_restarts(self) -> None:
         for engine in self._engines.values():
             engine.restart_at = None
-        return [Shutdown()]
 
     def _tick(self, now: float) -> list[Effect]:
         if self._drain_until is not None and now >= self._drain_until:

@@ -73,6 +73,15 @@ def test_drain_ends_with_the_last_stream():
     assert node.handle(EngineExited("a"), 8.0) == []
 
 
+def test_no_engine_starts_again_during_a_drain():
+    node = serving()
+    node.handle(EngineExited("a"), 4.0)
+    node.handle(DrainRequested(30.0), 4.1)
+    node.handle(EngineExited("b"), 4.2)
+    assert node.next_deadline() == 34.1
+    assert node.handle(Tick(), 20.0) == []
+
+
 def test_drain_ends_at_its_timeout():
     node = serving()
     node.handle(DrainRequested(30.0), 5.0)
