@@ -138,8 +138,7 @@ class KvEndpoint:
         connections = self._connections()
         for link in list(self._links.values()):
             link.close(PeerError(gone, code="link_lost"))
-        for accepted in list(self._intake.connections.values()):
-            accepted.fail(PeerError(gone, code="link_lost"))
+        self._intake.close(PeerError(gone, code="link_lost"))
         self._stop.set()
         for conn in connections:
             await conn.wait_closed()
@@ -269,7 +268,7 @@ class KvEndpoint:
     def link_rates(self) -> list[LinkRate]:
         """Measured links from here, one per peer."""
         rates = dict(self._rates)
-        rates |= {link.peer: _rate(link) for link in self._links.values()}
+        rates |= {link.peer: _rate(link) for link in self._links.values() if link.is_up}
         return list(rates.values())
 
     def statistics(self) -> KvStatistics:
@@ -332,7 +331,8 @@ class KvEndpoint:
     def _step_sender(self, event: ev.SenderEvent, now: float) -> None:
         if isinstance(event, ev.LinkDown):
             link = self._links.pop(event.address)
-            self._rates[link.peer] = _rate(link)
+            if link.is_up:  # else nothing is known of it, and perhaps it does not exist
+                self._rates[link.peer] = _rate(link)
             log.info("KV link to %s is down: %s", link.peer, event.error)
         for effect in self._sender.handle(event, now):
             match effect:

@@ -58,15 +58,24 @@ class Intake:
         self._number = number
         self._watch = watch
         self._slots: dict[int, tuple[int, int]] = {}  # connection -> slot, bytes being received
+        self._closed_by: MeshError | None = None
 
     def accept(self) -> Connection[FromSender]:
         """Protocol factory of the listening socket."""
         return Connection(self._number(), self, self._hello, receiver_decoder())
 
+    def close(self, error: MeshError) -> None:
+        """End all connections, and those that are still being made."""
+        self._closed_by = error
+        for conn in list(self.connections.values()):
+            conn.fail(error)
+
     def on_made(self, conn: Connection[FromSender]) -> None:
         self.connections[conn.number] = conn
         self._watch()
-        if len(self.connections) > MAX_CONNECTIONS:
+        if self._closed_by is not None:  # its TLS handshake was under way at the end
+            conn.fail(self._closed_by)
+        elif len(self.connections) > MAX_CONNECTIONS:
             conn.fail(OverloadError(f"more than {MAX_CONNECTIONS} KV stream connections"))
 
     def admit(self, conn: Connection[FromSender], hello: Hello) -> None:

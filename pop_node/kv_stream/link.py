@@ -97,7 +97,8 @@ class PeerLink:
             async with asyncio.timeout(MIN_WAIT_S), asyncio.TaskGroup() as dials:
                 for _ in range(STRIPES):
                     dials.create_task(stripe())
-        except* (OSError, TimeoutError) as group:  # ssl.SSLError is an OSError
+        except* (OSError, TimeoutError, ValueError) as group:
+            # ssl.SSLError is an OSError; a name that cannot be looked up at all is a ValueError.
             exc = group.exceptions[0]
             why = str(exc) or type(exc).__name__
             self.close(PeerError(f"cannot reach {self.peer} at {host}:{port}: {why}"))

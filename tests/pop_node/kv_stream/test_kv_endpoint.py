@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,21 @@ def test_other_mesh_is_refused_with_a_reason(run: Run) -> None:
             transfer = os.urandom(16)
             p.send(transfer, d, cache_of(64, 1))
             assert (await p.ends[transfer]).code == "identity_mismatch"
+
+    run(main())
+
+
+@pytest.mark.parametrize("host", ["a..b", "." + "x" * 70, "no\0name"])
+def test_a_name_that_cannot_be_looked_up_costs_one_transfer(run: Run, host: str) -> None:
+    async def main() -> None:
+        async with Node("p", client_ssl=ssl.create_default_context()) as p, Node("d") as d:
+            d.address = f"{host}:7"
+            for _ in range(2):  # the endpoint dials on
+                transfer = os.urandom(16)
+                p.send(transfer, d, cache_of(64, 1))
+                assert isinstance(await p.ends[transfer], PeerError)
+            assert p.endpoint.link_rates() == []
+            assert_at_rest(p)
 
     run(main())
 
