@@ -40,8 +40,9 @@ from pop_node.engine.stager import Stager
 SMOOTHING = 0.2
 """Weight of the newest step in the measured rates. Guess: five steps to forget a load."""
 
-RATE_MIN_TOKENS = 32
-"""Prefill chunks below this say more about the fixed cost of a step than about the rate. Guess."""
+RATE_MIN_TOKENS = 16
+"""Prefill chunks below this (a block) say more about the fixed cost of a step than about the rate.
+Guess."""
 
 
 class EngineLoop:
@@ -55,7 +56,7 @@ class EngineLoop:
         self._stager = stager
         self._port = port
         self._last_layer = last_layer
-        self._prefill_tokens_per_s = 0.0
+        self._prefill_tokens = self._prefill_s = 0.0  # fading sums over prefill steps
         self._decode_step_ms = 0.0
         self._told: Load | None = None
         self._schedule = Schedule((), (), (), 0)
@@ -152,8 +153,9 @@ class EngineLoop:
         if prefill_tokens == 0:
             self._decode_step_ms = _smooth(self._decode_step_ms, seconds * 1000)
         elif prefill_tokens >= RATE_MIN_TOKENS:
-            rate = prefill_tokens / seconds
-            self._prefill_tokens_per_s = _smooth(self._prefill_tokens_per_s, rate)
+            # A rate of sums: long chunks, which most tokens wait for, count for more.
+            self._prefill_tokens += prefill_tokens - SMOOTHING * self._prefill_tokens
+            self._prefill_s += seconds - SMOOTHING * self._prefill_s
 
     def _tell(self, tokens: list[tuple[int, int, int, str]]) -> None:
         """Send tokens and load; nothing when neither is new."""
@@ -169,7 +171,9 @@ class EngineLoop:
                 waiting=load.waiting,
                 free_blocks=load.free_blocks,
                 cached_blocks=load.cached_blocks,
-                prefill_tokens_per_s=self._prefill_tokens_per_s,
+                prefill_tokens_per_s=(
+                    self._prefill_tokens / self._prefill_s if self._prefill_s else 0.0
+                ),
                 decode_step_ms=self._decode_step_ms,
                 pinned=load.pinned,
             )
