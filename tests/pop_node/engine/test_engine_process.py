@@ -256,6 +256,7 @@ async def test_a_hand_over_between_two_engines_continues_the_text(config: Engine
         assert prefill.tokens(2) == [(0, whole[0][1], "handoff")]
         wanted = 3 * 2 * (203 - 96)
         await prefill.until(lambda: covered == wanted)
+        await decode.until(lambda: not backlog)  # a Commit follows the last Import
         assert prefill.about(m.PrefillDone, 2).compute_ms > 0
 
         decode.client.send(m.Commit(transfer, [whole[0][1]]))
