@@ -7,9 +7,7 @@ the registry keeper, the load pushes. Everything that decides lives elsewhere.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
 import secrets
 import signal
 import ssl
@@ -20,18 +18,20 @@ from pathlib import Path
 from typing import assert_never
 
 from pop_node import lifecycle
+from pop_node.authorization import Authorization
 from pop_node.engine.config import EngineConfig
 from pop_node.generation import HostSettings
 from pop_node.leg import refusal
 from pop_node.model_host import ModelHost
 from pop_node.router_link import RouterLink, link_factory
+from pop_node.status_file import write_status
 from pop_node.store.store import Bundle, Store
 from pop_node.text.tokenizer import TextCodec
 from registry.client import Registration, Registry
 from registry.keeper import Keeper
 from topology.model import Address, Node, Topology
 from wire.address import Dialer, format_address
-from wire.errors import ConfigError, OverloadError, PeerError
+from wire.errors import ConfigError, OverloadError
 from wire.messages import (
     MAX_VERSION,
     MIN_VERSION,
@@ -42,7 +42,7 @@ from wire.messages import (
     Submit,
 )
 from wire.messages import Role as WireRole
-from wire.tls import Credentials, peer_identity, require_tls
+from wire.tls import Credentials, require_tls
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class Agent:
         self._config = config
         self._node = config.node
         self._tasks = tasks
+        self._authorization = Authorization(config.topology, config.credentials)
         self._incarnation = secrets.token_hex(8)
         self._executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._links: set[RouterLink] = set()
@@ -120,7 +121,7 @@ class Agent:
             dialer=config.dialer,
             server_ssl=credentials.server_context() if credentials else None,
             client_ssl=credentials.client_context() if credentials else None,
-            authorize_peer=self._authorize_node,
+            authorize_peer=self._authorization.check_node,
         )
         return ModelHost(
             settings,
@@ -137,9 +138,16 @@ class Agent:
     async def run(self) -> None:
         """Serve until drained; must run inside the task group it was given."""
         push = self._tasks.create_task(self._push_loads())
-        self._apply(lifecycle.Started())
-        await self._stopped.wait()
-        push.cancel()
+        try:
+            self._apply(lifecycle.Started())
+            await self._stopped.wait()
+        finally:
+            self._stopped.set()
+            push.cancel()
+            await self._close()
+
+    async def _close(self) -> None:
+        """Deregister first, so that nobody is sent here any more."""
         if self._timer is not None:
             self._timer.cancel()
         if self._keeper is not None:
@@ -193,16 +201,26 @@ class Agent:
             self._timer = loop.call_at(at, self._apply, lifecycle.Tick())
 
     async def _open_doors(self) -> None:
-        """Listen for routers and register: a token was produced by every engine."""
+        """Listen for routers and register: a token was produced by every engine.
+
+        Raises ``ConfigError`` when the address is taken.
+        """
         node, credentials = self._node, self._config.credentials
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            link_factory(self),
-            node.mesh.host,
-            node.mesh.port,
-            ssl=credentials.server_context() if credentials else None,
-        )
-        host, port = self._server.sockets[0].getsockname()[:2]
+        try:
+            server = await loop.create_server(
+                link_factory(self),
+                node.mesh.host,
+                node.mesh.port,
+                ssl=credentials.server_context() if credentials else None,
+            )
+        except OSError as exc:
+            raise ConfigError(f"cannot listen on {node.mesh}: {exc}") from exc
+        if self._stopped.is_set():  # told to go before the doors were open
+            server.close()
+            return
+        self._server = server
+        host, port = server.sockets[0].getsockname()[:2]
         self._mesh_address = format_address(host, port)
         self._keeper = Keeper(
             self._registry,
@@ -211,7 +229,7 @@ class Agent:
                 service=SERVICE,
                 address=host,
                 port=port,
-                meta=self._meta(draining=False),
+                meta=self._meta(),
                 ttl_s=REGISTRY_TTL_S,
                 deregister_after_s=DEREGISTER_AFTER_S,
             ),
@@ -226,15 +244,15 @@ class Agent:
         for link in self._links:
             link.say(Draining(self._num_legs()))
         if self._keeper is not None:
-            await self._keeper.set_meta(self._meta(draining=True))
+            await self._keeper.set_meta(self._meta())
 
-    def _meta(self, *, draining: bool) -> dict[str, str]:
+    def _meta(self) -> dict[str, str]:
         return {
             "mesh": self._config.topology.mesh,
             "name": self._node.name,
             "site": self._node.site,
             "incarnation": self._incarnation,
-            "drain": "1" if draining else "0",
+            "drain": "0" if self._lifecycle.state == "serving" else "1",
         }
 
     # ---- load ----------------------------------------------------------------------------------
@@ -255,7 +273,7 @@ class Agent:
                 continue
             self._tell_all(self._load())
             for host in self._hosts.values():
-                delta = host.take_cache_delta()
+                delta = host.facts.directory.take_delta()
                 if delta is not None:
                     self._tell_all(delta)
 
@@ -281,7 +299,7 @@ class Agent:
 
     def hello(self) -> Hello:
         """Who this node is and what it serves."""
-        offers = [host.offer() for host in self._hosts.values()]
+        offers = [host.facts.offer for host in self._hosts.values()]
         roles: list[WireRole] = sorted(self._node.roles)
         return Hello(
             min_version=MIN_VERSION,
@@ -296,56 +314,15 @@ class Agent:
         )
 
     def authorize_router(self, hello: Hello, ssl_object: ssl.SSLObject | None) -> None:
-        """A router of this mesh, proven by its certificate where there is one."""
-        topology = self._config.topology
-        if hello.kind != "router" or hello.mesh != topology.mesh:
-            raise PeerError(
-                f"{hello.kind} {hello.name!r} of mesh {hello.mesh!r} is not a router of "
-                f"{topology.mesh!r}",
-                code="identity_mismatch",
-                retryable=False,
-            )
-        if self._config.credentials is not None:
-            identity = peer_identity(ssl_object)
-            if (identity.mesh, identity.kind, identity.name) != (
-                topology.mesh,
-                "router",
-                hello.name,
-            ):
-                raise PeerError(
-                    f"the certificate of {identity.name!r} does not name router {hello.name!r}",
-                    code="identity_mismatch",
-                    retryable=False,
-                )
-
-    def _authorize_node(self, name: str, ssl_object: ssl.SSLObject | None) -> None:
-        """The far end of a KV stream is the node it says it is, and the topology knows it."""
-        topology = self._config.topology
-        known = topology.nodes.get(name)
-        if known is None:
-            raise PeerError(
-                f"node {name!r} is not in the topology", code="identity_mismatch", retryable=False
-            )
-        if self._config.credentials is not None:
-            identity = peer_identity(ssl_object)
-            if (identity.mesh, identity.kind, identity.name, identity.site) != (
-                topology.mesh,
-                "node",
-                name,
-                known.site,
-            ):
-                raise PeerError(
-                    f"the certificate of {identity.name!r} does not name node {name!r}",
-                    code="identity_mismatch",
-                    retryable=False,
-                )
+        """Raises ``PeerError`` when this peer may not be a router here."""
+        self._authorization.check_router(hello, ssl_object)
 
     def router_joined(self, link: RouterLink) -> None:
         """A router is connected: tell it how things stand."""
         self._links.add(link)
         link.say(self._load())
         for host in self._hosts.values():
-            link.say(host.whole_cache())
+            link.say(host.facts.directory.whole())
         if self._lifecycle.state == "draining":
             link.say(Draining(self._num_legs()))
 
@@ -374,27 +351,10 @@ class Agent:
         for host in self._hosts.values():
             host.cancel(link, stream)
 
-    # ---- status file ---------------------------------------------------------------------------
-
     def _write_status(self) -> None:
-        """Facts for a local launcher, replaced atomically."""
         path = self._config.status_file
-        if path is None:
-            return
-        kv = {name: host.kv_address for name, host in self._hosts.items()}
-        status = {
-            "agent_pid": os.getpid(),
-            "state": self._lifecycle.state,
-            "ready": self._lifecycle.state == "serving" and self._mesh_address != "",
-            "engines": [
-                {"model": name, "rank": 0, "pid": host.engine_pid, "ready": host.ready}
-                for name, host in self._hosts.items()
-            ],
-            "addresses": {"mesh": self._mesh_address, "kv": kv},
-        }
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text(json.dumps(status, indent=1))
-        temporary.replace(path)
+        if path is not None:
+            write_status(path, self._lifecycle.state, self._mesh_address, self._hosts)
 
 
 def _check_bundle(bundle: Bundle, digest: str | None, name: str) -> None:

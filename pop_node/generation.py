@@ -1,11 +1,13 @@
 """One start of a model's engine: process, staging memory and KV endpoint.
 
 They are made together and thrown away together, so no slot, transfer or connection of a dead engine
-can reach the next one. Thin: carries out the transfer effects of legs, decides nothing.
+can reach the next one: what the endpoint says about slots goes to the engine of its own start, dead
+or alive. Thin: carries out the transfer effects of legs, decides nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from pop_node.engine import messages as engine
 from pop_node.engine.client import EngineClient
 from pop_node.engine.config import EngineConfig
 from pop_node.kv_stream.endpoint import KvEndpoint
-from pop_node.kv_stream.interface import KvEvents
 from pop_node.kv_stream.prompt import prompt_digest
-from pop_node.kv_stream.spec import KvSpec
+from pop_node.kv_stream.spec import KvSpec, Piece
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from wire.address import Dialer, format_address
+from wire.errors import MeshError
+from wire.messages import TransferReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,17 @@ class HostSettings:
 class Generation:
     """Engine client, staging memory and KV endpoint of one start."""
 
-    def __init__(self, settings: HostSettings, events: KvEvents) -> None:
+    def __init__(
+        self, settings: HostSettings, on_transfer: Callable[[bytes, ev.Event], None]
+    ) -> None:
+        """``on_transfer`` hears of the end of every transfer, as an event for its leg.
+
+        Raises ``OSError`` when there is no memory for staging.
+        """
         self.settings = settings
+        self._on_transfer = on_transfer
+        self._doors = asyncio.Lock()  # an engine may die while its doors are being opened
+        self._is_closed = False
         self.client = EngineClient()
         self.staging = Staging.create(StagingLayout())
         self.endpoint = KvEndpoint(
@@ -60,23 +72,74 @@ class Generation:
             server_ssl=settings.server_ssl,
             client_ssl=settings.client_ssl,
             authorize=settings.authorize_peer,
-            events=events,
+            events=self,
         )
         self.ready: engine.Ready | None = None
         self.spec: KvSpec | None = None
         self.kv_address = ""
 
-    async def open_doors(self, ready: engine.Ready) -> None:
-        """The engine has produced a token: take KV streams from now on."""
-        host, port = await self.endpoint.start(self.settings.kv_host, self.settings.kv_port)
-        self.spec = KvSpec.from_dict(ready.kv_spec)
-        self.kv_address = format_address(host, port)
-        self.ready = ready
+    async def open_doors(self, ready: engine.Ready, kv_port: int) -> int | None:
+        """The engine has produced a token: take KV streams from now on, at ``kv_port`` or, if that
+        is 0, at any free port.
+
+        Returns the port; None when the generation was closed meanwhile. Raises ``ConfigError`` when
+        the port is taken.
+        """
+        async with self._doors:
+            if self._is_closed:
+                return None
+            host, port = await self.endpoint.start(self.settings.kv_host, kv_port)
+            self.spec = KvSpec.from_dict(ready.kv_spec)
+            self.kv_address = format_address(host, port)
+            self.ready = ready
+            return port
+
+    def engine_died(self) -> None:
+        """Tell the peers of all transfers at once; ``close`` follows."""
+        if self.ready is not None:
+            self.endpoint.engine_lost(self.settings.model)
 
     async def close(self) -> None:
         """End all transfers and connections and unmap the memory; the engine is gone already."""
-        await self.endpoint.close()
-        self.staging.close()
+        async with self._doors:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            await self.endpoint.close()
+            self.staging.close()
+
+    # ---- from the KV endpoint (KvEvents) -------------------------------------------------------
+
+    def on_stage_from(self, transfer: bytes, have_tokens: int) -> None:
+        self.client.send(engine.StageFrom(transfer, have_tokens))
+
+    def on_slot_free(self, slot: int) -> None:
+        self.client.send(engine.SlotFree(slot))
+
+    def on_import(self, transfer: bytes, slot: int, piece: Piece) -> None:
+        self.client.send(
+            engine.Import(
+                transfer,
+                slot,
+                piece.group,
+                piece.component,
+                piece.layer_lo,
+                piece.layer_hi,
+                piece.token_lo,
+                piece.token_hi,
+            )
+        )
+
+    def on_committed(self, transfer: bytes, ids: list[int]) -> None:
+        self._on_transfer(transfer, ev.TransferCommitted(ids))
+
+    def on_done(self, transfer: bytes, report: TransferReport) -> None:
+        self._on_transfer(transfer, ev.TransferDone(report))
+
+    def on_failed(self, transfer: bytes, error: MeshError) -> None:
+        self._on_transfer(transfer, ev.TransferFailed(error))
+
+    # ---- from legs -----------------------------------------------------------------------------
 
     def transfer_effect(self, leg: legs.Leg, effect: ev.TransferEffect) -> None:
         """Carry out what a leg wants of its transfer."""

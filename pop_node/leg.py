@@ -15,7 +15,7 @@ from typing import Literal, assert_never
 
 from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
-from wire.errors import MeshError
+from wire.errors import MeshError, PeerError
 from wire.messages import (
     Accepted,
     Failed,
@@ -123,6 +123,8 @@ class Leg:
         return effects
 
     def _prepare_failed(self, error: MeshError) -> list[ev.Effect]:
+        if self.state not in ("preparing", "closing"):
+            return self._fail(error)  # it broke on the way into the engine
         closing = self.state == "closing"
         self.state = "ended"
         return [ev.Over()] if closing else [ev.Say(refusal(self.submit.stream, error)), ev.Over()]
@@ -144,6 +146,8 @@ class Leg:
         self._in_engine = False
         if self.state == "closing":
             return self._close()
+        if self.state != "queued":
+            return self._fail(PeerError(message, code=code))  # it ran, and its commit made no sense
         retryable = code in ("overloaded", "out_of_blocks")
         effects: list[ev.Effect] = [
             ev.Say(Refused(self.submit.stream, code, message, retryable, 0)),

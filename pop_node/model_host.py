@@ -16,23 +16,22 @@ from typing import assert_never
 
 from pop_node import leg as legs
 from pop_node import leg_events as ev
+from pop_node.admission import problem_with
 from pop_node.engine import messages as engine
 from pop_node.generation import Generation, HostSettings
 from pop_node.kv_stream.spec import Piece
-from pop_node.prefix_directory import PrefixDirectory
+from pop_node.model_facts import ModelFacts
 from pop_node.prompt import prepare
 from pop_node.router_link import RouterLink
 from pop_node.text.stream import escape_json
 from pop_node.text.tokenizer import TextCodec
-from wire.errors import DeadlineError, MeshError, OverloadError, PeerError
+from wire.errors import ConfigError, DeadlineError, MeshError, OverloadError, PeerError
 from wire.messages import (
-    CacheDelta,
     EngineLoad,
     LinkRate,
     ModelOffer,
     NodeMessage,
     Submit,
-    TransferReport,
 )
 from wire.prefix import canonical_bytes
 
@@ -42,18 +41,21 @@ MAX_LEGS = 1024
 """Legs of one model at once, whatever their stage; more are refused. Guess: 64 full batches of 16.
 """
 
-QUEUED_TOKENS_STEP = 512
-"""A change of the prefill queue by this much (one step's budget) is worth telling routers at once.
-"""
+STOP_S = 5.0
+"""Between asking an engine to stop and telling it by signal. Guess: it ends after its step."""
+
+LET_GO_S = 30.0
+"""An engine that was told to drop a sequence and does not is hung, and is ended. Guess: several of
+the longest steps of a slow CPU."""
 
 
 @dataclass(slots=True)
 class _Live:
-    """A leg with what its effects need."""
+    """A leg with what its effects need; ``timer`` is its deadline, then that of the engine."""
 
     leg: legs.Leg
     link: RouterLink
-    deadline: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | None = None
 
 
 class ModelHost:
@@ -71,6 +73,7 @@ class ModelHost:
         on_legs: Callable[[], None],
     ) -> None:
         self.settings = settings
+        self.facts = ModelFacts(settings.model, settings.engine.kv_tokens)
         self._codec = codec
         self._executor = executor
         self._on_ready = on_ready
@@ -84,31 +87,50 @@ class ModelHost:
         self._by_stream: dict[tuple[RouterLink, int], _Live] = {}
         self._by_transfer: dict[bytes, _Live] = {}
         self._deferred: list[tuple[RouterLink, NodeMessage]] | None = None
-        self._load = engine.StepDone([], 0, 0, 0, 0, 0, 0.0, 0.0, 0)
-        self._told = self._load
-        self._directory = PrefixDirectory(settings.model, settings.engine.kv_tokens)
+        self._kv_port = settings.kv_port
+        self._starting = asyncio.Lock()
+        self._is_stopping = False
 
     # ---- life ----------------------------------------------------------------------------------
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
-        """Start a new generation; ``on_ready`` follows once a token was produced."""
+        """Start a new generation; ``on_ready`` follows once a token was produced, ``on_exited``
+        when that fails."""
         self._tasks = tasks
-        generation = Generation(self.settings, self)
-        self._generation = generation
-        await generation.client.start(
-            self.settings.engine,
-            generation.staging,
-            lambda message: self._engine_said(generation, message),
-            lambda code: self._engine_exited(generation, code),
-        )
+        async with self._starting:
+            if self._is_stopping:
+                return
+            try:
+                generation = Generation(self.settings, self._transfer_event)
+            except OSError as exc:
+                self._cannot_start(exc)
+                return
+            self._generation = generation
+            try:
+                await generation.client.start(
+                    self.settings.engine,
+                    generation.staging,
+                    lambda message: self._engine_said(generation, message),
+                    lambda code: self._engine_exited(generation, code),
+                )
+            except OSError as exc:
+                self._generation = None
+                await generation.close()
+                self._cannot_start(exc)
+
+    def _cannot_start(self, error: OSError) -> None:
+        log.error("engine of %s cannot be started: %s", self.settings.model, error)
+        self._on_exited(self.settings.model)
 
     async def stop(self) -> None:
-        """End legs, engine and endpoint; nothing is left afterwards."""
-        generation, self._generation = self._generation, None
+        """End legs, engine and endpoint; nothing is left afterwards, and nothing starts again."""
+        self._is_stopping = True
         self._break_all(PeerError("the node is shutting down", code="draining"))
-        if generation is not None:
-            await generation.client.stop(timeout_s=5.0)
-            await generation.close()
+        async with self._starting:
+            generation, self._generation = self._generation, None
+            if generation is not None:
+                await generation.client.stop(timeout_s=STOP_S)
+                await generation.close()
 
     @property
     def ready(self) -> bool:
@@ -130,58 +152,16 @@ class ModelHost:
         """Legs in any stage."""
         return len(self._by_seq)
 
-    # ---- facts for routers ---------------------------------------------------------------------
-
-    def offer(self) -> ModelOffer | None:
-        """What ``Hello`` says about this model; None before the first ready."""
-        generation = self._generation
-        if generation is None or generation.ready is None or generation.spec is None:
-            return None
-        ready, settings = generation.ready, self.settings
-        return ModelOffer(
-            name=settings.model,
-            identity=settings.identity,
-            context_tokens=ready.context_tokens,
-            kv_bytes_per_token=generation.spec.token_bytes,
-            block_tokens=ready.block_tokens,
-            total_blocks=ready.total_blocks,
-            dtype=settings.engine.dtype,
-            kv_address=generation.kv_address,
-        )
-
     def load(self) -> EngineLoad:
         """The engine's load after its last step."""
-        self._told = last = self._load
         generation = self._generation
         ready = generation.ready if generation is not None else None
         statistics = generation.endpoint.statistics() if generation and ready else None
-        return EngineLoad(
-            model=self.settings.model,
-            ready=ready is not None,
-            queued_prefill_tokens=last.queued_prefill_tokens,
-            running=last.running,
-            waiting=last.waiting,
-            free_blocks=last.free_blocks,
-            cached_blocks=last.cached_blocks,
-            total_blocks=ready.total_blocks if ready else 0,
-            prefill_tokens_per_s=last.prefill_tokens_per_s,
-            decode_step_ms=last.decode_step_ms,
-            transfers_in=statistics.incoming_now if statistics else 0,
-            transfers_out=statistics.outgoing_now if statistics else 0,
-            streams=self.num_legs,
-        )
+        return self.facts.load(ready, statistics, self.num_legs)
 
     def link_rates(self) -> list[LinkRate]:
         """Measured KV links to peers."""
         return self._generation.endpoint.link_rates() if self._generation else []
-
-    def take_cache_delta(self) -> CacheDelta | None:
-        """Changes of the prefix directory since the last call."""
-        return self._directory.take_delta()
-
-    def whole_cache(self) -> CacheDelta:
-        """The whole prefix directory, for a router that has just joined."""
-        return self._directory.whole()
 
     # ---- from routers --------------------------------------------------------------------------
 
@@ -195,7 +175,7 @@ class ModelHost:
         leg = legs.Leg(seq, submit, self._codec.eos_ids, escape_json)
         live = _Live(leg, link)
         loop = asyncio.get_running_loop()
-        live.deadline = loop.call_later(
+        live.timer = loop.call_later(
             submit.deadline_remaining_ms / 1000, self._deadline_passed, live
         )
         self._by_seq[seq] = live
@@ -223,30 +203,34 @@ class ModelHost:
             return OverloadError("too many requests on this node", retry_after_s=1.0)
         if (link, submit.stream) in self._by_stream:
             return PeerError("stream number used twice", code="protocol_error", retryable=False)
-        if submit.leg != "both" and (submit.transfer is None or len(submit.transfer.id) != 16):
-            return PeerError("a split leg needs a transfer", code="protocol_error", retryable=False)
         if submit.transfer is not None and submit.transfer.id in self._by_transfer:
             return PeerError("transfer id used twice", code="protocol_error", retryable=False)
-        return None
+        return problem_with(submit)
 
     async def _prepare(self, live: _Live) -> None:
-        """Render and tokenise off the event loop."""
+        """Render and tokenise off the event loop; one leg's trouble stays its own."""
         loop = asyncio.get_running_loop()
         try:
             prepared = await loop.run_in_executor(
                 self._executor, prepare, self._codec, live.leg.submit, self._context_tokens()
             )
+            if self._generation is not None and self._generation.client.is_congested:
+                raise OverloadError("the engine does not take commands", retry_after_s=1.0)
+            self._advance(live, prepared)
+        except asyncio.CancelledError:
+            raise
         except MeshError as exc:
             self._advance(live, ev.PrepareFailed(exc))
-        else:
-            self._advance(live, prepared)
+        except BaseException:  # supervisor of one leg; a panic in the tokenizer is no Exception
+            log.exception("request %s cannot be prepared", live.leg.submit.request_id[:64])
+            self._advance(live, ev.PrepareFailed(MeshError("the prompt cannot be prepared")))
 
     def _context_tokens(self) -> int:
         ready = self._generation.ready if self._generation is not None else None
         return ready.context_tokens if ready is not None else self._codec.context_tokens
 
     def _deadline_passed(self, live: _Live) -> None:
-        live.deadline = None
+        live.timer = None
         self._advance(live, ev.Broken(DeadlineError("the request's deadline passed")))
 
     # ---- from the engine -----------------------------------------------------------------------
@@ -254,6 +238,13 @@ class ModelHost:
     def _engine_said(self, generation: Generation, message: engine.EngineMessage) -> None:
         if generation is not self._generation:
             return  # last words of an engine that was replaced
+        try:
+            self._take(generation, message)
+        except Exception:  # supervisor of the engine: one that makes no sense is replaced
+            log.exception("engine of %s said what cannot be", self.settings.model)
+            generation.client.kill()
+
+    def _take(self, generation: Generation, message: engine.EngineMessage) -> None:
         match message:
             case engine.StepDone():
                 self._step_done(message)
@@ -281,9 +272,27 @@ class ModelHost:
                 assert_never(message)
 
     async def _engine_ready(self, generation: Generation, ready: engine.Ready) -> None:
-        await generation.open_doors(ready)
-        if generation is not self._generation:
+        try:
+            port = await generation.open_doors(ready, self._kv_port)
+        except ConfigError as exc:
+            if self.facts.offer is None:
+                raise  # never worked: the operator has to know
+            log.error("engine of %s cannot take KV streams: %s", self.settings.model, exc)
+            generation.client.kill()
             return
+        if generation is not self._generation or generation.spec is None or port is None:
+            return
+        self._kv_port = port  # routers were told this address
+        self.facts.offer = ModelOffer(
+            name=self.settings.model,
+            identity=self.settings.identity,
+            context_tokens=ready.context_tokens,
+            kv_bytes_per_token=generation.spec.token_bytes,
+            block_tokens=ready.block_tokens,
+            total_blocks=ready.total_blocks,
+            dtype=self.settings.engine.dtype,
+            kv_address=generation.kv_address,
+        )
         phases = ", ".join(f"{name} {ms:.0f} ms" for name, ms in ready.phases_ms.items())
         log.info("engine of %s ready: %s backend, %s", self.settings.model, ready.backend, phases)
         self._on_ready(self.settings.model)
@@ -293,9 +302,10 @@ class ModelHost:
             return
         log.error("engine of %s exited with code %d", self.settings.model, code)
         self._generation = None
-        self._directory.clear()
+        self.facts.engine_gone()
         error = PeerError(f"the engine of {self.settings.model} died", code="engine_died")
         self._break_all(error)
+        generation.engine_died()
         self._tasks.create_task(generation.close())
         self._on_exited(self.settings.model)
         self._on_load_changed()
@@ -305,53 +315,20 @@ class ModelHost:
         deferred: list[tuple[RouterLink, NodeMessage]] = []
         self._deferred = deferred
         touched: dict[RouterLink, None] = {}
-        for seq, index, token, finish in step.tokens:
-            live = self._by_seq.get(seq)
-            if live is not None:
-                touched[live.link] = None
-                self._advance(live, engine.Token(seq, index, token, finish))
-        self._deferred = None
-        for link in touched:
-            link.flush()
-        for link, message in deferred:
-            link.say(message)
-        self._load = step
-        told = self._told
-        if abs(step.queued_prefill_tokens - told.queued_prefill_tokens) >= QUEUED_TOKENS_STEP or (
-            step.waiting == 0
-        ) != (told.waiting == 0):
+        try:
+            for seq, index, token, finish in step.tokens:
+                live = self._by_seq.get(seq)
+                if live is not None:
+                    touched[live.link] = None
+                    self._advance(live, engine.Token(seq, index, token, finish))
+        finally:
+            self._deferred = None
+            for link in touched:
+                link.flush()
+            for link, message in deferred:
+                link.say(message)
+        if self.facts.step_done(step):
             self._on_load_changed()
-
-    # ---- from the KV endpoint (KvEvents) -------------------------------------------------------
-
-    def on_stage_from(self, transfer: bytes, have_tokens: int) -> None:
-        self._to_engine(engine.StageFrom(transfer, have_tokens))
-
-    def on_slot_free(self, slot: int) -> None:
-        self._to_engine(engine.SlotFree(slot))
-
-    def on_import(self, transfer: bytes, slot: int, piece: Piece) -> None:
-        self._to_engine(
-            engine.Import(
-                transfer,
-                slot,
-                piece.group,
-                piece.component,
-                piece.layer_lo,
-                piece.layer_hi,
-                piece.token_lo,
-                piece.token_hi,
-            )
-        )
-
-    def on_committed(self, transfer: bytes, ids: list[int]) -> None:
-        self._transfer_event(transfer, ev.TransferCommitted(ids))
-
-    def on_done(self, transfer: bytes, report: TransferReport) -> None:
-        self._transfer_event(transfer, ev.TransferDone(report))
-
-    def on_failed(self, transfer: bytes, error: MeshError) -> None:
-        self._transfer_event(transfer, ev.TransferFailed(error))
 
     def _transfer_event(self, transfer: bytes, event: ev.Event) -> None:
         live = self._by_transfer.get(transfer)
@@ -375,24 +352,39 @@ class ModelHost:
                 else:
                     live.link.say(message)
             case ev.ToEngine(message):
-                self._to_engine(message)
+                self._to_engine(live, message)
             case ev.RecordPrefix(prompt_tokens):
                 size = len(canonical_bytes(leg.submit.input))
-                self._directory.record(leg.submit.chain, size, prompt_tokens)
+                self.facts.directory.record(leg.submit.chain, size, prompt_tokens)
             case ev.Over():
                 self._forget(live)
             case _:
                 if self._generation is not None:  # else its transfers went with the engine
                     self._generation.transfer_effect(leg, effect)
 
-    def _to_engine(self, message: engine.AgentMessage) -> None:
-        if self._generation is not None:
-            self._generation.client.send(message)
+    def _to_engine(self, live: _Live, message: engine.AgentMessage) -> None:
+        generation = self._generation
+        if generation is None:
+            return
+        generation.client.send(message)
+        if isinstance(message, engine.Drop | engine.Release):
+            self._stop_timer(live)
+            loop = asyncio.get_running_loop()
+            live.timer = loop.call_later(LET_GO_S, self._hung, generation)
+
+    def _hung(self, generation: Generation) -> None:
+        log.error("engine of %s does not answer and is ended", self.settings.model)
+        generation.client.kill()
+
+    @staticmethod
+    def _stop_timer(live: _Live) -> None:
+        if live.timer is not None:
+            live.timer.cancel()
+            live.timer = None
 
     def _forget(self, live: _Live) -> None:
         submit = live.leg.submit
-        if live.deadline is not None:
-            live.deadline.cancel()
+        self._stop_timer(live)
         del self._by_seq[live.leg.seq]
         del self._by_stream[live.link, submit.stream]
         if submit.transfer is not None:

@@ -7,7 +7,9 @@ Callbacks run on the event loop: ``on_message`` for everything the engine says, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -18,13 +20,13 @@ from pop_node.engine.boundary import MessageReader, encode, send_setup
 from pop_node.engine.config import EngineConfig
 from pop_node.engine.messages import AgentMessage, EngineMessage, Stop
 from pop_node.kv_stream.staging import Staging
-from wire.errors import OverloadError, PeerError
+from wire.errors import PeerError
 
 log = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES = 32 * 1024 * 1024
-"""Commands that the engine has not read. Guess: its full queue of long prompts; beyond it it
-hangs."""
+"""Commands that the engine has not read, beyond which it gets no new sequences. Guess: its full
+queue of long prompts."""
 
 _STDERR = 2
 
@@ -79,20 +81,29 @@ class EngineClient:
             except OSError:
                 ours.close()
                 raise
-        self._socket, _ = await loop.create_unix_connection(
-            lambda: _Socket(self._received, lambda: self._ended("socket")), sock=ours
+        try:
+            self._socket, _ = await loop.create_unix_connection(
+                lambda: _Socket(self._received, lambda: self._ended("socket")), sock=ours
+            )
+        except OSError:
+            ours.close()
+            self.kill()
+            raise
+
+    @property
+    def is_congested(self) -> bool:
+        """More waits for the engine than it should: send no ``Add`` now."""
+        return self._socket is not None and (
+            self._socket.get_write_buffer_size() > MAX_UNSENT_BYTES
         )
 
     def send(self, message: AgentMessage) -> None:
         """Say something to the engine, without waiting; nothing happens once it has exited.
 
-        Raises ``OverloadError`` when the engine has stopped reading.
+        What follows an ``Add`` is small and never refused: it gives back what the engine holds.
         """
-        if self._socket is None or self._socket.is_closing():
-            return
-        if self._socket.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            raise OverloadError("the engine does not take commands", code="overloaded")
-        self._socket.write(encode(message))
+        if self._socket is not None and not self._socket.is_closing():
+            self._socket.write(encode(message))
 
     async def stop(self, timeout_s: float) -> None:
         """End the process: ask, after ``timeout_s`` ask by signal, then kill; returns when it is
@@ -105,8 +116,8 @@ class EngineClient:
         if self._socket is not None and not self._socket.is_closing():
             self._socket.write(encode(Stop()))
         for wait_s, force in (
-            (timeout_s, self._process.terminate),
-            (TERMINATE_WAIT_S, self._kill),
+            (timeout_s, self._terminate),
+            (TERMINATE_WAIT_S, self.kill),
         ):
             try:
                 async with asyncio.timeout(wait_s):
@@ -116,6 +127,18 @@ class EngineClient:
                 force()
         await self._exited.wait()
 
+    def kill(self) -> None:
+        """End the process at once; ``on_exit`` follows."""
+        self._signal(signal.SIGKILL)
+
+    def _terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it is gone already
+                self._process.send_signal(number)
+
     # ---- callbacks -----------------------------------------------------------------------------
 
     def _received(self, data: bytes) -> None:
@@ -124,7 +147,7 @@ class EngineClient:
             messages = self._reader.feed(data)
         except PeerError as exc:
             log.error("engine %s speaks nonsense and is ended: %s", self.pid, exc)
-            self._kill()
+            self.kill()
             return
         for message in messages:
             self._on_message(message)
@@ -140,10 +163,6 @@ class EngineClient:
         code = self._process.get_returncode()
         self._process.close()
         self._on_exit(-1 if code is None else code)
-
-    def _kill(self) -> None:
-        if self._process is not None and not self._exited.is_set():
-            self._process.kill()
 
 
 class _Process(asyncio.SubprocessProtocol):

@@ -7,6 +7,7 @@ the agent. Which slot is whose at a moment is decided elsewhere; this file only 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ class Staging:
         return self._view[at : at + self.layout.slot_bytes]
 
     def close(self) -> None:
-        """Unmap and close; every slot view must have been released."""
+        """Close; the memory is unmapped now, or with the last slot view, which a transport or a
+        traceback may still hold."""
         self._view.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):
+            self._map.close()
         os.close(self.fd)

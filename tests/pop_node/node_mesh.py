@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable
@@ -184,8 +185,10 @@ class HandRouter:
             self._writer.write(frame)
             frame = b""
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
     async def until(self, condition: Callable[[], Any], wait_s: float = WAIT_S) -> Any:
         """Wait until ``condition()`` is truthy, looked at after whatever the node says."""
@@ -225,12 +228,14 @@ class TinyMesh:
         self._tasks = tasks
         self._background: list[asyncio.Task[None]] = []
         self.routers: dict[str, HandRouter] = {}
+        self._all_routers: list[HandRouter] = []
         self._streams = itertools.count(1)
 
     async def greet(self, name: str) -> HandRouter:
         """A fresh link to a node, once the node has said Hello and its load."""
         host, port = parse_address(self.nodes[name].address)
         router = HandRouter(*await asyncio.open_connection(host, port))
+        self._all_routers.append(router)
         self._background.append(self._tasks.create_task(router.read()))
         self._background.append(self._tasks.create_task(router.ping()))
         router.send(Hello(1, 1, MESH, "router", "hand", "ams", "i1", [], []))
@@ -277,9 +282,9 @@ class TinyMesh:
         for router in self.routers.values():
             await router.at_rest()
 
-    def close(self) -> None:
-        for router in self.routers.values():
-            router.close()
+    async def close(self) -> None:
+        for router in self._all_routers:
+            await router.close()
         for task in self._background:
             task.cancel()
 
@@ -335,10 +340,26 @@ async def tiny_mesh(store: Store, directory: Path, *names: str) -> AsyncIterator
             try:
                 yield mesh
             finally:
-                mesh.close()
+                await mesh.close()
             for node in nodes.values():
                 node.agent.drain()
             async with asyncio.timeout(WAIT_S):
                 await asyncio.gather(*running)
     finally:
         await registry.stop()
+
+
+@asynccontextmanager
+async def lonely_node(store: Store, directory: Path) -> AsyncIterator[tuple[RunningNode, Registry]]:
+    """A node that was not started yet, and its registry."""
+    server = EmbeddedRegistry()
+    url = await server.start()
+    plan = topology("a")
+    config = AgentConfig(
+        plan.nodes["a"], plan, url, store.root, Dialer(), None, directory / "a.json"
+    )
+    try:
+        async with Registry.connect(url) as registry:
+            yield RunningNode(config), registry
+    finally:
+        await server.stop()

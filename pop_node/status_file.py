@@ -1,0 +1,39 @@
+"""The file that tells a local launcher how a node is doing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pop_node.model_host import ModelHost
+
+log = logging.getLogger(__name__)
+
+
+def write_status(path: Path, state: str, mesh_address: str, hosts: Mapping[str, ModelHost]) -> None:
+    """Replace the file at once. A node that cannot write it serves on: only the launcher reads it.
+
+    ``ready``: routers are served, at ``mesh_address``.
+    """
+    status = {
+        "agent_pid": os.getpid(),
+        "state": state,
+        "ready": state == "serving" and mesh_address != "",
+        "engines": [
+            {"model": name, "rank": 0, "pid": host.engine_pid, "ready": host.ready}
+            for name, host in hosts.items()
+        ],
+        "addresses": {
+            "mesh": mesh_address,
+            "kv": {name: host.kv_address for name, host in hosts.items()},
+        },
+    }
+    temporary = path.with_name(path.name + ".new")
+    try:
+        temporary.write_text(json.dumps(status, indent=1))
+        temporary.replace(path)
+    except OSError as exc:
+        log.warning("the status file cannot be written: %s", exc)
