@@ -6,7 +6,7 @@ Plain state; ``pop_node.model_host`` feeds it with what its engine says.
 from __future__ import annotations
 
 from pop_node.engine.messages import Ready, StepDone
-from pop_node.kv_stream.interface import KvStatistics
+from pop_node.kv_stream.statistics import KvStatistics
 from pop_node.prefix_directory import PrefixDirectory
 from wire.messages import EngineLoad, ModelOffer
 

@@ -20,30 +20,19 @@ from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.connection import Connection
 from pop_node.kv_stream.frames import MAX_VERSION, MIN_VERSION, FromReceiver, FromSender, Hello
 from pop_node.kv_stream.intake import Intake
-from pop_node.kv_stream.interface import KvEvents, KvStatistics
+from pop_node.kv_stream.interface import KvEvents
 from pop_node.kv_stream.link import Authorize, PeerLink
 from pop_node.kv_stream.liveness import MIN_WAIT_S
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.sender import Sender
 from pop_node.kv_stream.spec import KvSpec, Piece
 from pop_node.kv_stream.staging import Staging
+from pop_node.kv_stream.statistics import KvStatistics, statistics
 from wire.address import Dialer, format_address, is_loopback
 from wire.errors import ConfigError, PeerError
 from wire.messages import LinkRate
 
 log = logging.getLogger(__name__)
-
-HOT_EVENTS = (
-    ev.Staged,
-    ev.Sending,
-    ev.Written,
-    ev.FromPeer,
-    ev.DataBegins,
-    ev.DataEnded,
-    ev.Imported,
-)
-"""Events of the data path. The waits that they begin (5 s and more) end after the next ping of the
-live connection that they came over (2 s), so the timer need not be looked at for each of them."""
 
 
 class KvEndpoint:
@@ -131,14 +120,14 @@ class KvEndpoint:
         """End every transfer (``on_failed``, code "draining"), connection and task."""
         if self._runner is None:
             return
-        gone = "the node shuts down"
+        gone = PeerError("the node shuts down", code="link_lost")
         for transfer in [*self._sender.transfers(), *self._receiver.transfers()]:
-            self.cancel(transfer, "draining", gone)
+            self.cancel(transfer, "draining", gone.message)
         self._server.close()
         connections = self._connections()
         for link in list(self._links.values()):
-            link.close(PeerError(gone, code="link_lost"))
-        self._intake.close(PeerError(gone, code="link_lost"))
+            link.close(gone)
+        self._intake.close(gone)
         self._stop.set()
         for conn in connections:
             await conn.wait_closed()
@@ -268,42 +257,23 @@ class KvEndpoint:
     def link_rates(self) -> list[LinkRate]:
         """Measured links from here, one per peer."""
         rates = dict(self._rates)
-        rates |= {link.peer: _rate(link) for link in self._links.values() if link.is_up}
+        rates |= {link.peer: link.rate for link in self._links.values() if link.is_up}
         return list(rates.values())
 
     def statistics(self) -> KvStatistics:
         """Gauges and totals of this moment."""
-        sent, got, pool = self._sender.counts, self._receiver.counts, self._receiver.pool
         dialled = sum(len(link.connections) for link in self._links.values())
-        return KvStatistics(
-            outgoing_now=len(self._sender),
-            incoming_now=len(self._receiver),
-            parked_now=self._receiver.parked,
-            connections_now=dialled + len(self._intake.connections),
-            export_slots_held_now=self._sender.slots_held,
-            import_slots_free_now=pool.free,
-            import_slots_promised_now=pool.promised,
-            import_slots_used_now=pool.used,
-            delivered=sent.delivered,
-            committed=got.committed,
-            failed_outgoing=sent.failed,
-            failed_incoming=got.failed,
-            denied=sent.denied + got.denied,
-            late_frames=sent.late_frames + got.late_frames,
-            bad_checksums=got.bad_checksums,
-            sent_bytes=sent.sent_bytes,
-            received_bytes=got.received_bytes,
-        )
+        return statistics(self._sender, self._receiver, dialled + len(self._intake.connections))
 
     # ---- events in, effects out ----------------------------------------------------------------
 
     def _to_sender(self, event: ev.SenderEvent) -> None:
-        self._must_arm |= not isinstance(event, HOT_EVENTS)
+        self._must_arm |= not isinstance(event, ev.HOT_EVENTS)
         self._pending.append(partial(self._step_sender, event, time.monotonic()))
         self._drain()
 
     def _to_receiver(self, event: ev.ReceiverEvent) -> None:
-        self._must_arm |= not isinstance(event, HOT_EVENTS)
+        self._must_arm |= not isinstance(event, ev.HOT_EVENTS)
         self._pending.append(partial(self._step_receiver, event, time.monotonic()))
         self._drain()
 
@@ -332,7 +302,7 @@ class KvEndpoint:
         if isinstance(event, ev.LinkDown):
             link = self._links.pop(event.address)
             if link.is_up:  # else nothing is known of it, and perhaps it does not exist
-                self._rates[link.peer] = _rate(link)
+                self._rates[link.peer] = link.rate
             log.info("KV link to %s is down: %s", link.peer, event.error)
         for effect in self._sender.handle(event, now):
             match effect:
@@ -411,8 +381,7 @@ class KvEndpoint:
     def _arm(self) -> None:
         """One timer for the earliest deadline of both machines and all connections."""
         waits = [self._sender.next_deadline(), self._receiver.next_deadline()]
-        conns = [conn for conn in self._connections() if not conn.is_closing()]
-        waits += [conn.keepalive.next_deadline() for conn in conns]
+        waits += [c.keepalive.next_deadline() for c in self._connections() if not c.is_closing()]
         wake_at = min((at for at in waits if at is not None), default=None)
         if wake_at == self._wake_at:
             return
@@ -431,7 +400,3 @@ class KvEndpoint:
             conn.tick(now)
         self._to_sender(ev.Tick())
         self._to_receiver(ev.Tick())
-
-
-def _rate(link: PeerLink) -> LinkRate:
-    return LinkRate(link.peer, link.rtt_s * 1e3, link.rates.bytes_per_s)

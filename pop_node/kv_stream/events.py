@@ -302,6 +302,18 @@ ReceiverEvent = (
     | Tick
 )
 
+HOT_EVENTS = (
+    Staged,
+    Sending,
+    Written,
+    FromPeer,
+    DataBegins,
+    DataEnded,
+    Imported,
+)
+"""Events of the data path. The waits that they begin (5 s and more) end after the next ping of the
+live connection that they came over (2 s), so the timer need not be looked at for each of them."""
+
 # ---- receiver: effects -------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
-"""One transfer as the decode node sees it: what was agreed and what has arrived. Pure."""
+"""One transfer as the decode node sees it: what was agreed and what has arrived; and the slots in
+use. Pure."""
 
 from __future__ import annotations
 
@@ -102,6 +103,37 @@ class Incoming:
         if commit.prompt_digest != self.expected.prompt_digest:
             return TransferError("the Commit is for another prompt", code="prompt_mismatch")
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Receiving:
+    """An import slot that bytes come into from connection ``conn``."""
+
+    data: Data
+    nbytes: int
+    conn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Importing:
+    """An import slot that the engine reads."""
+
+    transfer: bytes
+    attempt: int
+    model: str
+
+
+@dataclass(slots=True)
+class ReceiverCounts:
+    """Totals since the start."""
+
+    expected: int = 0
+    committed: int = 0
+    failed: int = 0
+    denied: int = 0
+    late_frames: int = 0
+    bad_checksums: int = 0
+    received_bytes: int = 0
 
 
 def _short(identity: str) -> str:

@@ -1,8 +1,7 @@
-"""What an endpoint tells the agent, and what it counts."""
+"""What an endpoint tells the agent."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from pop_node.kv_stream.spec import Piece
@@ -35,26 +34,3 @@ class KvEvents(Protocol):
 
     def on_failed(self, transfer: bytes, error: MeshError) -> None:
         """Either side: the transfer is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class KvStatistics:
-    """State and totals of one endpoint; ``*_now`` are gauges, the rest counts since the start."""
-
-    outgoing_now: int
-    incoming_now: int
-    parked_now: int
-    connections_now: int
-    export_slots_held_now: int
-    import_slots_free_now: int
-    import_slots_promised_now: int
-    import_slots_used_now: int
-    delivered: int
-    committed: int
-    failed_outgoing: int
-    failed_incoming: int
-    denied: int
-    late_frames: int
-    bad_checksums: int
-    sent_bytes: int
-    received_bytes: int

@@ -44,6 +44,7 @@ from pop_node.kv_stream.liveness import MIN_WAIT_S
 from pop_node.kv_stream.rates import RateMeter
 from pop_node.kv_stream.staging import Staging
 from wire.errors import MeshError, PeerError
+from wire.messages import LinkRate
 
 STRIPES = 2
 """Connections per link: a loss halves the window of one of them only. Guess."""
@@ -80,6 +81,11 @@ class PeerLink:
         self._watch = watch
         self._queue: deque[SendPiece] = deque()  # bounded by the export slots
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def rate(self) -> LinkRate:
+        """What was measured so far."""
+        return LinkRate(self.peer, self.rtt_s * 1e3, self.rates.bytes_per_s)
 
     async def dial(
         self, host: str, port: int, context: ssl.SSLContext | None, numbers: Callable[[], int]

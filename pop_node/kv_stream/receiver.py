@@ -18,29 +18,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.credit import SlotPool
-from pop_node.kv_stream.events import (
-    Allocated,
-    Cancelled,
-    Committed,
-    ConnLost,
-    ConnRtt,
-    DataBegins,
-    DataEnded,
-    EngineLost,
-    Expected,
-    Failed,
-    FrameIn,
-    Import,
-    Imported,
-    ReceiveInto,
-    ReceiverEffect,
-    ReceiverEvent,
-    Reply,
-    Tick,
-)
 from pop_node.kv_stream.faults import as_text, expired, reported, timed_out
 from pop_node.kv_stream.frames import (
     CODEC_RAW,
@@ -53,40 +33,13 @@ from pop_node.kv_stream.frames import (
     Grant,
     Open,
 )
-from pop_node.kv_stream.incoming import Incoming
+from pop_node.kv_stream.incoming import Importing, Incoming, ReceiverCounts, Receiving
 from pop_node.kv_stream.liveness import wait_limit_s
 from pop_node.kv_stream.parking import Parking
 from wire.errors import MeshError, PeerError, TransferError, error_from_code
 
 IMPORT_WAIT_S = 30.0
 """Longest import of a piece. Guess: several of the longest engine steps of a slow CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Receiving:
-    data: Data
-    nbytes: int
-    conn: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Importing:
-    transfer: bytes
-    attempt: int
-    model: str
-
-
-@dataclass(slots=True)
-class ReceiverCounts:
-    """Totals since the start."""
-
-    expected: int = 0
-    committed: int = 0
-    failed: int = 0
-    denied: int = 0
-    late_frames: int = 0
-    bad_checksums: int = 0
-    received_bytes: int = 0
 
 
 class Receiver:
@@ -99,8 +52,8 @@ class Receiver:
         self._incoming: dict[bytes, Incoming] = {}
         self._parking = Parking()
         self._ungranted: OrderedDict[bytes, None] = OrderedDict()  # waiting for slots, oldest first
-        self._receiving: dict[int, _Receiving] = {}
-        self._importing: dict[int, _Importing] = {}
+        self._receiving: dict[int, Receiving] = {}
+        self._importing: dict[int, Importing] = {}
         self._rtt_s: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -121,13 +74,13 @@ class Receiver:
         parked_until = self._parking.next_deadline()
         return min(waits if parked_until is None else [*waits, parked_until], default=None)
 
-    def handle(self, event: ReceiverEvent, now: float) -> list[ReceiverEffect]:
+    def handle(self, event: ev.ReceiverEvent, now: float) -> list[ev.ReceiverEffect]:
         """Advance by one event.
 
         Raises ``ValueError`` for an ``Expected`` that repeats a transfer and attempt under way.
         """
         match event:
-            case FrameIn(conn, peer, message):
+            case ev.FrameIn(conn, peer, message):
                 match message:
                     case Open():
                         return self._opened(conn, peer, message, now)
@@ -135,35 +88,35 @@ class Receiver:
                         raise ValueError("Data comes as DataBegins and DataEnded")
                     case Commit() | Abort():
                         return self._from_sender(peer, message, now)
-            case DataBegins(conn, peer, data, nbytes):
+            case ev.DataBegins(conn, peer, data, nbytes):
                 return self._data_begins(conn, peer, data, nbytes, now)
-            case DataEnded(slot, checksum):
+            case ev.DataEnded(slot, checksum):
                 return self._data_ended(slot, checksum, now)
-            case Imported(slot):
+            case ev.Imported(slot):
                 return self._imported(slot, now)
-            case Expected():
+            case ev.Expected():
                 return self._expect(event, now)
-            case Allocated(transfer, have_tokens):
+            case ev.Allocated(transfer, have_tokens):
                 return self._allocated(transfer, have_tokens, now)
-            case Cancelled(transfer, code, text):
+            case ev.Cancelled(transfer, code, text):
                 incoming = self._incoming.get(transfer)
                 if incoming is None:
                     return []
                 return self._end_all([(incoming, error_from_code(code, text))], now)
-            case ConnRtt(conn, rtt_s):
+            case ev.ConnRtt(conn, rtt_s):
                 self._rtt_s[conn] = rtt_s
                 return []
-            case ConnLost(conn, error):
+            case ev.ConnLost(conn, error):
                 return self._conn_lost(conn, error, now)
-            case EngineLost(model):
+            case ev.EngineLost(model):
                 return self._engine_lost(model, now)
-            case Tick():
+            case ev.Tick():
                 return self._tick(now)
 
     # ---- meeting -------------------------------------------------------------------------------
 
-    def _expect(self, event: Expected, now: float) -> list[ReceiverEffect]:
-        effects: list[ReceiverEffect] = []
+    def _expect(self, event: ev.Expected, now: float) -> list[ev.ReceiverEffect]:
+        effects: list[ev.ReceiverEffect] = []
         older = self._incoming.get(event.transfer)
         if older is not None:
             if older.expected.attempt >= event.attempt:
@@ -177,7 +130,7 @@ class Receiver:
             effects += self._match(incoming, parked.conn, parked.peer, parked.open, now)
         return effects
 
-    def _opened(self, conn: int, peer: str, message: Open, now: float) -> list[ReceiverEffect]:
+    def _opened(self, conn: int, peer: str, message: Open, now: float) -> list[ev.ReceiverEffect]:
         incoming = self._incoming.get(message.transfer)
         if incoming is not None and message.attempt <= incoming.expected.attempt:
             if message.attempt < incoming.expected.attempt or incoming.conn is not None:
@@ -199,7 +152,7 @@ class Receiver:
 
     def _match(
         self, incoming: Incoming, conn: int, peer: str, message: Open, now: float
-    ) -> list[ReceiverEffect]:
+    ) -> list[ev.ReceiverEffect]:
         if message.attempt < incoming.expected.attempt:
             self.counts.late_frames += 1
             return []
@@ -214,7 +167,7 @@ class Receiver:
         incoming.last_progress = now
         return self._ready(incoming, now)
 
-    def _allocated(self, transfer: bytes, have_tokens: int, now: float) -> list[ReceiverEffect]:
+    def _allocated(self, transfer: bytes, have_tokens: int, now: float) -> list[ev.ReceiverEffect]:
         incoming = self._incoming.get(transfer)
         if incoming is None or incoming.have_tokens is not None:
             return []
@@ -222,14 +175,14 @@ class Receiver:
         incoming.last_progress = now
         return self._ready(incoming, now)
 
-    def _ready(self, incoming: Incoming, now: float) -> list[ReceiverEffect]:
+    def _ready(self, incoming: Incoming, now: float) -> list[ev.ReceiverEffect]:
         """Queue for slots once both the peer and our blocks are there."""
         if incoming.conn is None or incoming.have_tokens is None:
             return []
         self._ungranted[incoming.expected.transfer] = None
         return self._share(now)
 
-    def _share(self, now: float) -> list[ReceiverEffect]:
+    def _share(self, now: float) -> list[ev.ReceiverEffect]:
         """Hand free slots out: first to those without a ``Grant``, then to those who hold least."""
         credits: dict[bytes, int] = {}
         for transfer in list(self._ungranted):
@@ -252,24 +205,24 @@ class Receiver:
             credits[transfer] = credits.get(transfer, 0) + credit
         return [self._give(self._incoming[t], credit, now) for t, credit in credits.items()]
 
-    def _give(self, incoming: Incoming, slots: int, now: float) -> Reply:
+    def _give(self, incoming: Incoming, slots: int, now: float) -> ev.Reply:
         e, credit_bytes = incoming.expected, slots * self._slot_bytes
         assert incoming.conn is not None
         assert incoming.have_tokens is not None
         if incoming.granted:
             ack = Ack(e.transfer, e.attempt, credit_bytes, incoming.received_bytes)
-            return Reply(incoming.conn, ack)
+            return ev.Reply(incoming.conn, ack)
         incoming.granted = True
         incoming.last_progress = now
         del self._ungranted[e.transfer]
         grant = Grant(e.transfer, e.attempt, credit_bytes, incoming.have_tokens, CODEC_RAW)
-        return Reply(incoming.conn, grant)
+        return ev.Reply(incoming.conn, grant)
 
     # ---- pieces --------------------------------------------------------------------------------
 
     def _data_begins(
         self, conn: int, peer: str, data: Data, nbytes: int, now: float
-    ) -> list[ReceiverEffect]:
+    ) -> list[ev.ReceiverEffect]:
         incoming = self._live(peer, data.transfer, data.attempt)
         if incoming is None:
             return []
@@ -280,10 +233,10 @@ class Receiver:
             return self._end_all([(incoming, error)], now)
         incoming.coverage.add(data.piece)
         incoming.receiving += 1
-        self._receiving[slot] = _Receiving(data, nbytes, conn)
-        return [ReceiveInto(slot)]
+        self._receiving[slot] = Receiving(data, nbytes, conn)
+        return [ev.ReceiveInto(slot)]
 
-    def _data_ended(self, slot: int, checksum: bytes, now: float) -> list[ReceiverEffect]:
+    def _data_ended(self, slot: int, checksum: bytes, now: float) -> list[ev.ReceiverEffect]:
         held = self._receiving.pop(slot)
         data = held.data
         incoming = self._incoming.get(data.transfer)
@@ -302,15 +255,15 @@ class Receiver:
         incoming.received_bytes += held.nbytes
         incoming.last_progress = now
         self.counts.received_bytes += held.nbytes
-        self._importing[slot] = _Importing(e.transfer, e.attempt, e.model)
-        return [Import(e.transfer, slot, data.piece), self._give(incoming, 0, now)]
+        self._importing[slot] = Importing(e.transfer, e.attempt, e.model)
+        return [ev.Import(e.transfer, slot, data.piece), self._give(incoming, 0, now)]
 
-    def _imported(self, slot: int, now: float) -> list[ReceiverEffect]:
+    def _imported(self, slot: int, now: float) -> list[ev.ReceiverEffect]:
         held = self._importing.pop(slot, None)
         if held is None:  # the engine died meanwhile and its slots were taken back
             return []
         self.pool.release(slot)
-        effects: list[ReceiverEffect] = []
+        effects: list[ev.ReceiverEffect] = []
         incoming = self._incoming.get(held.transfer)
         if incoming is not None and incoming.expected.attempt == held.attempt:
             incoming.importing -= 1
@@ -320,7 +273,9 @@ class Receiver:
 
     # ---- ending --------------------------------------------------------------------------------
 
-    def _from_sender(self, peer: str, message: Commit | Abort, now: float) -> list[ReceiverEffect]:
+    def _from_sender(
+        self, peer: str, message: Commit | Abort, now: float
+    ) -> list[ev.ReceiverEffect]:
         parked = self._parking.get(message.transfer)
         if parked and (parked.peer, parked.open.attempt) == (peer, message.attempt):
             self._parking.take(message.transfer)
@@ -339,7 +294,7 @@ class Receiver:
         incoming.last_progress = now
         return [*self._try_commit(incoming), *self._share(now)]
 
-    def _try_commit(self, incoming: Incoming) -> list[ReceiverEffect]:
+    def _try_commit(self, incoming: Incoming) -> list[ev.ReceiverEffect]:
         if not incoming.is_whole:
             return []
         e, ids, conn = incoming.expected, incoming.ids, incoming.conn
@@ -347,9 +302,9 @@ class Receiver:
         assert conn is not None
         self._remove(incoming)
         self.counts.committed += 1
-        return [Committed(e.transfer, ids), Reply(conn, Done(e.transfer, e.attempt))]
+        return [ev.Committed(e.transfer, ids), ev.Reply(conn, Done(e.transfer, e.attempt))]
 
-    def _conn_lost(self, conn: int, error: MeshError, now: float) -> list[ReceiverEffect]:
+    def _conn_lost(self, conn: int, error: MeshError, now: float) -> list[ev.ReceiverEffect]:
         self._rtt_s.pop(conn, None)
         self._parking.drop_conn(conn)
         hit = {t for t, incoming in self._incoming.items() if incoming.conn == conn}
@@ -361,7 +316,7 @@ class Receiver:
                     hit.add(held.data.transfer)
         return self._end_all([(self._incoming[t], error) for t in sorted(hit)], now)
 
-    def _engine_lost(self, model: str, now: float) -> list[ReceiverEffect]:
+    def _engine_lost(self, model: str, now: float) -> list[ev.ReceiverEffect]:
         for slot, held in list(self._importing.items()):
             if held.model == model:
                 del self._importing[slot]
@@ -380,8 +335,8 @@ class Receiver:
             return min(deadline, progress + limit)
         return deadline
 
-    def _tick(self, now: float) -> list[ReceiverEffect]:
-        effects: list[ReceiverEffect] = [
+    def _tick(self, now: float) -> list[ev.ReceiverEffect]:
+        effects: list[ev.ReceiverEffect] = [
             self._deny(parked.conn, parked.open, timed_out("no decode leg came here"))
             for parked in self._parking.take_expired(now)
         ]
@@ -396,21 +351,21 @@ class Receiver:
 
     def _end_all(
         self, ends: Iterable[tuple[Incoming, MeshError]], now: float, *, tell_peer: bool = True
-    ) -> list[ReceiverEffect]:
+    ) -> list[ev.ReceiverEffect]:
         """Fail these transfers, then let others have what they held."""
         effects = [e for incoming, error in ends for e in self._end(incoming, error, tell_peer)]
         return effects + self._share(now)
 
     def _end(
         self, incoming: Incoming, error: MeshError, tell_peer: bool = True
-    ) -> list[ReceiverEffect]:
+    ) -> list[ev.ReceiverEffect]:
         e = incoming.expected
         self._remove(incoming)
         self.counts.failed += 1
-        effects: list[ReceiverEffect] = [Failed(e.transfer, error)]
+        effects: list[ev.ReceiverEffect] = [ev.Failed(e.transfer, error)]
         if tell_peer and incoming.conn is not None:
             abort = Abort(e.transfer, e.attempt, *as_text(error))
-            effects.insert(0, Reply(incoming.conn, abort))
+            effects.insert(0, ev.Reply(incoming.conn, abort))
         return effects
 
     def _remove(self, incoming: Incoming) -> None:
@@ -432,7 +387,7 @@ class Receiver:
         incoming = self._incoming.get(data.transfer)
         return incoming is not None and incoming.expected.attempt == data.attempt
 
-    def _deny(self, conn: int, message: Open, error: MeshError) -> Reply:
+    def _deny(self, conn: int, message: Open, error: MeshError) -> ev.Reply:
         self.counts.denied += 1
         code, text = as_text(error)
-        return Reply(conn, Deny(message.transfer, message.attempt, code, text, error.retryable))
+        return ev.Reply(conn, Deny(message.transfer, message.attempt, code, text, error.retryable))
