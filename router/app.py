@@ -189,7 +189,9 @@ async def _drained(dispatch: Dispatch, patience_s: float) -> None:
 
 def _application(models: ModelApi, operators: OperatorApi) -> web.Application:
     app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY_BYTES)
+    app.on_response_prepare.append(operators.close_when_stopping)
     app.router.add_get("/v1/models", models.models)
+    app.router.add_get("/v1/models/{name:.+}", models.model)
     app.router.add_post("/v1/chat/completions", models.chat)
     app.router.add_post("/v1/completions", models.completions)
     app.router.add_get("/health", operators.health)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from router.admission import MAX_BODY_BYTES, Limits
 from router.api.parse import parse_chat, parse_completion
@@ -22,7 +22,7 @@ from router.auth import Authenticator, Caller
 from router.dispatch import Dispatch
 from router.exchange import AnswerSink, Exchange
 from router.geo import GEO_HEADER, ClientLocator, ClientPlace
-from router.policy import ROUTE_HEADER, Pin, Plan, RouteRequest
+from router.policy import ROUTE_HEADER, Pin, Plan, RouteRequest, check_model, known_models
 from router.record import RequestRecord
 from router.request_events import RequestSpec
 from router.sinks import Served, SseSink, WholeSink
@@ -69,22 +69,15 @@ class ModelApi:
     async def models(self, request: web.Request) -> web.Response:
         """``GET /v1/models``: what the topology lists and what nodes offer."""
         self._caller(request)
-        view = self._dispatch.builder.snapshot()
-        names = sorted(view.topology.models.keys() | view.offered.keys())
-        return web.json_response(
-            {
-                "object": "list",
-                "data": [
-                    {
-                        "id": name,
-                        "object": "model",
-                        "created": self._started_s,
-                        "owned_by": view.topology.mesh,
-                    }
-                    for name in names
-                ],
-            }
-        )
+        names = known_models(self._dispatch.builder.snapshot())
+        return web.json_response({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        """``GET /v1/models/{name}``: one of them."""
+        self._caller(request)
+        name = request.match_info["name"]
+        check_model(self._dispatch.builder.snapshot(), name)
+        return web.json_response(self._model(name))
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """``POST /v1/chat/completions``."""
@@ -153,9 +146,11 @@ class ModelApi:
             response = web.StreamResponse(headers=_route_headers(answer_id, begun))
             response.content_type = "text/event-stream"
             response.headers["Cache-Control"] = "no-cache"
+            chunked = request.version >= HttpVersion11
+            if not chunked:  # HTTP/1.0: there the body ends with the connection
+                response.force_close()
             await response.prepare(request)
-            # HTTP/1.0 knows no chunks: there the body ends with the connection.
-            sink.attach(transport, chunked=request.version >= (1, 1))
+            sink.attach(transport, chunked)
             await response.write_eof(await sink.ended)
             return response
         finally:
@@ -203,6 +198,11 @@ class ModelApi:
         )
         return Exchange(self._dispatch, spec, record, prepared.routing, prepared.prompt_bytes, sink)
 
+    def _model(self, name: str) -> dict[str, object]:
+        """A model as the OpenAI API shows it; ``created`` is when this router started."""
+        mesh = self._dispatch.builder.snapshot().topology.mesh
+        return {"id": name, "object": "model", "created": self._started_s, "owned_by": mesh}
+
     # ---- checks -------------------------------------------------------------------------------
 
     def _caller(self, request: web.Request) -> Caller:
@@ -225,7 +225,10 @@ class ModelApi:
         except web.HTTPRequestEntityTooLarge as exc:
             raise too_large from exc
         except web.RequestPayloadError as exc:
-            raise RequestError(f"the body cannot be read: {exc}") from exc
+            reason = (
+                str(exc).rpartition("message:")[2].strip()
+            )  # aiohttp puts "400, message:" first
+            raise RequestError(f"the body cannot be read: {reason}") from exc
 
     def _check_max_tokens(self, parsed: ParsedRequest) -> None:
         """Refuse more output than any node's context could hold, before any node is asked."""

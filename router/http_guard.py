@@ -76,6 +76,20 @@ class GuardedHandler(RequestHandler):
         response.force_close()
         return response
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer; what aiohttp refuses before any handler of ours runs gets our form."""
+        if isinstance(resp, web.HTTPException):
+            code = "expectation_failed" if resp.status == 417 else "invalid_request"
+            resp = error_response(RequestError(f"{resp.reason}: {resp.text}", code=code))
+        return await super().finish_response(request, resp, start_time)
+
+    def log_exception(self, *args: Any, **kwargs: Any) -> None:
+        """A body that cannot be read was answered already; everything else is our fault."""
+        if not isinstance(kwargs.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kwargs)
+
     def _arm(self) -> None:
         loop = asyncio.get_running_loop()
         self._head_timer = loop.call_later(self._head_timeout_s, self._late)

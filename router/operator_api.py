@@ -50,6 +50,13 @@ class OperatorApi:
         body = {"ready": bool(models), "models": models, "stopping": self.stopping}
         return web.json_response(body, status=200 if models else 503)
 
+    async def close_when_stopping(self, request: web.Request, response: web.StreamResponse) -> None:
+        """While stopping, a connection ends with the answer that it waits for: a client that keeps
+        asking on one that it had open would hold up the end."""
+        if self.stopping:
+            response.force_close()
+            response.headers["Connection"] = "close"
+
     async def status(self, request: web.Request) -> web.Response:
         """``GET /popmesh/status``: the view, links, loads and counters."""
         self._operator(request)

@@ -83,7 +83,7 @@ def choose(request: RouteRequest, view: View, now: float, rng: random.Random) ->
     ``OverloadError`` (``no_route``) when no pair passes the hard rules at the moment.
     """
     model = request.work.model
-    _check_model(view, model)
+    check_model(view, model)
     _check_pin(view, request.pin, model)
     rejected: list[tuple[str, str]] = []
     prefills: list[_Candidate] = []
@@ -264,12 +264,18 @@ def _explained(pair: _Pair, request: RouteRequest, view: View, now: float) -> Ro
 # ---- refusals ----------------------------------------------------------------------------------
 
 
-def _check_model(view: View, model: str) -> None:
+def known_models(view: View) -> list[str]:
+    """Names that the topology lists or a node offers."""
+    return sorted(view.topology.models.keys() | view.offered.keys())
+
+
+def check_model(view: View, model: str) -> None:
+    """Raises ``RequestError`` (``model_not_found``) for a name that nobody knows."""
     if model in view.offered or model in view.topology.models:
         return
-    known = sorted(view.topology.models.keys() | view.offered.keys())
+    known = ", ".join(known_models(view))
     raise RequestError(
-        f"the model {model[:80]!r} does not exist; available: {', '.join(known) or 'none'}",
+        f"the model {model[:80]!r} does not exist; available: {known or 'none'}",
         code="model_not_found",
         param="model",
     )

@@ -19,6 +19,7 @@ _STATUS_BY_CODE = {
     "method_not_allowed": 405,
     "request_timeout": 408,
     "request_too_large": 413,
+    "expectation_failed": 417,
     "too_many_requests": 429,
 }
 _STATUS_BY_CLASS: tuple[tuple[type[MeshError], int], ...] = (

@@ -209,3 +209,34 @@ async def test_strangers_cannot_pin_place_or_look(monkeypatch: pytest.MonkeyPatc
         assert "popmesh_ignored_geo_headers_total 1" in metrics
         assert (await mesh.http.get("/health")).status == 200
         remote(monkeypatch, "127.0.0.1")
+
+
+async def test_a_body_that_does_not_unpack_is_the_clients_fault(
+    mesh: RouterMesh, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent = b"Content-Encoding: gzip\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(GOOD)
+    status, error = split(await raw(mesh, HEAD + sent + GOOD))
+    assert status == 400
+    assert error["message"] == "the body cannot be read: Can not decode content-encoding: gzip"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_an_unknown_expectation_is_refused_in_json(mesh: RouterMesh) -> None:
+    head = HEAD + b"Content-Length: %d\r\nConnection: close\r\n" % len(GOOD)
+    status, error = split(await raw(mesh, head + b"Expect: wonders\r\n\r\n" + GOOD))
+    assert (status, error["code"]) == (417, "expectation_failed")
+    answer = await raw(mesh, head + b"Expect: 100-Continue\r\n\r\n" + GOOD)
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize("wish", [b"", b"Connection: keep-alive\r\n"])
+async def test_a_stream_to_an_http_1_0_client_ends_with_the_connection(
+    mesh: RouterMesh, wish: bytes
+) -> None:
+    body = GOOD[:-1] + b', "stream": true}'
+    head = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + wish
+    answer = await raw(mesh, head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert b"chunked" not in head
+    assert b"keep-alive" not in head
+    assert events.endswith(b"\n\ndata: [DONE]\n\n")

@@ -303,3 +303,30 @@ async def test_limits_per_tenant_and_router(monkeypatch: pytest.MonkeyPatch) -> 
         fra.go.set()
         assert (await first).status == 200
         assert (await mesh.chat()).status == 200
+
+
+async def test_one_model_by_name(mesh: RouterMesh) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{mesh.url}/v1", api_key="none") as client:
+        (listed,) = (await client.models.list()).data
+        assert await client.models.retrieve(MODEL) == listed
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.models.retrieve("gpt/zz")
+        assert caught.value.code == "model_not_found"
+        assert MODEL in caught.value.message
+
+
+async def test_stop_ends_kept_connections_after_their_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_mesh(monkeypatch, make_topology()) as mesh:
+        lhr = mesh.nodes["lhr-1"]
+        lhr.go.clear()
+        running = await mesh.chat(stream=True)
+        await mesh.get_json("/health")  # on a second connection, which the client keeps
+        mesh.stop.set()
+        await asyncio.sleep(0)
+        kept = await mesh.http.get("/health")
+        assert kept.status == 200
+        assert kept.headers["Connection"] == "close"
+        lhr.go.set()
+        assert (await events(running))[-1] == "[DONE]"
