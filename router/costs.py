@@ -111,18 +111,20 @@ def compute_s(node: NodeView, work: Work) -> tuple[float, str]:
 def decode_s(node: NodeView, work: Work) -> tuple[float, str]:
     """``DECODE_WEIGHT * tokens * step(n)`` with ``step(n) = base * (1 + n / BATCH_DOUBLING)``.
 
-    ``n`` counts running, waiting and just-sent sequences and ours.
+    ``n`` counts running, waiting and just-sent sequences and ours. The measured step is of a time
+    when at least one sequence ran, also when none does any more.
     """
     engine = node.engines[work.model]
     step = engine.decode_step_ms / 1e3 or DEFAULT_STEP_S
-    base = step / (1.0 + engine.running / BATCH_DOUBLING)
+    base = step / (1.0 + max(1, engine.running) / BATCH_DOUBLING)
     pending = node.pending.get(work.model, Pending()).streams
     sequences = engine.running + engine.waiting + pending + 1
     step = base * (1.0 + sequences / BATCH_DOUBLING)
     seconds = DECODE_WEIGHT * work.output_tokens * step
     return (
         seconds,
-        f"{work.output_tokens} tokens, {sequences} sequences, {step * 1e3:.1f} ms a step",
+        f"{DECODE_WEIGHT:g} x {work.output_tokens} tokens at {step * 1e3:.1f} ms a step "
+        f"with {sequences} in the batch",
     )
 
 

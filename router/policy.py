@@ -233,10 +233,14 @@ def _pair_terms(
 
 
 def _among_ties(ranked: list[_Pair], rng: random.Random) -> int:
-    """Index of the better of two random routes among those as good as the best."""
+    """Index of the better of two random routes among those as good as the best.
+
+    A hand-over spends bandwidth that no term prices, so it loses against a single node.
+    """
     limit = ranked[0].cost_s * (1 + TIE_FRACTION) + TIE_SECONDS
-    ties = sum(pair.cost_s <= limit for pair in ranked)
-    return 0 if ties < 2 else min(rng.choices(range(ties), k=2))
+    ties = [at for at, pair in enumerate(ranked) if pair.cost_s <= limit]
+    ties = [at for at in ties if ranked[at].prefill is ranked[at].decode] or ties
+    return min(rng.choices(ties, k=2))
 
 
 def _explained(pair: _Pair, request: RouteRequest, view: View, now: float) -> Route:

@@ -201,6 +201,26 @@ def test_ties_are_spread() -> None:
     assert len(chosen) > 1
 
 
+def test_an_idle_node_is_cheaper_than_its_busy_twin() -> None:
+    """The step is measured while at least one sequence runs, also where none runs any more."""
+    topology = make_topology({"fra-1": BOTH, "fra-2": BOTH})
+    busy = {"engines": {MODEL: idle_engine(MODEL, running=1, decode_step_ms=100.0)}}
+    idle = {"engines": {MODEL: idle_engine(MODEL, decode_step_ms=100.0)}}
+    view = view_of(topology, fra_1=busy, fra_2=idle)
+    assert pair(view, request(tokens=1)) == ("fra-2", "fra-2")
+    decode = next(r for r in pick(view, request()).route.reasons if r.term == "decode")
+    assert decode.seconds == pytest.approx(0.25 * 128 * 0.1)
+    assert "0.25 x 128 tokens" in decode.detail
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hand_over_must_gain_something(seed: int) -> None:
+    """Among ties a pair of nodes would only spend bandwidth, which costs do not price."""
+    view = view_of(make_topology({"fra-1": BOTH, "fra-2": BOTH, "fra-3": BOTH}))
+    route = pick(view, request(tokens=3000), seed).route
+    assert route.prefill == route.decode
+
+
 nodes_of = st.lists(
     st.tuples(
         st.sampled_from(["fra", "lhr", "iad", "syd"]),
