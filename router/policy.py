@@ -93,10 +93,11 @@ def choose(request: RouteRequest, view: View, now: float, rng: random.Random) ->
         if why is not None:
             rejected.append((name, why))
             continue
+        trip, _ = costs.client_rtt_s(view, request.client, node)
         if "prefill" in node.roles and request.pin.prefill in (None, name):
-            prefills.append(_prefill_candidate(node, request, view, now))
+            prefills.append(_prefill_candidate(node, request.work, trip, now))
         if "decode" in node.roles and request.pin.decode in (None, name):
-            decodes.append(_decode_candidate(node, request, view))
+            decodes.append(_decode_candidate(node, request.work, trip))
     ranked = _best_pairs(prefills, decodes, request, view, now)
     if not ranked:
         raise _no_route(request, rejected, bool(prefills), bool(decodes))
@@ -156,17 +157,14 @@ class _Pair:
     decode: NodeView
 
 
-def _prefill_candidate(node: NodeView, request: RouteRequest, view: View, now: float) -> _Candidate:
-    work = request.work
-    trip, _ = costs.client_rtt_s(view, request.client, node)
+def _prefill_candidate(node: NodeView, work: Work, trip: float, now: float) -> _Candidate:
     queue, _ = costs.queue_s(node, work.model, now)
     compute, _ = costs.compute_s(node, work)
     return _Candidate(trip + queue + compute, node)
 
 
-def _decode_candidate(node: NodeView, request: RouteRequest, view: View) -> _Candidate:
-    trip, _ = costs.client_rtt_s(view, request.client, node)
-    decode, _ = costs.decode_s(node, request.work)
+def _decode_candidate(node: NodeView, work: Work, trip: float) -> _Candidate:
+    decode, _ = costs.decode_s(node, work)
     return _Candidate(trip / 2 + decode, node)
 
 
