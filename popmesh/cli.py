@@ -7,6 +7,7 @@ that only runs a router never loads torch.
 from __future__ import annotations
 
 import os
+import sys
 
 import click
 
@@ -61,10 +62,26 @@ def main() -> None:
     On real machines:    popmesh node / popmesh router, one per machine, with Consul
     Look inside:         popmesh status, popmesh explain "a prompt", popmesh chat
     """
+    _open_standard_files()
     if "POPMESH_LAUNCHER_PID" in os.environ:
         from popmesh.launcher.orphan import die_with_launcher
 
         die_with_launcher()
+
+
+def _open_standard_files() -> None:
+    """Put the null device where stdin, stdout or stderr came closed (``popmesh ... <&-``).
+
+    Else the first socket takes the free descriptor, for which libuv aborts the process.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
+        if getattr(sys, name) is None:
+            file = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, file)
 
 
 def _first(error: BaseException) -> BaseException:

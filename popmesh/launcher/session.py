@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -20,8 +21,9 @@ from popmesh.launcher.plan import LaunchPlan, make_plan
 from popmesh.launcher.ports import FreePorts, is_free
 from popmesh.render.progress import Phases
 from popmesh.signals import run_until_signal
+from registry.client import Registry
 from topology.model import Topology
-from wire.errors import ConfigError
+from wire.errors import ConfigError, PeerError
 
 T = TypeVar("T")
 
@@ -47,10 +49,13 @@ def run_mesh(
     Files that nobody asked for are removed at the end, and kept for a look when something went
     wrong. Raises ``MeshError``, possibly in an exception group.
     """
+    if options.registry_url is not None:
+        asyncio.run(_check_registry(options.registry_url))
     _add_models(options, console)
+    ports = _free_ports(options)
     directory = Path(tempfile.mkdtemp(prefix=f"popmesh-{options.topology.mesh}-"))
     mesh = LocalMesh(
-        _plan(options, directory),
+        _plan(options, directory, ports),
         options.log_dir or directory / "logs",
         options.ready_file,
         os.environ.get("POPMESH_API_KEY"),
@@ -90,7 +95,20 @@ def _add_models(options: Options, console: Console) -> None:
             store.add(model.source, name, model.dtype, phases.report)
 
 
-def _plan(options: Options, directory: Path) -> LaunchPlan:
+async def _check_registry(url: str) -> None:
+    """Raises ``ConfigError`` if nothing answers: the mesh would wait for it in silence."""
+    try:
+        async with Registry.connect(url) as registry:
+            await registry.leader()
+    except PeerError as exc:
+        raise ConfigError(
+            f"no registry answers at {url.partition('?')[0]}",
+            suggestion="start Consul there, or leave --registry out for an embedded one",
+        ) from exc
+
+
+def _free_ports(options: Options) -> FreePorts:
+    """A source of ports that nobody wants by number; raises ``ConfigError``."""
     ports = FreePorts(random.SystemRandom())
     for node in options.topology.nodes.values():
         for position in range(max(1, len(node.models))):
@@ -104,6 +122,10 @@ def _plan(options: Options, directory: Path) -> LaunchPlan:
             raise ConfigError(
                 f"port {options.port} of 127.0.0.1 is taken", suggestion="choose another --port"
             )
+    return ports
+
+
+def _plan(options: Options, directory: Path, ports: FreePorts) -> LaunchPlan:
     return make_plan(
         options.topology,
         directory,

@@ -251,3 +251,26 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, change):
     path.write_text(json.dumps(plan | change))
     result = popmesh("links", "--plan", str(path))
     assert result.exit_code == 2, result.output
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "0<&- 1>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_files_do_not_end_in_a_sockets_place(closed):
+    """A free descriptor 0 would become a socket of the event loop, which libuv aborts over."""
+    command = f"{sys.executable} -m popmesh status --mesh http://127.0.0.1:1 {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "2>&-" in closed or "no router answers" in done.stderr
+
+
+def test_a_registry_that_is_not_there_is_found_before_anything_starts(tmp_path):
+    mesh = tmp_path / "mesh.yaml"
+    mesh.write_text(
+        "mesh: m\nmodels: {a: {source: /nowhere}}\n"
+        "sites:\n  fra: {lat: 50.0, lon: 8.6, region: eu}\n"
+        "nodes:\n  a: {site: fra, roles: [prefill, decode]}\nrouters:\n  r: {site: fra}\n"
+    )
+    for url, said in (("consul://127.0.0.1:1", "no registry"), ("foo", "write consul://")):
+        done = popmesh("up", str(mesh), "--store", str(tmp_path / "store"), "--registry", url)
+        assert done.exit_code == 2
+        assert said in done.stderr
+        assert "Starting" not in done.stdout
