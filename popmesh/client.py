@@ -129,7 +129,7 @@ class MeshClient:
     """An async context manager around one HTTP session."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix("/v1")  # as OpenAI clients are told
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -246,7 +246,7 @@ class MeshClient:
                 f"no router answers at {self.url}",
                 suggestion="start a mesh with 'popmesh up', or name its router with --mesh URL",
             ) from exc
-        except aiohttp.InvalidURL as exc:
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as exc:
             raise ConfigError(
                 f"{self.url!r} is no URL", suggestion="write http://HOST:PORT"
             ) from exc

@@ -45,9 +45,13 @@ async def converse(
     model: str,
     lines: AsyncIterator[str],
     client_geo: str | None = None,
-) -> None:
-    """Answer every line, keeping the conversation; a failed answer is reported and forgotten."""
+) -> bool:
+    """Answer every line, keeping the conversation; a failed answer is reported and forgotten.
+
+    Returns whether none failed.
+    """
     messages: list[dict[str, str]] = []
+    complete = True
     async for line in lines:
         if not line.strip():
             continue
@@ -60,10 +64,12 @@ async def converse(
             raise
         except MeshError as exc:
             console.print(Text(f"\n{exc.message}", style="red"))
+            complete = False
             continue
         messages += [question, {"role": "assistant", "content": answer.text}]
         record = await client.finished_record(answer.request_id)
         console.print(Text(summary_line(record), style="dim"))
+    return complete
 
 
 async def stream_answer(

@@ -23,6 +23,8 @@ def chat(mesh: str, api_key: str | None, model: str | None, origin: str | None) 
       popmesh chat
       echo "What is a PoP?" | popmesh chat --mesh http://127.0.0.1:8080 --from 51.5,-0.1
     """
+    import sys
+
     from rich.console import Console
 
     from popmesh.client import MeshClient
@@ -33,9 +35,11 @@ def chat(mesh: str, api_key: str | None, model: str | None, origin: str | None) 
         parse_position(origin)
     console = Console()
 
-    async def work() -> None:
+    async def work() -> bool:
         async with MeshClient(mesh, api_key) as client:
             chosen = await client.pick_model(model)
-            await converse(client, console, chosen, terminal_lines(console), origin)
+            return await converse(client, console, chosen, terminal_lines(console), origin)
 
-    run_until_signal(work)
+    complete = run_until_signal(work)
+    if complete is False and not sys.stdin.isatty():
+        raise SystemExit(1)  # whoever piped the lines in did not see the message

@@ -19,8 +19,11 @@ def status_view(status: dict[str, Any]) -> Group:
     )
     routable = ", ".join(status["routable"]) or "none"
     nodes = Table("Node", "Site", "Roles", "Link", Column("RTT, ms", justify="right"))
-    loads = ("Running", "Waiting", "Free blocks", "Prefill, tok/s", "Step, ms")
-    engines = Table("Node", "Engine", "State", *(Column(name, justify="right") for name in loads))
+    engines = Table(
+        *(Column(name, no_wrap=True) for name in ("Node", "Engine", "State")),
+        *(Column(name, no_wrap=True, justify="right") for name in ("Run", "Wait", "Free blocks")),
+        *(Column(name, justify="right") for name in ("Prefill, tok/s", "Step, ms")),
+    )
     for node in sorted(status["nodes"], key=lambda node: (node["site"], node["name"])):
         link = "draining" if node["draining"] else node["link"]
         if node.get("link_error") and link != "up":

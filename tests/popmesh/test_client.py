@@ -183,7 +183,7 @@ async def test_a_failed_turn_is_forgotten_and_the_chat_goes_on():
 
     console = Console(width=200, record=True, quiet=False, file=None)
     async with serving(handler) as client:
-        await converse(client, console, "small", lines())
+        assert not await converse(client, console, "small", lines())
     assert asked == [["first"], ["second"], ["second", "fine", "third"]]
     shown = console.export_text()
     assert "busy" in shown
@@ -279,3 +279,32 @@ def test_progress_names_every_phase_and_completes_it(terminal):
     if terminal:
         assert "2/2" in shown
         assert "2/2 MB" in shown, "a phase that is over was left incomplete"
+
+
+@pytest.mark.parametrize("url", ["foo", "ftp://router", "127.0.0.1:8080", "http://"])
+async def test_what_is_no_url_is_said_to_be_none(url):
+    async with MeshClient(url) as client:
+        with pytest.raises(ConfigError, match="write http://HOST:PORT"):
+            await client.status()
+
+
+async def test_the_base_url_of_openai_clients_is_understood():
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"path": request.path})
+
+    async with serving(handler) as client, MeshClient(f"{client.url}/v1/") as other:
+        assert (await other.status())["path"] == "/popmesh/status"
+
+
+def test_status_fits_a_terminal_of_80_columns():
+    load = {"model": "smollm2-135m", "ready": True, "running": 12, "waiting": 3}
+    load |= {"free_blocks": 1024, "cached_blocks": 0, "total_blocks": 1024}
+    load |= {"prefill_tokens_per_s": 1001.0, "decode_step_ms": 21.0}
+    node = {"name": "fra-1", "site": "fra", "roles": ["prefill"], "link": "up", "draining": False}
+    node |= {"rtt_ms": 0.4, "rtt_measured": True, "link_error": None, "engines": [load]}
+    status = {"router": "r", "site": "fra", "mesh": "m", "running": 0, "registry_age_s": 1.0}
+    screen = io.StringIO()
+    shown = status | {"routable": ["smollm2-135m"], "nodes": [node]}
+    Console(file=screen, width=80).print(status_view(shown))
+    assert "smollm2-135m" in screen.getvalue().split("Models with a route")[0]
+    assert "1024/1024" in screen.getvalue()
