@@ -13,15 +13,18 @@ T = TypeVar("T")
 
 
 def run_until_signal(work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
-    """Run ``work()``; SIGINT and SIGTERM cancel it, and it ends in order. None if it was cancelled.
+    """Run ``work()``; returns its result, None if a signal cancelled it.
 
-    A second signal cancels the ending too.
+    After SIGINT, SIGTERM or SIGHUP it ends in order. A second signal cancels the ending too.
     """
 
     async def main() -> T | None:
         task = asyncio.current_task()
         assert task is not None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, but not nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         try:
             return await work()
