@@ -87,9 +87,14 @@ class ModelApi:
         """``POST /v1/completions``."""
         return await self._generate(request, "completion")
 
-    async def prepare(self, request: web.Request, kind: ApiKind) -> Prepared:
-        """Authenticate, read, parse, place and measure a request; raises ``MeshError``."""
-        caller = self._caller(request)
+    async def prepare(
+        self, request: web.Request, kind: ApiKind, caller: Caller | None = None
+    ) -> Prepared:
+        """Authenticate (unless that is done), read, parse, place and measure a request.
+
+        Raises ``MeshError``.
+        """
+        caller = caller or self._caller(request)
         data = await self._read_body(request)
         parsed = _PARSERS[kind](data)
         place = self._locator.place(peer_of(request), request.headers.get(GEO_HEADER))
@@ -115,7 +120,7 @@ class ModelApi:
             raise
         try:
             try:
-                prepared = await self.prepare(request, kind)
+                prepared = await self.prepare(request, kind, caller)
                 plan = self._dispatch.choose(prepared.routing)
             except MeshError as exc:
                 self._dispatch.metrics.refused.add(exc.code)

@@ -55,10 +55,10 @@ class Dispatch:
         """16 unguessable bytes."""
         return secrets.token_bytes(16)
 
-    def choose(self, request: RouteRequest) -> Plan:
+    def choose(self, request: RouteRequest, fallbacks: int = 0) -> Plan:
         """A plan from the newest view; raises as ``policy.choose`` does."""
         now = asyncio.get_running_loop().time()
-        return choose(request, self.builder.snapshot(), now, self.rng)
+        return choose(request, self.builder.snapshot(), now, self.rng, fallbacks)
 
     def measure(
         self, model: str, tenant: str, prompt: Input, max_tokens: int | None

@@ -15,7 +15,7 @@ from router.completions import ModelApi, peer_of
 from router.costs import Work
 from router.dispatch import Dispatch
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
-from router.policy import Route, RouteRequest, choose
+from router.policy import MAX_ROUTES, Route, RouteRequest, choose
 from router.record import RequestRecord
 from router.view import NodeView
 from wire.errors import MeshError, RequestError
@@ -81,7 +81,7 @@ class OperatorApi:
         """``POST /popmesh/explain``: the plan for a chat body; nothing is run."""
         self._operator(request)
         prepared = await self._models.prepare(request, "chat")
-        plan = self._dispatch.choose(prepared.routing)
+        plan = self._dispatch.choose(prepared.routing, fallbacks=MAX_ROUTES - 1)
         work = prepared.routing.work
         return _json(
             {
@@ -124,7 +124,7 @@ class OperatorApi:
         for model in sorted(view.offered):
             work = Work(model, prompt_tokens=1, output_tokens=1, cached={})
             try:
-                choose(RouteRequest(work, view.position()), view, now, self._dispatch.rng)
+                choose(RouteRequest(work, view.position()), view, now, self._dispatch.rng, 0)
             except MeshError:
                 continue
             found.append(model)

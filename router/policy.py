@@ -19,8 +19,8 @@ from wire.errors import OverloadError, RequestError
 ROUTE_HEADER = "x-popmesh-route"
 
 MAX_ROUTES = 4
-"""Ranked routes kept in a plan: the choice and three fallbacks, as many as a request has
-attempts."""
+"""Ranked routes that a plan can show: the choice and three fallbacks, as many as a request has
+attempts. A retry plans anew."""
 
 TIE_SECONDS = 0.002
 TIE_FRACTION = 0.005
@@ -76,8 +76,14 @@ class Plan:
     rejected: tuple[tuple[str, str], ...]
 
 
-def choose(request: RouteRequest, view: View, now: float, rng: random.Random) -> Plan:
-    """The best route by cost.
+def choose(
+    request: RouteRequest,
+    view: View,
+    now: float,
+    rng: random.Random,
+    fallbacks: int = MAX_ROUTES - 1,
+) -> Plan:
+    """The best route by cost, with at most ``fallbacks`` of the next best.
 
     Raises ``RequestError`` (``model_not_found``; ``invalid_value`` for a pin that cannot be) and
     ``OverloadError`` (``no_route``) when no pair passes the hard rules at the moment.
@@ -105,7 +111,7 @@ def choose(request: RouteRequest, view: View, now: float, rng: random.Random) ->
     route = ranked.pop(first)
     return Plan(
         _explained(route, request, view, now),
-        tuple(_explained(pair, request, view, now) for pair in ranked[: MAX_ROUTES - 1]),
+        tuple(_explained(pair, request, view, now) for pair in ranked[:fallbacks]),
         tuple(rejected),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from wire.errors import ConfigError
 
@@ -27,6 +28,7 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@lru_cache(maxsize=4096)  # asked for every request; parsing costs more than the rest of a check
 def is_loopback(host: str) -> bool:
     """True for localhost and loopback addresses; names that need a resolver count as remote."""
     if host == "localhost":
