@@ -37,7 +37,12 @@ nodes:
 routers:
   router-ams: {{site: ams, listen: "127.0.0.1:{}"}}
 """
-ASK = {"model": "smollm2-135m", "prompt": "The capital of France is", "max_tokens": 4}
+ASK = {
+    "model": "smollm2-135m",
+    "prompt": "The capital of France is",
+    "max_tokens": 4,
+    "temperature": 0,
+}
 
 
 class Hand:
