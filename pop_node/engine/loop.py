@@ -24,6 +24,7 @@ from pop_node.engine.messages import (
     Token,
 )
 from pop_node.engine.port import Inbox, Port
+from pop_node.engine.rates import StepRates
 from pop_node.engine.runner import Runner
 from pop_node.engine.schedule import (
     Effect,
@@ -37,13 +38,6 @@ from pop_node.engine.schedule import (
 from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
 
-SMOOTHING = 0.2
-"""Weight of the newest step in the measured rates. Guess: five steps to forget a load."""
-
-RATE_MIN_TOKENS = 16
-"""Prefill chunks below this (a block) say more about the fixed cost of a step than about the rate.
-Guess."""
-
 
 class EngineLoop:
     """Runs steps until told to stop. ``last_layer`` is the number of the model's last layer."""
@@ -56,8 +50,7 @@ class EngineLoop:
         self._stager = stager
         self._port = port
         self._last_layer = last_layer
-        self._prefill_tokens = self._prefill_s = 0.0  # fading sums over prefill steps
-        self._decode_step_ms = 0.0
+        self._rates = StepRates()
         self._told: Load | None = None
         self._schedule = Schedule((), (), (), 0)
 
@@ -85,7 +78,7 @@ class EngineLoop:
         started = time.monotonic()
         ids = self._runner.run(schedule, self._layer_done)
         now = time.monotonic()
-        self._measure(schedule, now - started)
+        self._rates.step(schedule.num_tokens - len(schedule.sampled), now - started)
         effects = self._scheduler.complete(schedule, ids, now)
         tokens = [(e.seq, e.index, e.id, e.finish) for e in effects if isinstance(e, Token)]
         self._tell(tokens)
@@ -148,15 +141,6 @@ class EngineLoop:
                 queue_ms = (started - timings.added_at) * 1000
                 self._port.send(PrefillDone(sequence.seq, queue_ms, (now - started) * 1000))
 
-    def _measure(self, schedule: Schedule, seconds: float) -> None:
-        prefill_tokens = schedule.num_tokens - len(schedule.sampled)
-        if prefill_tokens == 0:
-            self._decode_step_ms = _smooth(self._decode_step_ms, seconds * 1000)
-        elif prefill_tokens >= RATE_MIN_TOKENS:
-            # A rate of sums: long chunks, which most tokens wait for, count for more.
-            self._prefill_tokens += prefill_tokens - SMOOTHING * self._prefill_tokens
-            self._prefill_s += seconds - SMOOTHING * self._prefill_s
-
     def _tell(self, tokens: list[tuple[int, int, int, str]]) -> None:
         """Send tokens and load; nothing when neither is new."""
         load = self._scheduler.load()
@@ -171,14 +155,8 @@ class EngineLoop:
                 waiting=load.waiting,
                 free_blocks=load.free_blocks,
                 cached_blocks=load.cached_blocks,
-                prefill_tokens_per_s=(
-                    self._prefill_tokens / self._prefill_s if self._prefill_s else 0.0
-                ),
-                decode_step_ms=self._decode_step_ms,
+                prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+                decode_step_ms=self._rates.decode_step_ms,
                 pinned=load.pinned,
             )
         )
-
-
-def _smooth(old: float, new: float) -> float:
-    return new if old == 0 else old + SMOOTHING * (new - old)

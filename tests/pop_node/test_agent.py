@@ -71,15 +71,14 @@ async def test_a_split_answer_is_the_whole_answer(tiny_store: Store, tmp_path: P
         assert [end.reason for end in ends] == ["handoff", "length"]
         assert mesh.answer(again) == answer[3:]
         await mesh.at_rest()
-        assert a.load.engines[0].prefill_tokens_per_s > 0
-        assert a.load.engines[0].decode_step_ms > 0
         assert a.load.engines[0].model == MODEL
 
 
-async def test_a_short_prompt_is_measured(tiny_store: Store, tmp_path: Path) -> None:
+async def test_short_prompts_are_measured(tiny_store: Store, tmp_path: Path) -> None:
     async with tiny_mesh(tiny_store, tmp_path, "a") as mesh:
         a = mesh.routers["a"]
-        await a.ending(mesh.whole("a", input=TextInput("twenty tokens, a few")))
+        for number in range(8):  # 160 tokens, all different from the first on
+            await a.ending(mesh.whole("a", input=TextInput(f"{number}wenty tokens, a few")))
         await mesh.at_rest()
         engine = a.load.engines[0]
         assert engine.prefill_tokens_per_s > 0
