@@ -49,8 +49,8 @@ class AnswerSink(Protocol):
     def headers(self, prefill: str, decode: str) -> None:
         """The answer begins, served by these nodes."""
 
-    def text(self, escaped: bytes) -> None:
-        """JSON-escaped text."""
+    def text(self, escaped: bytes, upto: int) -> None:
+        """JSON-escaped text of the output tokens before index ``upto``."""
 
     def finish(self, reason: ClientFinish, usage: Usage) -> None:
         """The answer is complete."""
@@ -132,8 +132,8 @@ class Exchange:
 
     def _perform(self, effect: Effect) -> None:
         match effect:
-            case EmitText(text):
-                self._sink.text(text)
+            case EmitText(text, upto):
+                self._sink.text(text, upto)
             case EmitHeaders(prefill, decode):
                 self._dispatch.first_token(self._machine.record)
                 self._sink.headers(prefill, decode)

@@ -12,7 +12,10 @@ from wire.messages import Accepted, Failed, Finished, Input, Refused, Sampling, 
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """The request as every attempt submits it. ``deadline`` is on the router's clock, seconds."""
+    """The request as every attempt submits it. ``deadline`` is on the router's clock, seconds.
+
+    ``relayed`` are output tokens that the client has already, from an answer that is resumed.
+    """
 
     request_id: str
     model: str
@@ -21,6 +24,7 @@ class RequestSpec:
     sampling: Sampling
     chain: list[bytes]
     deadline: float
+    relayed: tuple[int, ...] = ()
 
 
 # ---- events ------------------------------------------------------------------------------------
@@ -123,9 +127,11 @@ class EmitHeaders:
 
 @dataclass(frozen=True, slots=True)
 class EmitText:
-    """JSON-escaped text for the client, never empty."""
+    """JSON-escaped text for the client, never empty, which becomes printable by the output tokens
+    before index ``upto``."""
 
     text: bytes
+    upto: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ class RequestMachine:
         self._spec = spec
         self._started_at = now
         self._settle_at = spec.deadline
-        self._relay = TokenRelay()
+        self._relay = TokenRelay(spec.relayed)
         self._headers_sent = False
         self._attempt: _Attempt | None = None
         self._prompt: Accepted | None = None
@@ -203,7 +203,7 @@ class RequestMachine:
         if ready and not self._headers_sent:
             self.record.ttft_ms = (now - self._started_at) * 1e3
             effects.append(self._headers(attempt))
-        effects += [EmitText(item.text) for item in ready if item.text]
+        effects += [EmitText(item.text, item.index + len(item.ids)) for item in ready if item.text]
         if attempt.finish is not None:
             effects += self._finish_if_complete(attempt, now)
         return effects

@@ -56,7 +56,7 @@ class SseSink:
         if not self.begun.done():
             self.begun.set_result(Served(prefill, decode))
 
-    def text(self, escaped: bytes) -> None:
+    def text(self, escaped: bytes, upto: int) -> None:
         """Write one event."""
         event = self._head + escaped + self._tail
         if self._transport is None:
@@ -113,7 +113,7 @@ class WholeSink:
         """Remember who serves."""
         self._served = Served(prefill, decode)
 
-    def text(self, escaped: bytes) -> None:
+    def text(self, escaped: bytes, upto: int) -> None:
         """Keep the text."""
         self._pieces.append(escaped)
 

@@ -6,6 +6,8 @@ node's first entries may come early; they wait here, at most ``MAX_WAITING_ENTRI
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from wire.errors import PeerError
 from wire.messages import StepEntry
 
@@ -16,8 +18,9 @@ MAX_WAITING_ENTRIES = 512
 class TokenRelay:
     """``ids`` are the tokens in order so far; they outlive attempts, waiting entries do not."""
 
-    def __init__(self) -> None:
-        self.ids: list[int] = []
+    def __init__(self, relayed: Iterable[int] = ()) -> None:
+        """``relayed`` tokens were read by the client before."""
+        self.ids: list[int] = list(relayed)
         self._waiting: list[StepEntry] = []  # contiguous
         self._waiting_end = 0
 

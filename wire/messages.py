@@ -16,7 +16,8 @@ from typing import Literal
 import msgspec
 
 MIN_VERSION = 1
-MAX_VERSION = 1
+MAX_VERSION = 2
+"""Version 2 adds ``Retarget``, ``Attach``, ``Drill`` and their answers, and ``kept_tokens``. They are said only on links where both sides know version 2."""
 
 Leg = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length", "handoff", "cancelled"]
@@ -173,6 +174,46 @@ class Cancel(_Message, frozen=True, tag=17):
     stream: int
 
 
+class Retarget(_Message, frozen=True, tag=18):
+    """Hand the KV of a running prefill leg to another decode node (version 2).
+
+    ``attempt`` and ``transfer`` are those of the new decode leg, which got its ``Submit`` with the
+    same stream number; the old transfer is over. A leg that has ended answers nothing: its end is
+    on its way.
+    """
+
+    stream: int
+    attempt: int
+    transfer: Transfer
+
+
+class Attach(_Message, frozen=True, tag=19):
+    """Take over an answer that another router, or another connection, has lost (version 2).
+
+    The node that knows the newest stream of ``request_id`` of this tenant stops it, if it still
+    runs, and answers ``Attached`` under ``stream``, else ``Refused`` with code "stream_unknown".
+    ``from_index`` is the number of output tokens whose text the client has read.
+    """
+
+    stream: int
+    request_id: str
+    tenant: str
+    from_index: int
+
+
+class Drill(_Message, frozen=True, tag=20):
+    """Do this node harm on purpose; answered by ``DrillStarted`` (version 2).
+
+    ``fault``: "kill-agent", "kill-engine", "freeze-agent", "freeze-engine". ``duration_ms`` is for
+    the freezes. Nodes that were not started for drills refuse.
+    """
+
+    number: int
+    fault: str
+    model: str
+    duration_ms: int
+
+
 # ---- node -> router ----------------------------------------------------------------------------
 
 
@@ -234,7 +275,8 @@ class TransferReport(_Message, frozen=True):
 class Finished(_Message, frozen=True, tag=35):
     """The leg ended well. A prefill leg ends with "handoff" once its transfer is committed.
 
-    ``completion_tokens`` counts all output tokens up to here, forced ones included.
+    ``completion_tokens`` counts all output tokens up to here, forced ones included. ``kept_tokens``
+    is for a decode leg that was cancelled while its KV came in; see ``Failed`` (version 2).
     """
 
     stream: int
@@ -243,15 +285,21 @@ class Finished(_Message, frozen=True, tag=35):
     queue_ms: float
     prefill_ms: float
     transfer: TransferReport | None
+    kept_tokens: int = 0
 
 
 class Failed(_Message, frozen=True, tag=36):
-    """The leg was started and broke."""
+    """The leg was started and broke.
+
+    ``kept_tokens``: so many tokens at the beginning of prompt and forced ids have their KV in this
+    node's cache now, for whoever asks next (version 2).
+    """
 
     stream: int
     code: str
     message: str
     retryable: bool
+    kept_tokens: int = 0
 
 
 class EngineLoad(_Message, frozen=True):
@@ -303,7 +351,44 @@ class Draining(_Message, frozen=True, tag=39):
     remaining_streams: int
 
 
-RouterMessage = Hello | Goodbye | Ping | Pong | Part | Submit | Cancel
+class Detached(_Message, frozen=True, tag=40):
+    """The transfer of a prefill leg broke, the leg goes on (version 2).
+
+    It keeps its KV and waits, a bounded time, for ``Retarget`` or ``Cancel``; then it fails with
+    this code. ``attempt`` is the one whose transfer broke.
+    """
+
+    stream: int
+    attempt: int
+    code: str
+    message: str
+
+
+class Attached(_Message, frozen=True, tag=41):
+    """What is known of an answer that was taken over (version 2).
+
+    ``submit`` is the newest one that this node got for it; ``ids`` are all output tokens so far,
+    and ``text`` is what became printable by ``ids[from_index:]``, JSON-escaped without the quotes.
+    ``reason`` is "stop" or "length" when the answer is complete, "" when it can go on.
+    """
+
+    stream: int
+    submit: Submit
+    ids: list[int]
+    text: bytes
+    prompt_tokens: int
+    cached_tokens: int
+    reason: str
+
+
+class DrillStarted(_Message, frozen=True, tag=42):
+    """A drill's fault is on its way, or ``error`` says why not (version 2)."""
+
+    number: int
+    error: str
+
+
+RouterMessage = Hello | Goodbye | Ping | Pong | Part | Submit | Cancel | Retarget | Attach | Drill
 NodeMessage = (
     Hello
     | Goodbye
@@ -318,5 +403,8 @@ NodeMessage = (
     | Load
     | CacheDelta
     | Draining
+    | Detached
+    | Attached
+    | DrillStarted
 )
 Message = RouterMessage | NodeMessage

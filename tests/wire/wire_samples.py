@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from wire.messages import (
     Accepted,
+    Attach,
+    Attached,
     CacheDelta,
     Cancel,
     ChatInput,
     ChatTurn,
+    Detached,
     Draining,
+    Drill,
+    DrillStarted,
     EngineLoad,
     Failed,
     Finished,
@@ -22,6 +27,7 @@ from wire.messages import (
     Ping,
     Pong,
     Refused,
+    Retarget,
     Sampling,
     Step,
     StepEntry,
@@ -74,6 +80,11 @@ NODE_SAYS: dict[str, Message] = {
     "cache-delta": CacheDelta("smollm2-135m", True, [(b"\x03" * 16, 64)], [b"\x04" * 16]),
     "draining": Draining(3),
     "pong": Pong(2**32),
+    "detached": Detached(7, 2, "link_lost", "lhr-1 restarted"),
+    "attached": Attached(
+        9, submit(TextInput("Once"), leg="both", transfer=None), [5, 6, 7], b" upon", 12, 0, ""
+    ),
+    "drill-started": DrillStarted(4, ""),
     "goodbye": Goodbye("version_mismatch", "we speak 1-1"),
 }
 
@@ -85,6 +96,9 @@ ROUTER_SAYS: dict[str, Message] = {
     "submit-text": submit(TextInput("Once"), leg="both", transfer=None, forced_ids=[], chain=[]),
     "submit-tokens": submit(TokensInput([0, 5, 49151]), leg="decode", attempt=1),
     "cancel": Cancel(7),
+    "retarget": Retarget(7, 3, Transfer(bytes(range(16)), "iad-1", "127.0.0.1:7102")),
+    "attach": Attach(9, "req-0123", "acme", 2),
+    "drill": Drill(4, "freeze-engine", "smollm2-135m", 10_000),
     "ping": Ping(2**32),
     "part": Part(3, True, b"tail of something large"),
 }
