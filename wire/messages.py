@@ -17,7 +17,9 @@ import msgspec
 
 MIN_VERSION = 1
 MAX_VERSION = 2
-"""Version 2 adds ``Retarget``, ``Attach``, ``Drill`` and their answers, and ``kept_tokens``. They are said only on links where both sides know version 2."""
+"""Version 2 adds ``Retarget``, ``Attach``, ``Drill`` and their answers, and ``kept_tokens``.
+
+They are said only on links where both sides know version 2."""
 
 Leg = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length", "handoff", "cancelled"]

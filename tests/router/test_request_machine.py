@@ -167,7 +167,7 @@ def test_continuation_forces_the_relayed_ids() -> None:
     submits = m.handle(routed(2, "p", "e"), 0.4)
     assert all(isinstance(s, SendSubmit) and s.message.forced_ids == ANSWER[:4] for s in submits)
     assert m.handle(Tokens("d", entry(1, 4)), 0.5) == []  # the old attempt is stale
-    assert m.handle(Tokens("p", entry(2, 4)), 0.5) == [EmitText(entry(2, 4).text, 3)]
+    assert m.handle(Tokens("p", entry(2, 4)), 0.5) == [EmitText(entry(2, 4).text, 5)]
 
 
 def test_losing_the_prefill_link_after_decode_spoke_changes_nothing() -> None:
