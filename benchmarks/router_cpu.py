@@ -1,6 +1,7 @@
 """CPU that the router spends per SSE event and per small request, next to a plain HTTP proxy.
 
-    python benchmarks/router_cpu.py --out benchmarks/results/router.json [--rounds 5] [--seconds 6]
+    python benchmarks/router_cpu.py --out benchmarks/results/router.json [--rounds 5] \\
+        [--seconds 6] [--before CHECKOUT]
 
 The peer is the least that a router over HTTP backends could do in the same language: an aiohttp
 proxy on uvloop that passes bytes on. Both serve the same events, made by a process that stands in
@@ -11,7 +12,8 @@ stream.
 Loads: ``small``: 16 clients, answers of one token, not streamed. ``stream``: 32 clients, 128 tokens
 a stream, a step every 20 ms, on one node. ``stream_split``: the same with prefill and decode on two
 nodes (router only). CPU is the growth of ``/proc/PID/task/*/schedstat`` over the measured window,
-divided by the events or requests that clients received in it. Rounds alternate between the two.
+divided by the events or requests that clients received in it. Rounds alternate between the two,
+or three: ``--before`` adds the router of another checkout, to see what a change costs.
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ nodes:
   n2: {site: here, mesh: "127.0.0.1:3", kv: "127.0.0.1:4"}
 routers:
   r: {site: here}
+  before: {site: here}
 """
 
 LOADS: dict[str, dict[str, Any]] = {
@@ -324,10 +327,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(*command: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(*command: str, log: Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A child process, ended with the block."""
     with log.open("ab") as output:
-        child = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output)
+        child = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output, cwd=cwd)
     try:
         yield child
     finally:
@@ -356,13 +359,15 @@ def wait_answer(port: int, route: str) -> None:
             time.sleep(0.1)
 
 
-def run(rounds: int, seconds: float, work: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
+def run(
+    rounds: int, seconds: float, work: Path, before: Path | None
+) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Raw samples by load and side."""
     topology = work / "mesh.yaml"
     topology.write_text(TOPOLOGY)
     directory, router, backend, proxy = (free_port() for _ in range(4))
     registry = f"consul://127.0.0.1:{directory}"
-    here, log = __file__, work / "log"
+    here, log = str(Path(__file__).resolve()), work / "log"
     mesh = ["-m", "popmesh", "router", "--topology", str(topology), "--registry", registry]
     listen = ["--listen", f"127.0.0.1:{router}"]
     samples: dict[str, dict[str, list[dict[str, float]]]] = {}
@@ -372,17 +377,23 @@ def run(rounds: int, seconds: float, work: Path) -> dict[str, dict[str, list[dic
         time.sleep(2)
         own(started(here, "--serve", "nodes", registry, log=log))
         own(started(here, "--serve", "backend", str(backend), log=log))
-        ours = own(started(*mesh, *listen, log=log))
+        ours = own(started(*mesh, "--name", "r", *listen, log=log))
+        sides = {"popmesh": (router, ours.pid)}
+        if before is not None:  # ``-m`` looks into the working directory first
+            port = free_port()
+            listen = ["--name", "before", "--listen", f"127.0.0.1:{port}"]
+            sides["before"] = port, own(started(*mesh, *listen, log=log, cwd=before)).pid
         target = f"http://127.0.0.1:{backend}"
         peer = own(started(here, "--serve", "proxy", str(proxy), target, log=log))
-        wait_answer(router, "prefill=n1,decode=n2")
+        for port, _ in sides.values():
+            wait_answer(port, "prefill=n1,decode=n2")
         wait_answer(proxy, "")
+        sides["aiohttp-proxy"] = proxy, peer.pid
         for number in range(rounds):
             for name, load in LOADS.items():
-                sides = {"popmesh": (router, ours.pid), "aiohttp-proxy": (proxy, peer.pid)}
-                if name == "stream_split":
-                    del sides["aiohttp-proxy"]
                 for side, (port, pid) in sorted(sides.items(), reverse=bool(number % 2)):
+                    if name == "stream_split" and side == "aiohttp-proxy":
+                        continue
                     found = uvloop.run(measure(port, pid, load, seconds))
                     samples.setdefault(name, {}).setdefault(side, []).append(found)
                     shown = {key: round(value, 1) for key, value in found.items()}
@@ -397,9 +408,15 @@ def summary(samples: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, 
         key = "cpu_us_per_event" if LOADS[name]["stream"] else "cpu_us_per_request"
         medians = {side: statistics.median(s[key] for s in got) for side, got in sides.items()}
         out[name] = {key: {side: round(value, 1) for side, value in medians.items()}}
-        if "aiohttp-proxy" in medians:
-            out[name]["peer_over_popmesh"] = round(medians["aiohttp-proxy"] / medians["popmesh"], 2)
+        for side, word in (("aiohttp-proxy", "peer"), ("before", "before")):
+            if side in medians:
+                out[name][f"{word}_over_popmesh"] = round(medians[side] / medians["popmesh"], 2)
     return out
+
+
+def _commit(checkout: Path) -> str:
+    git = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
@@ -408,6 +425,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--before", type=Path, help="another checkout, whose router runs too")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     match args.serve:
@@ -419,13 +437,12 @@ def main() -> None:
             uvloop.run(serve_proxy(int(port), target))
     if args.out is None:
         parser.error("--out is needed")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
     with tempfile.TemporaryDirectory(prefix="popmesh-bench-") as work:
-        samples = run(args.rounds, args.seconds, Path(work))
+        samples = run(args.rounds, args.seconds, Path(work), args.before)
     report = {
         "what": (__doc__ or "").splitlines()[0],
-        "commit": done.stdout.strip(),
+        "commit": _commit(Path(__file__).parent),
+        "before": _commit(args.before) if args.before is not None else None,
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "device": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
