@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -41,6 +42,22 @@ class Mesh:
     def request_record(self, request_id: str) -> dict[str, Any]:
         answer = httpx.get(f"{self.url}/popmesh/requests/{request_id}", timeout=10)
         return answer.raise_for_status().json()
+
+    def pids(self, name: str) -> tuple[int, int]:
+        """(agent, engine) process ids of a node."""
+        node = next(n for n in self.ready["nodes"] if n["name"] == name)
+        return node["agent_pid"], node["engines"][0]["pid"]
+
+    async def wait_reborn(self, name: str, old_engine: int) -> None:
+        """Until the node has another engine and every node serves."""
+        for _ in range(600):
+            if self.ready_file.exists() and self.pids(name)[1] != old_engine:
+                nodes = self.status()["nodes"]
+                ready = all(e["ready"] for n in nodes for e in n["engines"])
+                if len(nodes) == len(self.ready["nodes"]) and ready:
+                    return
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"not ready again: {self.status()}")
 
     def stop(self) -> None:
         """End it the way a user does, and check that nothing is left behind."""
