@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from router.node_connection import NodeConnection
+from router.questions import ANSWER_TIMEOUT_S, Answer, Questions
 from topology.model import Node
 from wire.address import Dialer, is_loopback
 from wire.errors import ConfigError, MeshError, PeerError
@@ -24,9 +25,13 @@ from wire.messages import (
     MAX_VERSION,
     MIN_VERSION,
     Accepted,
+    Attach,
+    Attached,
     CacheDelta,
     Cancel,
     Draining,
+    Drill,
+    DrillStarted,
     Failed,
     Finished,
     Goodbye,
@@ -131,6 +136,8 @@ class NodeLink:
         self._rng = rng
         self._streams: dict[int, StreamListener] = {}
         self._connection: NodeConnection | None = None
+        self._questions = Questions()
+        self._version = 0
 
     @property
     def up(self) -> bool:
@@ -141,6 +148,11 @@ class NodeLink:
     def rtt_ms(self) -> float | None:
         """Smoothed round trip, if measured on the present connection."""
         return None if self._connection is None else self._connection.rtt_ms
+
+    @property
+    def version(self) -> int:
+        """The wire version spoken on the present connection; 0 without one."""
+        return 0 if self._connection is None else self._version
 
     @property
     def num_streams(self) -> int:
@@ -161,6 +173,33 @@ class NodeLink:
             return False
         self._connection.send(message)
         return True
+
+    async def ask(self, number: int, question: Attach | Drill) -> Answer:
+        """The node's answer to a question with a number never used before.
+
+        Raises ``PeerError`` when the node cannot be asked or says nothing within
+        ``ANSWER_TIMEOUT_S``.
+        """
+        if self._connection is None:
+            raise PeerError(f"there is no link to {self.node.name}", code="link_lost")
+        if self._version < 2:
+            raise PeerError(
+                f"{self.node.name} speaks version {self._version} of the mesh wire, "
+                f"{type(question).__name__} needs 2",
+                code="version_mismatch",
+                retryable=False,
+            )
+        answer = self._questions.open(number)
+        try:
+            self._connection.send(question)
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await answer
+        except TimeoutError as exc:
+            raise PeerError(
+                f"{self.node.name} did not answer within {ANSWER_TIMEOUT_S:g} s"
+            ) from exc
+        finally:
+            self._questions.close(number)
 
     async def run(self) -> None:
         """Keep the link open until cancelled."""
@@ -238,6 +277,7 @@ class NodeLink:
     async def _serve(self, connection: NodeConnection) -> None:
         """Carry messages until the connection dies, then tell everybody."""
         hello = connection.greeted.result()
+        self._version = negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
         self._connection, self.last_error = connection, None
         log.info("link to %s is up (incarnation %s)", self.node.name, hello.incarnation)
         self._events.up(self.node.name, hello)
@@ -250,6 +290,7 @@ class NodeLink:
             self._connection = None
             connection.abort()
             self._events.down(self.node.name, error)
+            self._questions.lost(error)
             streams, self._streams = self._streams, {}
             for listener in streams.values():
                 listener.link_lost(self.node.name)
@@ -289,10 +330,18 @@ class NodeLink:
                 if listener is not None:
                     listener.said(self.node.name, message)
                 else:
+                    if isinstance(message, Refused) and self._questions.answered(
+                        message.stream, message
+                    ):
+                        return
                     self.unknown_stream_messages += 1
                     if isinstance(message, Accepted):
                         # A Cancel may overtake a long Submit still going out in parts.
                         self.send(Cancel(message.stream))
+            case Attached(stream):
+                self._questions.answered(stream, message)
+            case DrillStarted(number):
+                self._questions.answered(number, message)
             case Load():
                 self._events.load(self.node.name, message)
             case CacheDelta():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from router.api.render import ClientFinish, Usage
 from router.policy import Route
@@ -14,7 +15,8 @@ from wire.messages import Accepted, Failed, Finished, Input, Refused, Sampling, 
 class RequestSpec:
     """The request as every attempt submits it. ``deadline`` is on the router's clock, seconds.
 
-    ``relayed`` are output tokens that the client has already, from an answer that is resumed.
+    ``relayed`` are output tokens that the client has already, from an answer that is resumed, and
+    ``accepted`` is what its first attempt said of the prompt.
     """
 
     request_id: str
@@ -25,6 +27,7 @@ class RequestSpec:
     chain: list[bytes]
     deadline: float
     relayed: tuple[int, ...] = ()
+    accepted: Accepted | None = None
 
 
 # ---- events ------------------------------------------------------------------------------------
@@ -72,7 +75,9 @@ class LinkLost:
 
 @dataclass(frozen=True, slots=True)
 class ClientGone:
-    """Nobody reads the answer any more."""
+    """Nobody reads the answer here any more; ``outcome`` is the word for it."""
+
+    outcome: Literal["client_gone", "taken_over"] = "client_gone"
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,10 +102,25 @@ class RequestMachine:
         self._relay = TokenRelay(spec.relayed)
         self._headers_sent = False
         self._attempt: _Attempt | None = None
-        self._prompt: Accepted | None = None
+        self._prompt: Accepted | None = spec.accepted
         self._last_error: MeshError | None = None
         self._avoid_nodes: frozenset[str] = frozenset()
         self._avoid_pairs: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def spec(self) -> RequestSpec:
+        """The request as it was given."""
+        return self._spec
+
+    @property
+    def relayed(self) -> list[int]:
+        """Output tokens relayed so far, those of a resumed answer included; not to be changed."""
+        return self._relay.ids
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """What the first prefill leg said of the prompt."""
+        return self._prompt
 
     def next_deadline(self) -> float:
         """When the machine wants a ``Tick``, on the router's clock in seconds."""
@@ -127,8 +142,8 @@ class RequestMachine:
                 return self._on_routed(event, now)
             case Unroutable(error):
                 return self._end_in_error(self._last_error or error, now)
-            case ClientGone():
-                return self._on_client_gone(now)
+            case ClientGone(outcome):
+                return self._on_client_gone(outcome, now)
             case Tick():
                 return self._on_tick(now)
             case _:
@@ -368,12 +383,12 @@ class RequestMachine:
         self.phase = "done"
         return [*effects, EmitError(error), Done()]
 
-    def _on_client_gone(self, now: float) -> list[Effect]:
+    def _on_client_gone(self, outcome: str, now: float) -> list[Effect]:
         if self.phase != "settling":
-            self.record.outcome = "client_gone"
+            self.record.outcome = outcome
             self.record.total_ms = (now - self._started_at) * 1e3
             if self._attempt is not None:
-                self._attempt.record.outcome = "client_gone"
+                self._attempt.record.outcome = outcome
         return self._close()
 
     def _on_tick(self, now: float) -> list[Effect]:
