@@ -10,6 +10,13 @@ from __future__ import annotations
 SLACK_BUFFER_BYTES = 256 * 1024
 """Buffer of a connection beyond what is in flight: keeps the link busy between two timer ticks."""
 
+MAX_PIECE_BYTES = 16 * 1024
+MIN_PIECE_BYTES = 1448
+PIECE_S = 0.0013
+"""Bytes enter a line in pieces, so that flows alternate on a slow one: what it carries in about one
+timer tick, from one packet up to 16 KiB (100 Mbit/s), above which smaller pieces would cost more
+Python than they save waiting. Guess."""
+
 MAX_BUFFER_BYTES = 256 * 1024 * 1024
 """Largest buffer of a connection: 10 Gbit/s at 200 ms, the widest link worth emulating here."""
 
@@ -39,6 +46,16 @@ class DelayLine:
         # A shortened delay must not let later bytes overtake earlier ones.
         self._last_arrival = max(self.free_at + self.delay_s, self._last_arrival)
         return self._last_arrival
+
+    def hold(self, now: float) -> None:
+        """The line carried nothing until ``now``: what waits has no claim on the time before."""
+        self.free_at = max(self.free_at, now)
+
+    @property
+    def piece_bytes(self) -> int:
+        """Into how large pieces bytes are cut."""
+        piece = int(self.rate_bytes_per_s * PIECE_S)
+        return min(max(piece, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
 
     @property
     def buffer_bytes(self) -> int:

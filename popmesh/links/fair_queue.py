@@ -63,6 +63,12 @@ class FairQueue(Generic[F, T]):
             self._finish = {f: tag for f, tag in self._finish.items() if tag > self._virtual}
         return committed
 
+    def forget(self, flow: F) -> None:
+        """Drop what ``flow`` has queued."""
+        self._heap = [entry for entry in self._heap if entry[3] != flow]
+        heapq.heapify(self._heap)
+        self._finish.pop(flow, None)
+
     def next_deadline(self) -> float | None:
         """When ``commit`` has something to do; None while nothing is queued."""
         return self.line.free_at if self._heap else None

@@ -1,12 +1,14 @@
 """A shaped connection's two pipes, and the link direction that carries them.
 
 Owns the order of bytes and ends on their way through a ``Direction``; who may connect to whom
-is the shaper's. When bytes move is decided by ``FairQueue`` and ``DelayLine``.
+is the shaper's. When bytes move is decided by ``FairQueue``, ``DelayLine`` and ``Weather``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import random
 import socket
 import struct
 import time
@@ -17,11 +19,8 @@ from typing import assert_never, cast
 
 from popmesh.links.delay_line import DelayLine
 from popmesh.links.fair_queue import FairQueue
-from popmesh.links.plan import EmulatedLink
-
-SEGMENT_BYTES = 16 * 1024
-"""Reads are cut into pieces of this size, so that flows alternate on a slow link. Guess: 1.3 ms of
-100 Mbit/s; a tenth of that would cost more Python than it saves waiting."""
+from popmesh.links.plan import Figures
+from popmesh.links.weather import Weather
 
 RESUME_SHARE = 0.75
 """Of a full buffer, when reading goes on. More than half: what is in flight leaves no queue there,
@@ -42,14 +41,33 @@ Item = memoryview | End
 
 
 class Direction:
-    """One direction of one site pair: all its connections share the rate, one timer drives it."""
+    """One direction of one site pair: all its connections share the rate, one timer drives it.
 
-    def __init__(self, link: EmulatedLink) -> None:
-        self.line = DelayLine(link.rate_bytes_per_s, link.one_way_s)
+    While it is down everything on it stands still and senders see nothing but their windows fill.
+    When it comes back the bytes go on, in order, as TCP would have repeated them; how long its
+    timers would have slept on is not modelled.
+    """
+
+    def __init__(self, figures: Figures, rng: random.Random) -> None:
+        self.line = DelayLine(figures.rate_bytes_per_s, figures.one_way_s)
+        self.up = asyncio.Event()
+        self._rng = rng
         self._queue: FairQueue[Pipe, Item] = FairQueue(self.line)
-        self._flying: deque[tuple[float, Pipe, Item]] = deque()
+        self._flying: list[tuple[float, int, Pipe, Item]] = []  # a heap, by arrival
+        self._order = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self.configure(figures)
+
+    def configure(self, figures: Figures) -> None:
+        """New figures, for bytes that are not on their way yet."""
+        self.line.configure(figures.rate_bytes_per_s, figures.one_way_s)
+        self._weather = Weather(figures.loss, figures.jitter_s, figures.rtt_s)
+        if figures.down:
+            self.up.clear()
+        elif not self.up.is_set():
+            self.up.set()
+            self._resume(time.monotonic())
 
     def send(self, pipe: Pipe, items: list[Item]) -> None:
         """Put a pipe's next items on their way."""
@@ -59,16 +77,46 @@ class Direction:
             self._queue.offer(pipe, nbytes, item, now)
         self._advance(now)
 
+    def forget(self, pipe: Pipe) -> None:
+        """Drop what a pipe has on its way: nobody repeats it any more."""
+        self._queue.forget(pipe)
+        self._flying = [entry for entry in self._flying if entry[2] is not pipe]
+        heapq.heapify(self._flying)
+
+    def handshake_s(self) -> float:
+        """How long until a connection asked for now is asked for at the other end."""
+        return self.line.delay_s + self._weather.handshake_s(self._rng)
+
+    def _resume(self, now: float) -> None:
+        """Everything starts again: what was flying takes the way once more."""
+        self.line.hold(now)
+        again = now + self.line.delay_s
+        self._flying = [
+            (max(at, again), order, pipe, item) for at, order, pipe, item in self._flying
+        ]
+        heapq.heapify(self._flying)
+        self._advance(now)
+
     def _advance(self, now: float) -> None:
-        self._flying.extend(self._queue.commit(now))
+        if not self.up.is_set():
+            return
+        for at, pipe, item in self._queue.commit(now):
+            self._fly(at, pipe, item)
         due: dict[Pipe, None] = {}
         while self._flying and self._flying[0][0] <= now + EARLY_S:
-            _, pipe, item = self._flying.popleft()
+            _, _, pipe, item = heapq.heappop(self._flying)
             pipe.arrived.append(item)
             due[pipe] = None
         for pipe in due:
             pipe.flush()
         self._arm(now)
+
+    def _fly(self, at: float, pipe: Pipe, item: Item) -> None:
+        nbytes = item.nbytes if isinstance(item, memoryview) else 0
+        at += self._weather.extra_s(nbytes, pipe.held_bytes - nbytes, self._rng)
+        pipe.not_before = at = max(at, pipe.not_before)  # one connection's bytes keep their order
+        heapq.heappush(self._flying, (at, self._order, pipe, item))
+        self._order += 1
 
     def _arm(self, now: float) -> None:
         deadlines = [self._flying[0][0]] if self._flying else []
@@ -99,6 +147,7 @@ class Pipe:
     held_bytes: int = 0
     sink_full: bool = False
     source_paused: bool = False
+    not_before: float = 0.0
     ended: bool = False
     end_delivered: bool = False
     arrived: deque[Item] = field(default_factory=deque)
@@ -107,17 +156,19 @@ class Pipe:
     def feed(self, data: bytes) -> None:
         """Bytes read from the source enter the link; a full buffer pauses the source."""
         view = memoryview(data)
+        line = self.direction.line
         self.held_bytes += len(view)
-        if self.held_bytes > self.direction.line.buffer_bytes:
+        if self.held_bytes > line.buffer_bytes:
             self._pause_source(True)
-        self.direction.send(
-            self, [view[at : at + SEGMENT_BYTES] for at in range(0, len(view), SEGMENT_BYTES)]
-        )
+        size = line.piece_bytes
+        self.direction.send(self, [view[at : at + size] for at in range(0, len(view), size)])
 
     def finish(self, end: End) -> None:
         """The source has ended; the end follows the data. A reset may follow a half-close."""
         if not self.ended or end is End.RESET:
             self.ended = True
+            if end is End.RESET and not self.direction.up.is_set():
+                self.direction.forget(self)  # a dead socket repeats nothing
             self.direction.send(self, [end])
 
     def flush(self) -> None:

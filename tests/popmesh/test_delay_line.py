@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popmesh.links.delay_line import MAX_BUFFER_BYTES, SLACK_BUFFER_BYTES, DelayLine
+from popmesh.links.delay_line import (
+    MAX_BUFFER_BYTES,
+    MAX_PIECE_BYTES,
+    MIN_PIECE_BYTES,
+    SLACK_BUFFER_BYTES,
+    DelayLine,
+)
 from popmesh.links.fair_queue import HORIZON_S, PRUNE_FLOWS, FairQueue
 
 PUSHES = st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, 200_000)), min_size=1, max_size=60)
@@ -135,3 +141,32 @@ def test_tags_of_gone_flows_are_dropped_while_the_line_stays_busy():
         queue.commit(now)
     assert len(queue) > 0
     assert len(queue._finish) <= PRUNE_FLOWS + len(queue) + 1
+
+
+def test_a_held_line_has_no_claim_on_the_time_it_was_held():
+    line = DelayLine(1000.0, 0.5)
+    line.push(0.0, 1000)
+    line.hold(10.0)
+    assert line.push(2.0, 1000) == 11.5
+    line.hold(3.0)
+    assert line.free_at == 11.0
+
+
+def test_a_forgotten_flow_is_gone_and_the_others_keep_their_order():
+    queue: FairQueue[str, int] = FairQueue(DelayLine(1e9, 0.0))
+    for number in range(30):
+        queue.offer("abc"[number % 3], 1_000, number, 0.0)
+    queue.forget("b")
+    queue.offer("b", 1_000, 99, 0.0)
+    out = [item for _, _, item in queue.commit(1.0)]
+    assert [n for n in out if n % 3 == 0 and n != 99] == list(range(0, 30, 3))
+    assert [n for n in out if n % 3 == 2] == list(range(2, 30, 3))
+    assert [n for n in out if n % 3 == 1] == []
+    assert 99 in out
+
+
+@pytest.mark.parametrize(
+    ("rate", "piece"), [(12.5e6, 16_250), (1e9, MAX_PIECE_BYTES), (1e4, MIN_PIECE_BYTES)]
+)
+def test_pieces_are_what_a_tick_carries(rate, piece):
+    assert DelayLine(rate, 0.0).piece_bytes == piece

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 import struct
 import time
@@ -33,7 +34,7 @@ def plan_for(target: int, *, rtt_ms: float = 20.0, mbps: float = 800.0) -> LinkP
 
 @contextlib.asynccontextmanager
 async def running(plan: LinkPlan) -> AsyncIterator[Shaper]:
-    shaper = Shaper(plan)
+    shaper = Shaper(plan, random.Random(7))
     ready = asyncio.Event()
     task = asyncio.create_task(shaper.serve(ready))
     await asyncio.wait_for(ready.wait(), 5)
@@ -267,5 +268,5 @@ async def test_a_taken_port_is_a_clear_refusal():
             [EmulatedLink("A", "B", 1.0, 1.0)], [ShapedPort(listen, "127.0.0.1:9", "A", "B")]
         )
         with pytest.raises(BaseExceptionGroup) as caught:
-            await Shaper(plan).serve(asyncio.Event())
+            await Shaper(plan, random.Random(7)).serve(asyncio.Event())
         assert caught.group_contains(ConfigError, match="cannot listen")
