@@ -19,6 +19,7 @@ from typing import assert_never
 
 from pop_node import lifecycle
 from pop_node.authorization import Authorization
+from pop_node.drills import Drills
 from pop_node.engine.config import EngineConfig
 from pop_node.generation import HostSettings
 from pop_node.leg import refusal
@@ -31,11 +32,13 @@ from registry.client import Registration, Registry
 from registry.keeper import Keeper
 from topology.model import Address, Node, Topology
 from wire.address import Dialer, format_address
-from wire.errors import ConfigError, OverloadError
+from wire.errors import ConfigError, OverloadError, RequestError
 from wire.messages import (
     MAX_VERSION,
     MIN_VERSION,
+    Attach,
     Draining,
+    Drill,
     Hello,
     Load,
     NodeMessage,
@@ -59,7 +62,7 @@ TEXT_THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """All that one node process is told."""
+    """All that one node process is told. ``drills`` lets routers ask it to harm itself."""
 
     node: Node
     topology: Topology
@@ -68,6 +71,7 @@ class AgentConfig:
     dialer: Dialer
     credentials: Credentials | None = None
     status_file: Path | None = None
+    drills: bool = False
 
 
 class Agent:
@@ -92,6 +96,7 @@ class Agent:
         self._hosts = {
             name: self._make_host(position, name) for position, name in enumerate(self._node.models)
         }
+        self._drills = Drills(config.drills, self._engine_pids, tasks)
         self.on_doors_open: Callable[[str], None] | None = None
 
     def _make_host(self, position: int, name: str) -> ModelHost:
@@ -350,6 +355,19 @@ class Agent:
         """Stop a stream, whichever model it belongs to."""
         for host in self._hosts.values():
             host.cancel(link, stream)
+
+    def attach(self, link: RouterLink, question: Attach) -> None:
+        """Give up an answer to the router that asks for it."""
+        if not any(host.attach(link, question) for host in self._hosts.values()):
+            error = RequestError("no such answer is known here", code="stream_unknown")
+            link.say(refusal(question.stream, error))
+
+    def drill(self, link: RouterLink, drill: Drill) -> None:
+        """Harm this node, if it was started for that."""
+        self._drills.start(drill, link.say)
+
+    def _engine_pids(self) -> dict[str, int | None]:
+        return {name: host.engine_pid for name, host in self._hosts.items()}
 
     def _write_status(self) -> None:
         path = self._config.status_file

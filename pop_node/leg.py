@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Literal, assert_never
 
 from pop_node import leg_events as ev
+from pop_node.answers import Answer
 from pop_node.engine import messages as engine
 from wire.errors import MeshError, PeerError
 from wire.messages import (
@@ -43,6 +44,8 @@ class Leg:
         self._escape = escape_json
         self._text: ev.TextDeltas | None = None
         self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._reason = ""
         self._ids: list[int] = list(submit.forced_ids)
         self._in_engine = False
         self._transfer_open = False
@@ -53,6 +56,14 @@ class Leg:
     def transfer_id(self) -> bytes:
         """The 16-byte transfer id, empty when the leg has no transfer."""
         return self.submit.transfer.id if self.submit.transfer is not None else b""
+
+    def answer(self) -> Answer | None:
+        """What there is of the answer; None before the first token of it is known."""
+        if self._text is None or not self._ids:
+            return None
+        return Answer(
+            self.submit, list(self._ids), self._prompt_tokens, self._cached_tokens, self._reason
+        )
 
     def handle(self, event: ev.Event) -> list[ev.Effect]:
         """Advance by one event."""
@@ -132,7 +143,7 @@ class Leg:
     def _allocated(self, cached_tokens: int) -> list[ev.Effect]:
         if self.state != "queued":
             return []
-        self.state = "running"
+        self.state, self._cached_tokens = "running", cached_tokens
         effects: list[ev.Effect] = [
             ev.Say(Accepted(self.submit.stream, self._prompt_tokens, cached_tokens))
         ]
@@ -184,6 +195,7 @@ class Leg:
             effects.append(ev.CommitTransfer(self._ids[len(self.submit.forced_ids) :]))
         elif finish in ("stop", "length"):
             reason: FinishReason = "stop" if finish == "stop" else "length"
+            self._reason = reason
             message = "the answer ended before the hand-over"
             effects += self._finish(reason, "answer_complete", message, in_engine=token.finish)
         return effects

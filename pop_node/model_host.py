@@ -17,6 +17,7 @@ from typing import assert_never
 from pop_node import leg as legs
 from pop_node import leg_events as ev
 from pop_node.admission import problem_with
+from pop_node.answer_desk import AnswerDesk
 from pop_node.engine import messages as engine
 from pop_node.generation import Generation, HostSettings
 from pop_node.kv_stream.spec import Piece
@@ -27,6 +28,7 @@ from pop_node.text.stream import escape_json
 from pop_node.text.tokenizer import TextCodec
 from wire.errors import ConfigError, DeadlineError, MeshError, OverloadError, PeerError
 from wire.messages import (
+    Attach,
     EngineLoad,
     LinkRate,
     ModelOffer,
@@ -40,6 +42,10 @@ log = logging.getLogger(__name__)
 MAX_LEGS = 1024
 """Legs of one model at once, whatever their stage; more are refused. Guess: 64 full batches of 16.
 """
+
+TAKEN_OVER = PeerError(
+    "another connection goes on with this answer", code="taken_over", retryable=False
+)
 
 STOP_S = 5.0
 """Between asking an engine to stop and telling it by signal. Guess: it ends after its step."""
@@ -87,6 +93,7 @@ class ModelHost:
         self._by_stream: dict[tuple[RouterLink, int], _Live] = {}
         self._by_transfer: dict[bytes, _Live] = {}
         self._deferred: list[tuple[RouterLink, NodeMessage]] | None = None
+        self._answers = AnswerDesk(codec, executor)
         self._kv_port = settings.kv_port
         self._starting = asyncio.Lock()
         self._is_stopping = False
@@ -126,6 +133,7 @@ class ModelHost:
         """End legs, engine and endpoint; nothing is left afterwards, and nothing starts again."""
         self._is_stopping = True
         self._break_all(PeerError("the node is shutting down", code="draining"))
+        self._answers.close()
         async with self._starting:
             generation, self._generation = self._generation, None
             if generation is not None:
@@ -189,6 +197,22 @@ class ModelHost:
         live = self._by_stream.get((link, stream))
         if live is not None:
             self._advance(live, ev.Cancelled())
+
+    def attach(self, link: RouterLink, question: Attach) -> bool:
+        """Stop an answer and tell all of it; False when not so much of it is known here."""
+        key = question.tenant, question.request_id
+        live = [
+            one
+            for one in self._by_seq.values()
+            if (one.leg.submit.tenant, one.leg.submit.request_id) == key
+        ]
+        answer = self._answers.look_up(question, (one.leg.answer() for one in live))
+        if answer is None:
+            return False
+        for one in live:
+            self._advance(one, ev.Broken(TAKEN_OVER))
+        self._answers.tell(self._tasks, link, question, answer)
+        return True
 
     def router_left(self, link: RouterLink) -> None:
         """A router's connection is gone: nobody reads its streams any more."""
@@ -389,6 +413,7 @@ class ModelHost:
         del self._by_stream[live.link, submit.stream]
         if submit.transfer is not None:
             del self._by_transfer[submit.transfer.id]
+        self._answers.keep(live.leg.answer())
         self._on_legs()
 
     def _break_all(self, error: MeshError) -> None:

@@ -18,7 +18,9 @@ from wire.framing import FrameWriter, encode, negotiate, node_side_reader
 from wire.messages import (
     MAX_VERSION,
     MIN_VERSION,
+    Attach,
     Cancel,
+    Drill,
     Goodbye,
     Hello,
     NodeMessage,
@@ -69,6 +71,10 @@ class Agent(Protocol):
     def submit(self, link: RouterLink, submit: Submit) -> None: ...
 
     def cancel(self, link: RouterLink, stream: int) -> None: ...
+
+    def attach(self, link: RouterLink, question: Attach) -> None: ...
+
+    def drill(self, link: RouterLink, drill: Drill) -> None: ...
 
 
 class RouterLink(asyncio.Protocol):
@@ -163,6 +169,10 @@ class RouterLink(asyncio.Protocol):
                 self._agent.submit(self, message)
             case Cancel(stream) if self._greeted:
                 self._agent.cancel(self, stream)
+            case Attach() if self._greeted:
+                self._agent.attach(self, message)
+            case Drill() if self._greeted:
+                self._agent.drill(self, message)
             case Pong():
                 pass
             case Goodbye(code, text):

@@ -199,6 +199,7 @@ def _application(models: ModelApi, operators: OperatorApi) -> web.Application:
     app.router.add_get("/metrics", operators.metrics)
     app.router.add_get("/popmesh/status", operators.status)
     app.router.add_post("/popmesh/explain", operators.explain)
+    app.router.add_post("/popmesh/drill", operators.drill)
     app.router.add_get("/popmesh/requests/{id}", operators.request_record)
     return app
 

@@ -95,7 +95,7 @@ class ModelApi:
         Raises ``MeshError``.
         """
         caller = caller or self._caller(request)
-        data = await self._read_body(request)
+        data = await self.read_body(request)
         parsed = _PARSERS[kind](data)
         place = self._locator.place(peer_of(request), request.headers.get(GEO_HEADER))
         if place.ignored_header:
@@ -213,7 +213,8 @@ class ModelApi:
     def _caller(self, request: web.Request) -> Caller:
         return self._auth.client(request.headers.get("Authorization"), peer_of(request))
 
-    async def _read_body(self, request: web.Request) -> bytes:
+    async def read_body(self, request: web.Request) -> bytes:
+        """A body of bounded size that comes in bounded time; raises ``RequestError``."""
         too_large = RequestError(
             f"the body exceeds {MAX_BODY_BYTES // 2**20} MiB", code="request_too_large"
         )

@@ -14,6 +14,7 @@ from router.auth import Authenticator
 from router.completions import ModelApi, peer_of
 from router.costs import Work
 from router.dispatch import Dispatch
+from router.drill import start_drill
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
 from router.policy import MAX_ROUTES, Route, RouteRequest, choose
 from router.record import RequestRecord
@@ -97,6 +98,12 @@ class OperatorApi:
                 "rejected": [{"node": name, "reason": why} for name, why in plan.rejected],
             }
         )
+
+    async def drill(self, request: web.Request) -> web.Response:
+        """``POST /popmesh/drill``: have a node harm itself; 202 once it begins."""
+        self._operator(request)
+        await start_drill(self._dispatch, await self._models.read_body(request))
+        return web.json_response({"started": True}, status=202)
 
     async def request_record(self, request: web.Request) -> web.Response:
         """``GET /popmesh/requests/{id}``: what happened to a recent request."""

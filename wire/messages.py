@@ -25,6 +25,12 @@ Leg = Literal["prefill", "decode", "both"]
 FinishReason = Literal["stop", "length", "handoff", "cancelled"]
 Role = Literal["prefill", "decode"]
 
+DRILL_FAULTS = ("kill-agent", "kill-engine", "freeze-agent", "freeze-engine")
+"""What a node can be asked to do to itself, see ``Drill``."""
+
+MAX_FREEZE_MS = 60_000
+"""Longest freeze of a drill: far beyond every detection time, and an operator sees its end."""
+
 
 class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Shared struct options; tags are given by the subclasses."""
@@ -206,8 +212,8 @@ class Attach(_Message, frozen=True, tag=19):
 class Drill(_Message, frozen=True, tag=20):
     """Do this node harm on purpose; answered by ``DrillStarted`` (version 2).
 
-    ``fault``: "kill-agent", "kill-engine", "freeze-agent", "freeze-engine". ``duration_ms`` is for
-    the freezes. Nodes that were not started for drills refuse.
+    ``fault`` is one of ``DRILL_FAULTS``; ``model`` names the engine (empty: the only one) and
+    ``duration_ms`` is for the freezes. Nodes that were not started for drills refuse.
     """
 
     number: int

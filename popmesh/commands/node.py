@@ -29,6 +29,9 @@ from popmesh.commands.common import (
 @click.option(
     "--status-file", type=FILE, metavar="FILE", help="Keep this node's state in FILE, as JSON."
 )
+@click.option(
+    "--drills", is_flag=True, help="Let operators harm this node on purpose ('popmesh drill')."
+)
 def node(
     name: str,
     topology: Path,
@@ -37,6 +40,7 @@ def node(
     link_map: Path | None,
     store: Path | None,
     status_file: Path | None,
+    drills: bool,
 ) -> None:
     """Run a node: the one called NAME in a topology.
 
@@ -69,6 +73,7 @@ def node(
         credentials=load_credentials(tls),
         dialer=load_dialer(link_map),
         status_file=status_file,
+        drills=drills,
     )
     log_to_stderr()
     run_until_signal(lambda: serve(config))

@@ -28,6 +28,7 @@ from popmesh.commands.common import DIRECTORY, FILE, store_option
 )
 @store_option
 @click.option("--log-dir", type=DIRECTORY, metavar="DIR", help="Keep the processes' logs here.")
+@click.option("--drills", is_flag=True, help="Let 'popmesh drill' harm the nodes on purpose.")
 def up(
     topology: Path,
     port: int | None,
@@ -36,6 +37,7 @@ def up(
     ready_file: Path | None,
     store: Path,
     log_dir: Path | None,
+    drills: bool,
 ) -> None:
     """Run a whole topology on this machine.
 
@@ -66,6 +68,7 @@ def up(
         emulate_links=not no_emulate_links,
         ready_file=ready_file,
         log_dir=log_dir,
+        drills=drills,
     )
     console = Console()
 

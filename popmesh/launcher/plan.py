@@ -94,8 +94,10 @@ def make_plan(
     router_port: int | None = None,
     registry_url: str | None = None,
     emulate_links: bool = True,
+    drills: bool = False,
 ) -> LaunchPlan:
-    """Resolve ``topology`` to loopback processes; ``registry_url`` None embeds a registry.
+    """Resolve ``topology`` to loopback processes; ``registry_url`` None embeds a registry and
+    ``drills`` lets operators harm the nodes.
 
     Raises ``ConfigError`` when there is no router, or a node's model can never be answered because
     nobody takes the other half of the work.
@@ -117,7 +119,7 @@ def make_plan(
         children.append(Child("links", "links", arguments, Address(host, int(port))))
     else:
         links = None
-    children += _node_children(resolved, files, store, registry_url, links)
+    children += _node_children(resolved, files, store, registry_url, links, drills)
     children += _router_children(resolved, files, registry_url, links)
     first_router = next(iter(resolved.routers.values()))
     return LaunchPlan(
@@ -219,7 +221,12 @@ def _kv_addresses(node: Node, models: set[str]) -> list[str]:
 
 
 def _node_children(
-    topology: Topology, files: Files, store: Path, registry_url: str, links: LinkPlan | None
+    topology: Topology,
+    files: Files,
+    store: Path,
+    registry_url: str,
+    links: LinkPlan | None,
+    drills: bool,
 ) -> list[Child]:
     children = []
     for node in topology.nodes.values():
@@ -227,6 +234,7 @@ def _node_children(
         arguments += ["--registry", registry_url, "--store", str(store)]
         arguments += ["--status-file", str(files.status(node.name))]
         arguments += _dial(files, node.site, links)
+        arguments += ["--drills"] if drills else []
         children.append(Child("node", node.name, tuple(arguments), node.mesh))
     return children
 

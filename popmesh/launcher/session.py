@@ -39,6 +39,7 @@ class Options:
     emulate_links: bool = True
     ready_file: Path | None = None
     log_dir: Path | None = None
+    drills: bool = False
 
 
 def run_mesh(
@@ -140,4 +141,5 @@ def _plan(options: Options, directory: Path, ports: FreePorts) -> LaunchPlan:
         router_port=options.port,
         registry_url=options.registry_url,
         emulate_links=options.emulate_links,
+        drills=options.drills,
     )

@@ -22,8 +22,12 @@ from wire.messages import (
     MAX_VERSION,
     MIN_VERSION,
     Accepted,
+    Attach,
+    Attached,
     CacheDelta,
     Cancel,
+    Drill,
+    DrillStarted,
     EngineLoad,
     Failed,
     Finished,
@@ -110,8 +114,18 @@ class Faults:
 
 
 @dataclass(slots=True)
+class Spoken:
+    """What a fake node remembers of an answer, for ever: its newest leg and all tokens so far."""
+
+    submit: Submit
+    ids: list[int]
+    reason: str = ""
+
+
+@dataclass(slots=True)
 class FakeNode:
-    """One fake node. ``go`` gates every token; ``submits`` and ``cancels`` are what routers said.
+    """One fake node. ``go`` gates every token; ``submits``, ``cancels``, ``drills`` and
+    ``attaches`` are what routers said; ``drill_error`` is what it answers to a drill.
 
     ``rtt_s`` is how long a ping takes, as if the node were that far away; ``padding`` adds that
     many bytes to every token's text.
@@ -132,6 +146,11 @@ class FakeNode:
     load: EngineLoad | None = None
     submits: list[Submit] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
+    drills: list[Drill] = field(default_factory=list)
+    drill_error: str = ""
+    attaches: list[Attach] = field(default_factory=list)
+    answers: dict[tuple[str, str], Spoken] = field(default_factory=dict)
+    max_version: int = MAX_VERSION
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     go: asyncio.Event = field(default_factory=asyncio.Event)
     connections: list[_Connection] = field(default_factory=list)
@@ -157,7 +176,7 @@ class FakeNode:
         """The greeting."""
         return Hello(
             min_version=MIN_VERSION,
-            max_version=MAX_VERSION,
+            max_version=self.max_version,
             mesh=self.mesh_name,
             kind="node",
             name=self.name,
@@ -280,10 +299,34 @@ class _Connection(asyncio.Protocol):
                 if running is not None:
                     running.cancel()
                     self.say(Finished(stream, "cancelled", 0, 0.0, 0.0, None))
+            case Drill():
+                self.node.drills.append(message)
+                self.say(DrillStarted(message.number, self.node.drill_error))
+            case Attach():
+                self.node.attaches.append(message)
+                self.say(self._attached(message))
             case Hello() | Goodbye():
                 pass
             case _:
                 raise AssertionError(f"a router said {message}")
+
+    def _attached(self, question: Attach) -> Attached | Refused:
+        """Stop the answer's legs here, and tell all of it."""
+        key = question.tenant, question.request_id
+        spoken = self.node.answers.get(key)
+        if spoken is None or len(spoken.ids) < question.from_index:
+            return Refused(question.stream, "stream_unknown", "not known here", False, 0)
+        stream = spoken.submit.stream
+        for connection in self.node.connections:
+            leg = connection.legs.get(stream)
+            if leg is not None and not spoken.reason:
+                leg.cancel()
+                connection.say(Failed(stream, "taken_over", "another connection goes on", False))
+        text = "".join(map(token_text, spoken.ids[question.from_index :]))
+        prompt = prompt_tokens(spoken.submit.input)
+        return Attached(
+            question.stream, spoken.submit, spoken.ids, escape(text), prompt, 0, spoken.reason
+        )
 
     def _forget(self, stream: int) -> None:
         self.legs.pop(stream, None)
@@ -318,6 +361,8 @@ class _Connection(asyncio.Protocol):
         node, stream = self.node, submit.stream
         data = canonical_bytes(submit.input)
         limit = min(submit.sampling.max_tokens or node.answer_tokens, node.answer_tokens)
+        spoken = Spoken(submit, ids)
+        node.answers[submit.tenant, submit.request_id] = spoken
         sent = 0
         while len(ids) < limit:
             await node.go.wait()
@@ -357,6 +402,7 @@ class _Connection(asyncio.Protocol):
             if not commit.done():
                 commit.set_result([])
         complete = submit.sampling.max_tokens == limit
+        spoken.reason = "length" if complete else "stop"
         self.say(Finished(stream, "length" if complete else "stop", len(ids), 1.0, 10.0, None))
 
     def _faults(self, submit: Submit) -> Faults | None:

@@ -13,6 +13,7 @@ from pop_node.router_link import STEP_BYTES, link_factory
 from wire.errors import PeerError
 from wire.framing import MAX_FRAME_BYTES, FrameWriter, encode, router_side_reader
 from wire.messages import (
+    MAX_VERSION,
     CacheDelta,
     Cancel,
     Goodbye,
@@ -170,7 +171,7 @@ async def test_a_large_message_gives_way_to_small_ones():
 @pytest.mark.parametrize(
     ("greeting", "code"),
     [
-        (hello(low=2, high=9), "version_mismatch"),
+        (hello(low=MAX_VERSION + 1, high=MAX_VERSION + 8), "version_mismatch"),
         (hello(name="stranger"), "identity_mismatch"),
         (submit(), "protocol_error"),
     ],
