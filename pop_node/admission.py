@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from wire.errors import MeshError, PeerError
 from wire.framing import MAX_MESSAGE_BYTES
-from wire.messages import Submit
+from wire.messages import Submit, Transfer
 from wire.prefix import SPAN_BYTES
 
 TRANSFER_ID_BYTES = 16
@@ -31,10 +31,9 @@ def problem_with(submit: Submit) -> MeshError | None:
     if (submit.leg == "both") != (transfer is None):
         return _violation("a split leg, and no other, has a transfer")
     if transfer is not None:
-        if len(transfer.id) != TRANSFER_ID_BYTES:
-            return _violation(f"a transfer id of {len(transfer.id)} bytes")
-        if max(len(transfer.peer), len(transfer.address)) > MAX_NAME_CHARS:
-            return _violation("the name or address of a transfer's peer is too long")
+        problem = problem_with_transfer(transfer)
+        if problem is not None:
+            return problem
     if len(submit.tenant) > MAX_NAME_CHARS:
         return _violation(f"a tenant's name of {len(submit.tenant)} characters")
     if len(submit.chain) > MAX_CHAIN_VALUES:
@@ -43,6 +42,15 @@ def problem_with(submit: Submit) -> MeshError | None:
         return _violation(f"a prefix chain whose values are not {CHAIN_VALUE_BYTES} bytes")
     if len(sampling.stop) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in sampling.stop):
         return _violation("too many stop strings, or one that is too long")
+    return None
+
+
+def problem_with_transfer(transfer: Transfer) -> MeshError | None:
+    """Why a transfer breaks the protocol, or None."""
+    if len(transfer.id) != TRANSFER_ID_BYTES:
+        return _violation(f"a transfer id of {len(transfer.id)} bytes")
+    if max(len(transfer.peer), len(transfer.address)) > MAX_NAME_CHARS:
+        return _violation("the name or address of a transfer's peer is too long")
     return None
 
 

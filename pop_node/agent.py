@@ -42,6 +42,7 @@ from wire.messages import (
     Hello,
     Load,
     NodeMessage,
+    Retarget,
     Submit,
 )
 from wire.messages import Role as WireRole
@@ -355,6 +356,11 @@ class Agent:
         """Stop a stream, whichever model it belongs to."""
         for host in self._hosts.values():
             host.cancel(link, stream)
+
+    def retarget(self, link: RouterLink, message: Retarget) -> None:
+        """Hand a stream's KV to another node, whichever model it belongs to."""
+        for host in self._hosts.values():
+            host.retarget(link, message)
 
     def attach(self, link: RouterLink, question: Attach) -> None:
         """Give up an answer to the router that asks for it."""

@@ -8,6 +8,7 @@ or alive. Thin: carries out the transfer effects of legs, decides nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from pop_node.kv_stream.staging import Staging, StagingLayout
 from wire.address import Dialer, format_address
 from wire.errors import MeshError
 from wire.messages import TransferReport
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,22 @@ class Generation:
         if self.ready is not None:
             self.endpoint.engine_lost(self.settings.model)
 
+    def hung(self) -> None:
+        """The engine does not do what it was told in time: end it."""
+        log.error("engine of %s does not answer and is ended", self.settings.model)
+        self.client.kill()
+
+    def kept_tokens(self, transfer: bytes) -> int:
+        """Tokens at the beginning of an incoming transfer, rounded down to full blocks, that are
+        complete in the engine's blocks once it has done what it was told so far."""
+        if self.ready is None:
+            return 0
+        return self._full_blocks(self.endpoint.kept_tokens(transfer))
+
+    def _full_blocks(self, tokens: int) -> int:
+        block_tokens = self.ready.block_tokens if self.ready is not None else 1
+        return tokens // block_tokens * block_tokens
+
     async def close(self) -> None:
         """End all transfers and connections and unmap the memory; the engine is gone already."""
         async with self._doors:
@@ -136,8 +155,8 @@ class Generation:
     def on_done(self, transfer: bytes, report: TransferReport) -> None:
         self._on_transfer(transfer, ev.TransferDone(report))
 
-    def on_failed(self, transfer: bytes, error: MeshError) -> None:
-        self._on_transfer(transfer, ev.TransferFailed(error))
+    def on_failed(self, transfer: bytes, error: MeshError, kept_tokens: int) -> None:
+        self._on_transfer(transfer, ev.TransferFailed(error, self._full_blocks(kept_tokens)))
 
     # ---- from legs -----------------------------------------------------------------------------
 
@@ -181,7 +200,7 @@ class Generation:
                 endpoint.compute_ended(transfer)
             case ev.CommitTransfer(ids):
                 endpoint.commit(transfer, ids)
-            case ev.CancelTransfer(code, message):
-                endpoint.cancel(transfer, code, message)
+            case ev.CancelTransfer(code, message, old_transfer):
+                endpoint.cancel(old_transfer, code, message)
             case _:
                 assert_never(effect)

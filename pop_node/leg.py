@@ -7,41 +7,66 @@ once; ``pop_node.model_host`` carries the effects out. It knows no socket, engin
 
     preparing --Prepared--> queued --Allocated--> running --token 0 of a prefill leg--> handoff
                                                      \\--finish--> closing --engine let go--> ended
+
+A prefill leg whose transfer breaks is *detached*: it computes on and keeps its blocks, says so, and
+waits a bounded time for another decode node (``Retargeted``) in whatever state it is. A decode leg
+that ends while its KV comes in says how much of it stays in this node's cache.
 """
 
 from __future__ import annotations
 
 from typing import Literal, assert_never
 
+import msgspec
+
 from pop_node import leg_events as ev
 from pop_node.answers import Answer
 from pop_node.engine import messages as engine
 from wire.errors import MeshError, PeerError
 from wire.messages import (
+    MIN_VERSION,
     Accepted,
+    Detached,
     Failed,
     Finished,
     FinishReason,
     Refused,
     StepEntry,
     Submit,
+    Transfer,
     TransferReport,
 )
 
 State = Literal["preparing", "queued", "running", "handoff", "closing", "ended"]
 
+DETACHED_VERSION = 2
+"""First version of the mesh wire that knows ``Detached`` and ``Retarget``."""
+
+INCURABLE = frozenset({"prompt_mismatch", "spec_mismatch"})
+"""Both sides were told different things: another decode node would say the same."""
+
 
 class Leg:
-    """State machine of one leg; ``seq`` is its number in the engine."""
+    """State machine of one leg.
+
+    ``seq`` is its number in the engine, ``version`` that of the mesh wire to its router. ``submit``
+    is what the router wants by now: a ``Retargeted`` changes its attempt and transfer.
+    """
 
     def __init__(
-        self, seq: int, submit: Submit, stop_ids: frozenset[int], escape_json: ev.Escape
+        self,
+        seq: int,
+        submit: Submit,
+        stop_ids: frozenset[int],
+        escape_json: ev.Escape,
+        version: int = MIN_VERSION,
     ) -> None:
         self.seq = seq
         self.submit = submit
         self.state: State = "preparing"
         self._stop_ids = stop_ids
         self._escape = escape_json
+        self._version = version
         self._text: ev.TextDeltas | None = None
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -49,6 +74,9 @@ class Leg:
         self._ids: list[int] = list(submit.forced_ids)
         self._in_engine = False
         self._transfer_open = False
+        self._detached_by: MeshError | None = None
+        self._given: list[int] = []  # what a prefill leg computes and hands over
+        self._is_computed = False
         self._queue_ms = 0.0
         self._prefill_ms = 0.0
 
@@ -89,13 +117,17 @@ class Leg:
                 return self._committed(ids)
             case ev.TransferDone(report):
                 return self._transfer_done(report)
-            case ev.TransferFailed(error):
-                self._transfer_open = False
-                return self._fail(error)
-            case ev.Cancelled():
-                return self._finish("cancelled", "cancelled", "the router cancelled the request")
-            case ev.Broken(error, engine_gone):
-                return self._broken(error, engine_gone)
+            case ev.TransferFailed(error, kept_tokens):
+                return self._transfer_failed(error, kept_tokens)
+            case ev.Retargeted(attempt, transfer):
+                return self._retargeted(attempt, transfer)
+            case ev.WaitedEnough():
+                return [] if self._detached_by is None else self._fail(self._detached_by)
+            case ev.Cancelled(kept_tokens):
+                message = "the router cancelled the request"
+                return self._finish("cancelled", "cancelled", message, kept_tokens=kept_tokens)
+            case ev.Broken():
+                return self._broken(event)
             case _:
                 assert_never(event)
 
@@ -127,9 +159,11 @@ class Leg:
         effects: list[ev.Effect] = [ev.ToEngine(add)]
         if submit.leg != "both":
             self._transfer_open = True
-            ids = event.prompt_ids + submit.forced_ids
+            self._given = event.prompt_ids + submit.forced_ids
             effects.append(
-                ev.OpenTransfer(ids) if submit.leg == "prefill" else ev.ExpectTransfer(ids)
+                ev.OpenTransfer(self._given)
+                if submit.leg == "prefill"
+                else ev.ExpectTransfer(self._given)
             )
         return effects
 
@@ -162,6 +196,7 @@ class Leg:
         retryable = code in ("overloaded", "out_of_blocks")
         effects: list[ev.Effect] = [
             ev.Say(Refused(self.submit.stream, code, message, retryable, 0)),
+            *self._stop_waiting(),
             *self._cancel_transfer(code, message),
         ]
         self.state = "closing"
@@ -171,7 +206,8 @@ class Leg:
 
     def _prefill_done(self, queue_ms: float, compute_ms: float) -> list[ev.Effect]:
         self._queue_ms, self._prefill_ms = queue_ms, compute_ms
-        effects: list[ev.Effect] = [ev.RecordPrefix(self._prompt_tokens)]
+        self._is_computed = True
+        effects: list[ev.Effect] = [ev.RecordPrefix(self._prompt_tokens, self._prompt_tokens)]
         if self.submit.leg == "prefill" and self._transfer_open:
             effects.append(ev.ComputeEnded())
         return effects
@@ -192,7 +228,8 @@ class Leg:
         effects: list[ev.Effect] = [ev.Emit(entry)]
         if finish == "handoff":
             self.state = "handoff"
-            effects.append(ev.CommitTransfer(self._ids[len(self.submit.forced_ids) :]))
+            if self._transfer_open:
+                effects.append(self._commit_transfer())
         elif finish in ("stop", "length"):
             reason: FinishReason = "stop" if finish == "stop" else "length"
             self._reason = reason
@@ -211,7 +248,7 @@ class Leg:
         self._text.push(ids)  # the prefill node has sent their text
         return [
             ev.ToEngine(engine.Commit(self.transfer_id, list(self._ids))),
-            ev.RecordPrefix(self._prompt_tokens),
+            ev.RecordPrefix(self._prompt_tokens, self._prompt_tokens),
         ]
 
     def _transfer_done(self, report: TransferReport) -> list[ev.Effect]:
@@ -221,47 +258,102 @@ class Leg:
         self.state = "closing"
         return [ev.Say(self._finished("handoff", report)), *self._release()]
 
+    def _transfer_failed(self, error: MeshError, kept_tokens: int) -> list[ev.Effect]:
+        kept_tokens = self._keepable(kept_tokens)
+        self._transfer_open = False
+        lasting = self.state in ("queued", "running", "handoff") and self.submit.leg == "prefill"
+        curable = error.retryable and error.code not in INCURABLE
+        if not (lasting and curable and self._version >= DETACHED_VERSION):
+            return self._fail(error, kept_tokens)
+        self._detached_by = error
+        submit = self.submit
+        said = Detached(submit.stream, submit.attempt, error.code, error.message)
+        return [ev.Say(said), ev.AwaitRetarget()]
+
+    def _retargeted(self, attempt: int, transfer: Transfer) -> list[ev.Effect]:
+        """Hand the same KV to another decode node; what is computed stays as it is."""
+        if self.submit.leg != "prefill" or self.state == "closing":
+            return []
+        old = self.transfer_id
+        effects: list[ev.Effect] = [
+            *self._stop_waiting(),
+            *self._cancel_transfer("transfer_failed", "the KV goes to another decode node"),
+        ]
+        self.submit = msgspec.structs.replace(self.submit, attempt=attempt, transfer=transfer)
+        if self.state == "preparing":
+            return effects
+        self._transfer_open = True
+        effects.append(ev.ToEngine(engine.Retarget(old, self.transfer_id)))
+        effects.append(ev.OpenTransfer(self._given))
+        if self.state != "queued":
+            effects.append(ev.ComputeStarted())
+        if self._is_computed:
+            effects.append(ev.ComputeEnded())
+        if self.state == "handoff":
+            effects.append(self._commit_transfer())
+        return effects
+
+    def _commit_transfer(self) -> ev.CommitTransfer:
+        return ev.CommitTransfer(self._ids[len(self.submit.forced_ids) :])
+
     # ---- ends ----------------------------------------------------------------------------------
 
     def _finish(
-        self, reason: FinishReason, code: str, message: str, in_engine: str = ""
+        self,
+        reason: FinishReason,
+        code: str,
+        message: str,
+        in_engine: str = "",
+        kept_tokens: int = 0,
     ) -> list[ev.Effect]:
         """End well. ``in_engine`` is the engine's own finish: then it lets go by itself."""
-        if self.state == "closing":
-            return []
-        preparing = self.state == "preparing"
-        self.state = "closing"
-        effects: list[ev.Effect] = [
-            ev.Say(self._finished(reason, None)),
-            *self._cancel_transfer(code, message),
-        ]
-        if in_engine not in ("stop", "length"):
-            effects += self._drop()
-        return effects if preparing else effects + self._close()
+        kept = self._keepable(kept_tokens)
+        said = self._finished(reason, None, kept)
+        return self._end(said, code, message, kept, drop=in_engine not in ("stop", "length"))
 
-    def _fail(self, error: MeshError) -> list[ev.Effect]:
-        if self.state == "closing":
-            return []
-        preparing = self.state == "preparing"
-        self.state = "closing"
-        effects: list[ev.Effect] = [
-            ev.Say(Failed(self.submit.stream, error.code, error.message, error.retryable)),
-            *self._cancel_transfer(error.code, error.message),
-            *self._drop(),
-        ]
-        return effects if preparing else effects + self._close()
+    def _fail(self, error: MeshError, kept_tokens: int = 0) -> list[ev.Effect]:
+        said = Failed(self.submit.stream, error.code, error.message, error.retryable, kept_tokens)
+        return self._end(said, error.code, error.message, kept_tokens, drop=True)
 
-    def _broken(self, error: MeshError, engine_gone: bool) -> list[ev.Effect]:
+    def _broken(self, event: ev.Broken) -> list[ev.Effect]:
         preparing = self.state == "preparing"
-        if engine_gone:
+        if event.engine_gone:
             self._in_engine = False
-        effects = self._fail(error)
-        if engine_gone and not preparing and self.state == "closing":
+        effects = self._fail(event.error, self._keepable(event.kept_tokens))
+        if event.engine_gone and not preparing and self.state == "closing":
             effects += self._close()
         return effects
 
-    def _drop(self) -> list[ev.Effect]:
-        return [ev.ToEngine(engine.Drop(self.seq))] if self._in_engine else []
+    def _end(
+        self, said: Finished | Failed, code: str, message: str, kept_tokens: int, *, drop: bool
+    ) -> list[ev.Effect]:
+        """Say the ending, unless one was said, and let go of everything."""
+        if self.state == "closing":
+            return []
+        preparing = self.state == "preparing"
+        self.state = "closing"
+        effects: list[ev.Effect] = [
+            ev.Say(said),
+            *self._stop_waiting(),
+            *self._cancel_transfer(code, message),
+        ]
+        if drop and self._in_engine:
+            effects.append(ev.ToEngine(engine.Drop(self.seq, kept_tokens)))
+        if kept_tokens:
+            held = min(kept_tokens, self._prompt_tokens)
+            effects.append(ev.RecordPrefix(self._prompt_tokens, held))
+        return effects if preparing else effects + self._close()
+
+    def _keepable(self, kept_tokens: int) -> int:
+        """Tokens whose KV a broken hand-over leaves here; only a leg that receives has any."""
+        receiving = self.submit.leg == "decode" and self.state == "running" and self._transfer_open
+        return kept_tokens if receiving and self._in_engine else 0
+
+    def _stop_waiting(self) -> list[ev.Effect]:
+        if self._detached_by is None:
+            return []
+        self._detached_by = None
+        return [ev.StopWaiting()]
 
     def _release(self) -> list[ev.Effect]:
         return [ev.ToEngine(engine.Release(self.transfer_id))]
@@ -270,7 +362,7 @@ class Leg:
         if not self._transfer_open:
             return []
         self._transfer_open = False
-        return [ev.CancelTransfer(code, message)]
+        return [ev.CancelTransfer(code, message, self.transfer_id)]
 
     def _close(self) -> list[ev.Effect]:
         if self.state != "closing" or self._in_engine:
@@ -278,9 +370,17 @@ class Leg:
         self.state = "ended"
         return [ev.Over()]
 
-    def _finished(self, reason: FinishReason, report: TransferReport | None) -> Finished:
+    def _finished(
+        self, reason: FinishReason, report: TransferReport | None, kept_tokens: int = 0
+    ) -> Finished:
         return Finished(
-            self.submit.stream, reason, len(self._ids), self._queue_ms, self._prefill_ms, report
+            self.submit.stream,
+            reason,
+            len(self._ids),
+            self._queue_ms,
+            self._prefill_ms,
+            report,
+            kept_tokens,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from pop_node.engine import messages as engine
 from wire.errors import MeshError
-from wire.messages import NodeMessage, StepEntry, TransferReport
+from wire.messages import NodeMessage, StepEntry, Transfer, TransferReport
 
 
 class TextDeltas(Protocol):
@@ -67,23 +67,44 @@ class TransferDone:
 
 @dataclass(frozen=True, slots=True)
 class TransferFailed:
+    """``kept_tokens``, decode side: so many at the beginning are complete in the engine's blocks,
+    counting pieces that it was told to import."""
+
     error: MeshError
+    kept_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Retargeted:
+    """Prefill side: the KV shall go to another decode node instead."""
+
+    attempt: int
+    transfer: Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class WaitedEnough:
+    """Prefill side: nobody said where a detached leg's KV shall go."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The router wants no more of it."""
+    """The router wants no more of it; ``kept_tokens`` as in ``TransferFailed``."""
+
+    kept_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
     """The leg cannot go on: deadline passed, engine died, router link lost, node shutting down.
 
-    ``engine_gone`` says that the engine forgot everything already.
+    ``engine_gone`` says that the engine forgot everything already; ``kept_tokens`` as in
+    ``TransferFailed``.
     """
 
     error: MeshError
     engine_gone: bool = False
+    kept_tokens: int = 0
 
 
 EngineEvent = engine.Allocated | engine.Declined | engine.Token | engine.PrefillDone | engine.Ended
@@ -93,6 +114,8 @@ Event = (
     | TransferCommitted
     | TransferDone
     | TransferFailed
+    | Retargeted
+    | WaitedEnough
     | Cancelled
     | Broken
     | EngineEvent
@@ -104,7 +127,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class ToEngine:
-    message: engine.Add | engine.Drop | engine.Commit | engine.Release
+    message: engine.Add | engine.Drop | engine.Retarget | engine.Commit | engine.Release
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +184,29 @@ class CommitTransfer:
 
 @dataclass(frozen=True, slots=True)
 class CancelTransfer:
+    """``transfer`` is the id that it had when it began: the leg may have another one by now."""
+
     code: str
     message: str
+    transfer: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RecordPrefix:
-    """The prompt's KV is in this node's cache now."""
+    """KV of the first ``held_tokens`` tokens of the prompt is in this node's cache now."""
 
     prompt_tokens: int
+    held_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitRetarget:
+    """Prefill side: send ``WaitedEnough`` after a while, unless ``StopWaiting`` comes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopWaiting:
+    """Nobody waits for a ``Retarget`` any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,4 +223,4 @@ TransferEffect = (
     | CommitTransfer
     | CancelTransfer
 )
-Effect = ToEngine | Say | Emit | TransferEffect | RecordPrefix | Over
+Effect = ToEngine | Say | Emit | TransferEffect | RecordPrefix | AwaitRetarget | StopWaiting | Over

@@ -1,8 +1,8 @@
-"""One model on this node: its engine process, its KV endpoint, its legs.
+"""One model on this node: its engine process and its KV endpoint, and how legs come to them.
 
-The shell that carries out what the legs decide. Engine, staging memory and KV endpoint live and
-die together as one *generation*: when the engine exits, its transfers, slots and connections go
-with it, so nothing of the old engine can reach the new one.
+What legs decide is carried out by ``pop_node.live_legs``. Engine, staging memory and KV endpoint
+live and die together as one *generation*: when the engine exits, its transfers, slots and
+connections go with it, so nothing of the old engine can reach the new one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import assert_never
 
 from pop_node import leg as legs
@@ -21,21 +20,21 @@ from pop_node.answer_desk import AnswerDesk
 from pop_node.engine import messages as engine
 from pop_node.generation import Generation, HostSettings
 from pop_node.kv_stream.spec import Piece
+from pop_node.live_legs import Live, LiveLegs
 from pop_node.model_facts import ModelFacts
 from pop_node.prompt import prepare
 from pop_node.router_link import RouterLink
 from pop_node.text.stream import escape_json
 from pop_node.text.tokenizer import TextCodec
-from wire.errors import ConfigError, DeadlineError, MeshError, OverloadError, PeerError
+from wire.errors import ConfigError, MeshError, OverloadError, PeerError
 from wire.messages import (
     Attach,
     EngineLoad,
     LinkRate,
     ModelOffer,
-    NodeMessage,
+    Retarget,
     Submit,
 )
-from wire.prefix import canonical_bytes
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +48,6 @@ TAKEN_OVER = PeerError(
 
 STOP_S = 5.0
 """Between asking an engine to stop and telling it by signal. Guess: it ends after its step."""
-
-LET_GO_S = 30.0
-"""An engine that was told to drop a sequence and does not is hung, and is ended. Guess: several of
-the longest steps of a slow CPU."""
-
-
-@dataclass(slots=True)
-class _Live:
-    """A leg with what its effects need; ``timer`` is its deadline, then that of the engine."""
-
-    leg: legs.Leg
-    link: RouterLink
-    timer: asyncio.TimerHandle | None = None
 
 
 class ModelHost:
@@ -86,13 +72,10 @@ class ModelHost:
         self._on_exited = on_exited
         self._on_load_changed = on_load_changed
         self._on_legs = on_legs
+        self._legs = LiveLegs(self.facts.directory, self._leg_over)
         self._generation: Generation | None = None
         self._tasks = asyncio.TaskGroup()
         self._next_seq = 1
-        self._by_seq: dict[int, _Live] = {}
-        self._by_stream: dict[tuple[RouterLink, int], _Live] = {}
-        self._by_transfer: dict[bytes, _Live] = {}
-        self._deferred: list[tuple[RouterLink, NodeMessage]] | None = None
         self._answers = AnswerDesk(codec, executor)
         self._kv_port = settings.kv_port
         self._starting = asyncio.Lock()
@@ -108,11 +91,11 @@ class ModelHost:
             if self._is_stopping:
                 return
             try:
-                generation = Generation(self.settings, self._transfer_event)
+                generation = Generation(self.settings, self._legs.transfer_event)
             except OSError as exc:
                 self._cannot_start(exc)
                 return
-            self._generation = generation
+            self._generation = self._legs.generation = generation
             try:
                 await generation.client.start(
                     self.settings.engine,
@@ -121,7 +104,7 @@ class ModelHost:
                     lambda code: self._engine_exited(generation, code),
                 )
             except OSError as exc:
-                self._generation = None
+                self._generation = self._legs.generation = None
                 await generation.close()
                 self._cannot_start(exc)
 
@@ -132,10 +115,11 @@ class ModelHost:
     async def stop(self) -> None:
         """End legs, engine and endpoint; nothing is left afterwards, and nothing starts again."""
         self._is_stopping = True
-        self._break_all(PeerError("the node is shutting down", code="draining"))
+        self._legs.break_all(PeerError("the node is shutting down", code="draining"))
         self._answers.close()
         async with self._starting:
-            generation, self._generation = self._generation, None
+            generation = self._generation
+            self._generation = self._legs.generation = None
             if generation is not None:
                 await generation.client.stop(timeout_s=STOP_S)
                 await generation.close()
@@ -158,7 +142,7 @@ class ModelHost:
     @property
     def num_legs(self) -> int:
         """Legs in any stage."""
-        return len(self._by_seq)
+        return len(self._legs)
 
     def load(self) -> EngineLoad:
         """The engine's load after its last step."""
@@ -180,58 +164,40 @@ class ModelHost:
             link.say(legs.refusal(submit.stream, error))
             return
         seq, self._next_seq = self._next_seq, self._next_seq + 1
-        leg = legs.Leg(seq, submit, self._codec.eos_ids, escape_json)
-        live = _Live(leg, link)
-        loop = asyncio.get_running_loop()
-        live.timer = loop.call_later(
-            submit.deadline_remaining_ms / 1000, self._deadline_passed, live
-        )
-        self._by_seq[seq] = live
-        self._by_stream[link, submit.stream] = live
-        if submit.transfer is not None:
-            self._by_transfer[submit.transfer.id] = live
-        self._tasks.create_task(self._prepare(live))
+        leg = legs.Leg(seq, submit, self._codec.eos_ids, escape_json, link.version)
+        self._tasks.create_task(self._prepare(self._legs.add(leg, link)))
 
     def cancel(self, link: RouterLink, stream: int) -> None:
         """Stop a leg; unknown streams have ended already."""
-        live = self._by_stream.get((link, stream))
-        if live is not None:
-            self._advance(live, ev.Cancelled())
+        self._legs.cancel(link, stream)
+
+    def retarget(self, link: RouterLink, message: Retarget) -> None:
+        """Hand a prefill leg's KV to another node; unknown streams have ended already."""
+        self._legs.retarget(link, message)
 
     def attach(self, link: RouterLink, question: Attach) -> bool:
         """Stop an answer and tell all of it; False when not so much of it is known here."""
-        key = question.tenant, question.request_id
-        live = [
-            one
-            for one in self._by_seq.values()
-            if (one.leg.submit.tenant, one.leg.submit.request_id) == key
-        ]
+        live = self._legs.of_request(question.tenant, question.request_id)
         answer = self._answers.look_up(question, (one.leg.answer() for one in live))
         if answer is None:
             return False
         for one in live:
-            self._advance(one, ev.Broken(TAKEN_OVER))
+            self._legs.advance(one, ev.Broken(TAKEN_OVER))
         self._answers.tell(self._tasks, link, question, answer)
         return True
 
     def router_left(self, link: RouterLink) -> None:
         """A router's connection is gone: nobody reads its streams any more."""
-        for (owner, _), live in list(self._by_stream.items()):
-            if owner is link:
-                self._advance(live, ev.Cancelled())
+        self._legs.router_left(link)
 
     def _refuse(self, link: RouterLink, submit: Submit) -> MeshError | None:
         if not self.ready:
             return OverloadError("the engine is starting", code="not_ready", retry_after_s=1.0)
-        if len(self._by_seq) >= MAX_LEGS:
+        if len(self._legs) >= MAX_LEGS:
             return OverloadError("too many requests on this node", retry_after_s=1.0)
-        if (link, submit.stream) in self._by_stream:
-            return PeerError("stream number used twice", code="protocol_error", retryable=False)
-        if submit.transfer is not None and submit.transfer.id in self._by_transfer:
-            return PeerError("transfer id used twice", code="protocol_error", retryable=False)
-        return problem_with(submit)
+        return self._legs.refuse(link, submit) or problem_with(submit)
 
-    async def _prepare(self, live: _Live) -> None:
+    async def _prepare(self, live: Live) -> None:
         """Render and tokenise off the event loop; one leg's trouble stays its own."""
         loop = asyncio.get_running_loop()
         try:
@@ -240,22 +206,23 @@ class ModelHost:
             )
             if self._generation is not None and self._generation.client.is_congested:
                 raise OverloadError("the engine does not take commands", retry_after_s=1.0)
-            self._advance(live, prepared)
+            self._legs.advance(live, prepared)
         except asyncio.CancelledError:
             raise
         except MeshError as exc:
-            self._advance(live, ev.PrepareFailed(exc))
+            self._legs.advance(live, ev.PrepareFailed(exc))
         except BaseException:  # supervisor of one leg; a panic in the tokenizer is no Exception
             log.exception("request %s cannot be prepared", live.leg.submit.request_id[:64])
-            self._advance(live, ev.PrepareFailed(MeshError("the prompt cannot be prepared")))
+            error = MeshError("the prompt cannot be prepared")
+            self._legs.advance(live, ev.PrepareFailed(error))
 
     def _context_tokens(self) -> int:
         ready = self._generation.ready if self._generation is not None else None
         return ready.context_tokens if ready is not None else self._codec.context_tokens
 
-    def _deadline_passed(self, live: _Live) -> None:
-        live.timer = None
-        self._advance(live, ev.Broken(DeadlineError("the request's deadline passed")))
+    def _leg_over(self, leg: legs.Leg) -> None:
+        self._answers.keep(leg.answer())
+        self._on_legs()
 
     # ---- from the engine -----------------------------------------------------------------------
 
@@ -271,11 +238,11 @@ class ModelHost:
     def _take(self, generation: Generation, message: engine.EngineMessage) -> None:
         match message:
             case engine.StepDone():
-                self._step_done(message)
+                self._legs.step_done(message)
+                if self.facts.step_done(message):
+                    self._on_load_changed()
             case engine.Allocated() | engine.Declined() | engine.PrefillDone() | engine.Ended():
-                live = self._by_seq.get(message.seq)
-                if live is not None:
-                    self._advance(live, message)
+                self._legs.engine_event(message.seq, message)
             case engine.Staged():
                 piece = Piece(
                     message.group,
@@ -325,97 +292,11 @@ class ModelHost:
         if generation is not self._generation:
             return
         log.error("engine of %s exited with code %d", self.settings.model, code)
-        self._generation = None
+        self._generation = self._legs.generation = None
         self.facts.engine_gone()
         error = PeerError(f"the engine of {self.settings.model} died", code="engine_died")
-        self._break_all(error)
+        self._legs.break_all(error)
         generation.engine_died()
         self._tasks.create_task(generation.close())
         self._on_exited(self.settings.model)
         self._on_load_changed()
-
-    def _step_done(self, step: engine.StepDone) -> None:
-        """One engine step: all its tokens leave as one frame per router, endings after them."""
-        deferred: list[tuple[RouterLink, NodeMessage]] = []
-        self._deferred = deferred
-        touched: dict[RouterLink, None] = {}
-        try:
-            for seq, index, token, finish in step.tokens:
-                live = self._by_seq.get(seq)
-                if live is not None:
-                    touched[live.link] = None
-                    self._advance(live, engine.Token(seq, index, token, finish))
-        finally:
-            self._deferred = None
-            for link in touched:
-                link.flush()
-            for link, message in deferred:
-                link.say(message)
-        if self.facts.step_done(step):
-            self._on_load_changed()
-
-    def _transfer_event(self, transfer: bytes, event: ev.Event) -> None:
-        live = self._by_transfer.get(transfer)
-        if live is not None:
-            self._advance(live, event)
-
-    # ---- effects -------------------------------------------------------------------------------
-
-    def _advance(self, live: _Live, event: ev.Event) -> None:
-        for effect in live.leg.handle(event):
-            self._carry_out(live, effect)
-
-    def _carry_out(self, live: _Live, effect: ev.Effect) -> None:
-        leg = live.leg
-        match effect:
-            case ev.Emit(entry):
-                live.link.emit(entry)
-            case ev.Say(message):
-                if self._deferred is not None:
-                    self._deferred.append((live.link, message))
-                else:
-                    live.link.say(message)
-            case ev.ToEngine(message):
-                self._to_engine(live, message)
-            case ev.RecordPrefix(prompt_tokens):
-                size = len(canonical_bytes(leg.submit.input))
-                self.facts.directory.record(leg.submit.chain, size, prompt_tokens)
-            case ev.Over():
-                self._forget(live)
-            case _:
-                if self._generation is not None:  # else its transfers went with the engine
-                    self._generation.transfer_effect(leg, effect)
-
-    def _to_engine(self, live: _Live, message: engine.AgentMessage) -> None:
-        generation = self._generation
-        if generation is None:
-            return
-        generation.client.send(message)
-        if isinstance(message, engine.Drop | engine.Release):
-            self._stop_timer(live)
-            loop = asyncio.get_running_loop()
-            live.timer = loop.call_later(LET_GO_S, self._hung, generation)
-
-    def _hung(self, generation: Generation) -> None:
-        log.error("engine of %s does not answer and is ended", self.settings.model)
-        generation.client.kill()
-
-    @staticmethod
-    def _stop_timer(live: _Live) -> None:
-        if live.timer is not None:
-            live.timer.cancel()
-            live.timer = None
-
-    def _forget(self, live: _Live) -> None:
-        submit = live.leg.submit
-        self._stop_timer(live)
-        del self._by_seq[live.leg.seq]
-        del self._by_stream[live.link, submit.stream]
-        if submit.transfer is not None:
-            del self._by_transfer[submit.transfer.id]
-        self._answers.keep(live.leg.answer())
-        self._on_legs()
-
-    def _break_all(self, error: MeshError) -> None:
-        for live in list(self._by_seq.values()):
-            self._advance(live, ev.Broken(error, engine_gone=True))

@@ -28,14 +28,23 @@ class PrefixDirectory:
         self._added: dict[bytes, int] = {}
         self._removed: set[bytes] = set()
 
-    def record(self, chain: list[bytes], canonical_bytes: int, prompt_tokens: int) -> None:
+    def record(
+        self,
+        chain: list[bytes],
+        canonical_bytes: int,
+        prompt_tokens: int,
+        held_tokens: int | None = None,
+    ) -> None:
         """A prompt was computed here: every span of it is now (probably) cached.
 
+        Of one that was computed in part only the spans within ``held_tokens`` are.
         The tokens of a span are taken in proportion to its bytes, rounded down.
         """
         before = 0
         for number, value in enumerate(chain, start=1):
             tokens = prompt_tokens * SPAN_BYTES * number // max(canonical_bytes, 1)
+            if held_tokens is not None and tokens > held_tokens:
+                break
             self._touch(value, tokens, tokens - before)
             before = tokens
         while self._entries and (

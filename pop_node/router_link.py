@@ -26,6 +26,7 @@ from wire.messages import (
     NodeMessage,
     Ping,
     Pong,
+    Retarget,
     RouterMessage,
     Step,
     StepEntry,
@@ -72,13 +73,15 @@ class Agent(Protocol):
 
     def cancel(self, link: RouterLink, stream: int) -> None: ...
 
+    def retarget(self, link: RouterLink, message: Retarget) -> None: ...
+
     def attach(self, link: RouterLink, question: Attach) -> None: ...
 
     def drill(self, link: RouterLink, drill: Drill) -> None: ...
 
 
 class RouterLink(asyncio.Protocol):
-    """Protocol object of one accepted connection."""
+    """Protocol object of one accepted connection; ``version`` is 0 until the router said Hello."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -92,6 +95,7 @@ class RouterLink(asyncio.Protocol):
         self._entries: list[StepEntry] = []
         self._entry_bytes = 0
         self.router = ""
+        self.version = 0
 
     # ---- asyncio.Protocol ----------------------------------------------------------------------
 
@@ -169,6 +173,8 @@ class RouterLink(asyncio.Protocol):
                 self._agent.submit(self, message)
             case Cancel(stream) if self._greeted:
                 self._agent.cancel(self, stream)
+            case Retarget() if self._greeted:
+                self._agent.retarget(self, message)
             case Attach() if self._greeted:
                 self._agent.attach(self, message)
             case Drill() if self._greeted:
@@ -187,10 +193,10 @@ class RouterLink(asyncio.Protocol):
         if self._greeted:
             raise PeerError("a second Hello", code="protocol_error", retryable=False)
         assert self._transport is not None
-        negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
+        version = negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
         self._agent.authorize_router(hello, self._transport.get_extra_info("ssl_object"))
         self._greeted = True
-        self.router = hello.name
+        self.router, self.version = hello.name, version
         self._write(encode(self._agent.hello()))
         self._agent.router_joined(self)
 

@@ -41,6 +41,7 @@ _TAGS: dict[int, type[Any]] = {
     6: messages.Import,
     7: messages.Commit,
     8: messages.Stop,
+    9: messages.Retarget,
     32: messages.Ready,
     33: messages.Allocated,
     34: messages.Declined,

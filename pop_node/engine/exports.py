@@ -6,6 +6,8 @@ the sequence; layers are indices within a group of the ``KvSpec``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pop_node.kv_stream.spec import KvSpec, Piece
 
 PATIENT_PIECE_BYTES = 64 * 1024
@@ -17,14 +19,15 @@ class Export:
     """One transfer out of this engine, from the queueing of its prefill leg to its release.
 
     ``ready[group][layer]``: tokens whose KV is in the blocks. ``staged[group][component][layer]``:
-    tokens that went into slots; it never shrinks, so a preemption repeats nothing. ``blocks`` is
-    None while the sequence waits.
+    tokens that went into slots; a preemption does not shrink it, so nothing is repeated, and only a
+    transfer that is resumed sets it back. ``blocks`` is None while the sequence waits.
     """
 
     def __init__(self, spec: KvSpec, total_tokens: int) -> None:
         self.total_tokens = total_tokens
         self.blocks: tuple[int, ...] | None = None
         self.granted = -1
+        self.resume = 0
         self._spec = spec
         self.ready = [[0] * len(group.layers) for group in spec.groups]
         self._staged: list[list[list[int]]] = []
@@ -43,14 +46,30 @@ class Export:
         for layers in self.ready:
             layers[:] = [tokens] * len(layers)
 
-    def grant(self, have_tokens: int) -> None:
-        """Tokens from ``have_tokens`` on may leave; a second grant changes nothing."""
-        if self.granted < 0:
-            self.granted = have_tokens
-            self._staged = [
-                [[have_tokens] * len(group.layers) for _ in group.components]
-                for group in self._spec.groups
-            ]
+    def grant(self, have_tokens: int, arrived: Sequence[int] = (), resume: int = 0) -> None:
+        """Tokens from ``have_tokens`` on may leave, or of each group, component and layer those
+        from ``arrived`` on; without a newer ``resume`` a second grant changes nothing.
+
+        Raises ``ValueError`` when ``arrived`` is not of the spec's shape.
+        """
+        if self.granted >= 0 and resume <= self.resume:
+            return
+        places = sum(len(group.layers) * len(group.components) for group in self._spec.groups)
+        if len(arrived) not in (0, places):
+            raise ValueError(f"{len(arrived)} counts of tokens for {places} places")
+        self.granted, self.resume = self._within(have_tokens), resume
+        counts = iter(arrived or [have_tokens] * places)
+        self._staged = [
+            [[self._within(next(counts)) for _ in group.layers] for _ in group.components]
+            for group in self._spec.groups
+        ]
+
+    def revoke(self) -> None:
+        """The transfer begins anew elsewhere: nothing may leave before the next ``grant``."""
+        self.granted, self.resume = -1, 0
+
+    def _within(self, tokens: int) -> int:
+        return max(0, min(tokens, self.total_tokens))
 
     def next_piece(self, slot_bytes: int) -> Piece | None:
         """The largest useful piece that fits a slot, oldest tokens first; None if there is none

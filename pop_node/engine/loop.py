@@ -18,6 +18,7 @@ from pop_node.engine.messages import (
     Ended,
     PrefillDone,
     Release,
+    Retarget,
     StageFrom,
     StepDone,
     Stop,
@@ -33,6 +34,7 @@ from pop_node.engine.schedule import (
     TransferBound,
     TransferClosed,
     TransferOpened,
+    TransferRenamed,
     TransferUnbound,
 )
 from pop_node.engine.scheduler import Scheduler
@@ -101,10 +103,10 @@ class EngineLoop:
 
     def _handle(self, command: Inbox) -> None:
         match command:
-            case Add() | Drop() | Release() | Commit():
+            case Add() | Drop() | Retarget() | Release() | Commit():
                 self._carry_out(self._scheduler.handle(command, time.monotonic()))
-            case StageFrom(transfer, have_tokens):
-                if self._stager.grant(transfer, have_tokens):
+            case StageFrom():
+                if self._stager.grant(command):
                     self._port.wake()
             case Stop():
                 raise AssertionError("the caller ends the loop")
@@ -122,6 +124,8 @@ class EngineLoop:
                     self._stager.bind(side, transfer, blocks, held_tokens, total_tokens)
                 case TransferUnbound(transfer):
                     self._stager.unbind_export(transfer)
+                case TransferRenamed(transfer, new_transfer):
+                    self._stager.rename_export(transfer, new_transfer)
                 case TransferClosed(side, transfer):
                     self._stager.close(side, transfer)
                 case Token():

@@ -10,7 +10,7 @@ they lie in the shared staging memory and messages name its slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Leg = Literal["prefill", "decode", "both"]
@@ -46,19 +46,42 @@ class Add:
 class Drop:
     """Cancel a sequence at whatever stage; its blocks and its transfer are freed, ``Ended``
     follows.
+
+    ``kept_tokens`` is for a decode leg whose KV was coming in: so many tokens at the beginning are
+    complete in all layers by the ``Import`` messages sent before this one. Their full blocks stay
+    in the prefix cache.
     """
 
     seq: int
+    kept_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StageFrom:
     """Prefill side: the decode site granted the transfer and already holds tokens [0,
     have_tokens).
+
+    ``resume`` counts how often the transfer was resumed after its connection broke. With each of
+    them staging starts again: ``arrived`` holds, per group, component and layer of the ``KvSpec``
+    in this order, how many tokens at the beginning the decode site has by now; empty means
+    ``have_tokens`` everywhere.
     """
 
     transfer: bytes
     have_tokens: int
+    arrived: list[int] = field(default_factory=list)
+    resume: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Retarget:
+    """Prefill side: the KV of ``transfer`` goes to another decode site as ``new_transfer``.
+
+    The old transfer is over, nothing is granted yet under the new one, and what is computed stays.
+    """
+
+    transfer: bytes
+    new_transfer: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +212,10 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Prefill side: staging slot ``slot`` holds ``nbytes`` bytes of this piece."""
+    """Prefill side: staging slot ``slot`` holds ``nbytes`` bytes of this piece.
+
+    ``resume`` is that of the ``StageFrom`` that it was staged for.
+    """
 
     transfer: bytes
     slot: int
@@ -200,6 +226,7 @@ class Staged:
     token_lo: int
     token_hi: int
     nbytes: int
+    resume: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +251,7 @@ class Crashed:
     message: str
 
 
-AgentMessage = Add | Drop | StageFrom | SlotFree | Release | Import | Commit | Stop
+AgentMessage = Add | Drop | Retarget | StageFrom | SlotFree | Release | Import | Commit | Stop
 EngineMessage = (
     Ready | Allocated | Declined | StepDone | PrefillDone | Staged | Imported | Ended | Crashed
 )

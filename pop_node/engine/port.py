@@ -26,6 +26,7 @@ from pop_node.engine.messages import (
     Import,
     Imported,
     Release,
+    Retarget,
     SlotFree,
     Staged,
     StageFrom,
@@ -41,7 +42,7 @@ EXIT_STOPPED = 0
 EXIT_PARENT_GONE = 0
 EXIT_CRASHED = 1
 
-Inbox = Add | Drop | StageFrom | Release | Commit | Stop
+Inbox = Add | Drop | Retarget | StageFrom | Release | Commit | Stop
 
 
 class Port:
@@ -126,11 +127,11 @@ class Port:
                 self.send(Imported(transfer, slot))
             case SlotFree(slot):
                 stager.free_slot(slot)
-            case StageFrom(transfer, have_tokens):
-                # Unknown here: its Add may still be in the inbox, so let it queue behind.
-                if not stager.grant(transfer, have_tokens):
+            case StageFrom():
+                # Unknown: its Add or Retarget may still be in the inbox, so let it queue behind.
+                if not stager.grant(message):
                     self.inbox.put(message)
-            case Add() | Drop() | Release() | Commit() | Stop():
+            case Add() | Drop() | Retarget() | Release() | Commit() | Stop():
                 self.inbox.put(message)
             case _:
                 raise ValueError(f"{type(message).__name__} is not for an engine")

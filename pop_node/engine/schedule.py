@@ -67,6 +67,14 @@ class TransferUnbound:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferRenamed:
+    """A prefill leg's transfer goes on as ``new_transfer``, from its beginning."""
+
+    transfer: bytes
+    new_transfer: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TransferClosed:
     """No copy for this transfer may touch blocks any more."""
 
@@ -82,6 +90,7 @@ Effect = (
     | TransferOpened
     | TransferBound
     | TransferUnbound
+    | TransferRenamed
     | TransferClosed
 )
 

@@ -21,7 +21,17 @@ from itertools import chain
 from typing import assert_never
 
 from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.messages import Add, Allocated, Commit, Declined, Drop, Ended, Release, Token
+from pop_node.engine.messages import (
+    Add,
+    Allocated,
+    Commit,
+    Declined,
+    Drop,
+    Ended,
+    Release,
+    Retarget,
+    Token,
+)
 from pop_node.engine.schedule import (
     Effect,
     Load,
@@ -31,12 +41,13 @@ from pop_node.engine.schedule import (
     TransferBound,
     TransferClosed,
     TransferOpened,
+    TransferRenamed,
     TransferUnbound,
 )
 from pop_node.engine.sequence import Sequence
 from pop_node.engine.validate import Limits, problem_with_add, problem_with_commit
 
-Command = Add | Drop | Release | Commit
+Command = Add | Drop | Retarget | Release | Commit
 
 
 def _age(sequence: Sequence) -> int:
@@ -83,9 +94,11 @@ class Scheduler:
         match command:
             case Add():
                 return self._add(command, now)
-            case Drop(seq):
+            case Drop(seq, kept_tokens):
                 sequence = self._sequences.get(seq)
-                return [] if sequence is None else self._end(sequence)
+                return [] if sequence is None else self._drop(sequence, kept_tokens)
+            case Retarget(transfer, new_transfer):
+                return self._retarget(transfer, new_transfer)
             case Release(transfer):
                 sequence = self._exports.get(transfer)
                 return [] if sequence is None else self._end(sequence)
@@ -117,6 +130,23 @@ class Scheduler:
         if sequence.leg == "prefill":
             return [TransferOpened(add.transfer, sequence.given_tokens)]
         return []
+
+    def _drop(self, sequence: Sequence, kept_tokens: int) -> list[Effect]:
+        """End a sequence; what a broken transfer brought in full stays in the prefix cache."""
+        if sequence.phase == "receiving":
+            sequence.computed = max(sequence.computed, min(kept_tokens, sequence.given_tokens))
+            self._register_blocks(sequence)
+        return self._end(sequence)
+
+    def _retarget(self, transfer: bytes, new_transfer: bytes) -> list[Effect]:
+        """Re-key a prefill leg, whatever its phase; its blocks and what is computed stay."""
+        sequence = self._exports.get(transfer)
+        if sequence is None or new_transfer in self._exports:
+            return []
+        del self._exports[transfer]
+        self._exports[new_transfer] = sequence
+        sequence.transfer = new_transfer
+        return [TransferRenamed(transfer, new_transfer)]
 
     def _commit(self, transfer: bytes, ids: list[int]) -> list[Effect]:
         """All KV of the given tokens is in the blocks: from here on it is a sequence like any."""

@@ -17,7 +17,7 @@ from threading import Lock
 import torch
 
 from pop_node.engine.exports import Export
-from pop_node.engine.messages import Import, Staged
+from pop_node.engine.messages import Import, Staged, StageFrom
 from pop_node.engine.schedule import Side
 from pop_node.kv_stream.spec import DTYPE_BYTES, KvSpec, Piece
 from pop_node.kv_stream.staging import Staging
@@ -111,6 +111,12 @@ class Stager:
         with self._lock:
             self._exports[transfer].unbind()
 
+    def rename_export(self, transfer: bytes, new_transfer: bytes) -> None:
+        """The KV goes elsewhere under a new name; nothing is granted there yet."""
+        with self._lock:
+            export = self._exports[new_transfer] = self._exports.pop(transfer)
+            export.revoke()
+
     def close(self, side: Side, transfer: bytes) -> None:
         """The transfer is over on this engine; waits for a copy that is running."""
         with self._lock:
@@ -144,13 +150,13 @@ class Stager:
 
     # ---- called by the port's thread -----------------------------------------------------------
 
-    def grant(self, transfer: bytes, have_tokens: int) -> bool:
-        """The decode site wants tokens from ``have_tokens`` on; False for an unknown transfer."""
+    def grant(self, message: StageFrom) -> bool:
+        """The decode site wants what it does not hold yet; False for an unknown transfer."""
         with self._lock:
-            export = self._exports.get(transfer)
+            export = self._exports.get(message.transfer)
             if export is None:
                 return False
-            export.grant(max(0, min(have_tokens, export.total_tokens)))
+            export.grant(message.have_tokens, message.arrived, message.resume)
             return True
 
     def free_slot(self, slot: int) -> None:
@@ -185,6 +191,7 @@ class Stager:
                     piece.token_lo,
                     piece.token_hi,
                     piece.nbytes(self._spec),
+                    export.resume,
                 )
             return None
 

@@ -63,6 +63,22 @@ class IntervalSet:
         self.starts[at:upto] = [lo]
         self.ends[at:upto] = [hi]
 
+    def end_of_run(self, lo: int) -> int:
+        """First integer from ``lo`` on that is not in the set."""
+        at = bisect_left(self.ends, lo + 1)
+        inside = at < len(self.starts) and self.starts[at] <= lo
+        return self.ends[at] if inside else lo
+
+    def keep(self, lo: int, hi: int) -> None:
+        """Leave only what lies in ``[lo, hi)``."""
+        kept = [
+            (max(start, lo), min(end, hi))
+            for start, end in zip(self.starts, self.ends, strict=True)
+            if start < hi and end > lo
+        ]
+        self.starts[:] = [start for start, _ in kept]
+        self.ends[:] = [end for _, end in kept]
+
     def gaps(self, lo: int, hi: int) -> list[tuple[int, int]]:
         """The parts of ``[lo, hi)`` that are not in the set, in order."""
         found: list[tuple[int, int]] = []
@@ -108,6 +124,23 @@ class Coverage:
                 for at, layer in enumerate(layers):
                     found += [Piece(g, c, at, at + 1, *gap) for gap in layer.gaps(lo, hi)]
         return found
+
+    def contiguous(self, have_tokens: int) -> list[int]:
+        """Per group, component and layer: how many tokens at the beginning are there without a
+        hole, counting ``have_tokens`` that need not come."""
+        return [
+            layer.end_of_run(have_tokens)
+            for components in self._sets
+            for layers in components
+            for layer in layers
+        ]
+
+    def trim(self, have_tokens: int) -> None:
+        """Forget what lies behind a hole: it will be sent again."""
+        for components in self._sets:
+            for layers in components:
+                for layer in layers:
+                    layer.keep(have_tokens, layer.end_of_run(have_tokens))
 
     def complete(self, have_tokens: int, total_tokens: int) -> bool:
         """True when nothing is missing."""

@@ -242,6 +242,11 @@ class KvEndpoint:
         """The engine answered ``on_import``: it reads the slot no more."""
         self._to_receiver(ev.Imported(slot))
 
+    def kept_tokens(self, transfer: bytes) -> int:
+        """What ``on_failed`` would say if the transfer ended now. 0 while effects are carried out:
+        an ``on_import`` may still be to come."""
+        return 0 if self._draining else self._receiver.kept_tokens(transfer)
+
     # ---- both sides ----------------------------------------------------------------------------
 
     def cancel(self, transfer: bytes, code: str, message: str) -> None:
@@ -320,7 +325,7 @@ class KvEndpoint:
                 case ev.Delivered(transfer, report):
                     self._events.on_done(transfer, report)
                 case ev.Failed(transfer, error):
-                    self._events.on_failed(transfer, error)
+                    self._events.on_failed(transfer, error, 0)
                 case _:
                     assert_never(effect)
 
@@ -337,8 +342,8 @@ class KvEndpoint:
                     self._events.on_import(transfer, slot, piece)
                 case ev.Committed(transfer, ids):
                     self._events.on_committed(transfer, list(ids))
-                case ev.Failed(transfer, error):
-                    self._events.on_failed(transfer, error)
+                case ev.Failed(transfer, error, kept_tokens):
+                    self._events.on_failed(transfer, error, kept_tokens)
                 case _:
                     assert_never(effect)
 

@@ -205,10 +205,15 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The transfer ended badly (either machine)."""
+    """The transfer ended badly (either machine).
+
+    ``kept_tokens``, of the receiver: so many tokens at the beginning are in the engine's blocks in
+    all layers, once it has done all ``Import`` effects before this one.
+    """
 
     transfer: bytes
     error: MeshError
+    kept_tokens: int = 0
 
 
 SenderEffect = Connect | Tell | SendPiece | StageFrom | SlotFree | Delivered | Failed

@@ -22,6 +22,7 @@ class Incoming:
     expected: Expected
     last_progress: float
     coverage: Coverage = field(init=False)
+    arrived: Coverage = field(init=False)
     conn: int | None = None
     have_tokens: int | None = None
     granted: bool = False
@@ -32,11 +33,22 @@ class Incoming:
 
     def __post_init__(self) -> None:
         self.coverage = Coverage(self.expected.spec)
+        self.arrived = Coverage(self.expected.spec)
 
     @property
     def most_tokens(self) -> int:
         """Tokens that the engine allocated blocks for: no piece may go beyond."""
         return self.expected.prompt_tokens + self.expected.max_ids - 1
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens at the beginning that are complete in all layers, once the engine has imported
+        what it was given. 0 for caches where a beginning alone is of no use."""
+        if self.have_tokens is None:
+            return 0
+        if any(group.kind != "tokens" for group in self.expected.spec.groups):
+            return 0
+        return min(self.arrived.contiguous(self.have_tokens))
 
     @property
     def is_whole(self) -> bool:

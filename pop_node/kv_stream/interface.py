@@ -32,5 +32,9 @@ class KvEvents(Protocol):
     def on_done(self, transfer: bytes, report: TransferReport) -> None:
         """Prefill side: the peer decodes on."""
 
-    def on_failed(self, transfer: bytes, error: MeshError) -> None:
-        """Either side: the transfer is over."""
+    def on_failed(self, transfer: bytes, error: MeshError, kept_tokens: int) -> None:
+        """Either side: the transfer is over.
+
+        Decode side: the first ``kept_tokens`` tokens are complete in all layers by what
+        ``on_import`` was told before.
+        """

@@ -63,6 +63,11 @@ class Receiver:
         """Ids of the transfers under way."""
         return list(self._incoming)
 
+    def kept_tokens(self, transfer: bytes) -> int:
+        """What ``Failed`` would say if the transfer ended now; 0 when it is not under way."""
+        incoming = self._incoming.get(transfer)
+        return 0 if incoming is None else incoming.kept_tokens
+
     @property
     def parked(self) -> int:
         """Opens waiting for their decode leg."""
@@ -251,6 +256,7 @@ class Receiver:
             error = TransferError("a KV piece arrived damaged", code="checksum_mismatch")
             return self._end_all([(incoming, error)], now)
         e = incoming.expected
+        incoming.arrived.add(data.piece)
         incoming.importing += 1
         incoming.received_bytes += held.nbytes
         incoming.last_progress = now
@@ -362,7 +368,7 @@ class Receiver:
         e = incoming.expected
         self._remove(incoming)
         self.counts.failed += 1
-        effects: list[ev.ReceiverEffect] = [ev.Failed(e.transfer, error)]
+        effects: list[ev.ReceiverEffect] = [ev.Failed(e.transfer, error, incoming.kept_tokens)]
         if tell_peer and incoming.conn is not None:
             abort = Abort(e.transfer, e.attempt, *as_text(error))
             effects.insert(0, ev.Reply(incoming.conn, abort))

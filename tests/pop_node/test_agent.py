@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pop_node import agent as agent_module
-from pop_node import model_host
+from pop_node import live_legs
 from pop_node.store.store import Store
 from registry.client import Registry
 from tests.pop_node.node_mesh import (
@@ -278,7 +278,7 @@ async def test_a_decode_node_hears_at_once_that_the_prefill_engine_died(
 async def test_an_engine_that_hangs_is_replaced(
     tiny_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_host, "LET_GO_S", 0.2)
+    monkeypatch.setattr(live_legs, "LET_GO_S", 0.2)
     async with tiny_mesh(tiny_store, tmp_path, "a") as mesh:
         a = mesh.routers["a"]
         stream = mesh.whole("a", max_tokens=400)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pop_node.engine.messages import Import, Staged
+from pop_node.engine.messages import Import, Staged, StageFrom
 from pop_node.engine.stager import Stager
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.kv_stream.staging import Staging, StagingLayout
@@ -114,7 +114,7 @@ def test_bits_arrive_whatever_the_block_sizes_and_boundaries(data: st.DataObject
     source.stager.open_export(T, total)
     source.stager.bind("export", T, blocks_out, 0, total)
     target.stager.bind("import", T, blocks_in, held, total)
-    assert source.stager.grant(T, asked)
+    assert source.stager.grant(StageFrom(T, asked))
     middle = data.draw(st.integers(0, total))
     compute(source, middle)
     carry(source, target)
@@ -185,7 +185,7 @@ def test_staging_stops_without_a_free_slot_and_goes_on_with_one(site: Site) -> N
     site.stager.open_export(T, 6)
     site.stager.bind("export", T, (0, 1), 6, 6)
     assert site.stager.stage_one() is None
-    assert site.stager.grant(T, 0)
+    assert site.stager.grant(StageFrom(T, 0))
     first = site.stager.stage_one()
     assert first is not None
     assert site.stager.stage_one() is None
@@ -200,10 +200,10 @@ def test_staging_stops_without_a_free_slot_and_goes_on_with_one(site: Site) -> N
 def test_a_closed_export_stages_nothing(site: Site) -> None:
     site.stager.open_export(T, 6)
     site.stager.bind("export", T, (0, 1), 6, 6)
-    site.stager.grant(T, 0)
+    site.stager.grant(StageFrom(T, 0))
     site.stager.close("export", T)
     assert site.stager.stage_one() is None
-    assert not site.stager.grant(T, 0)
+    assert not site.stager.grant(StageFrom(T, 0))
 
 
 def test_layers_wake_the_port_only_once_granted(site: Site) -> None:
@@ -212,7 +212,7 @@ def test_layers_wake_the_port_only_once_granted(site: Site) -> None:
     woken = site.woken
     compute(site, 3)
     assert site.woken == woken
-    site.stager.grant(T, 0)
+    site.stager.grant(StageFrom(T, 0))
     compute(site, 6)
     assert site.woken > woken
 

@@ -76,6 +76,7 @@ class Node:
         self.to_stage: deque[tuple[bytes, Piece]] = deque()
         self.staged_slots: set[int] = set()
         self.ends: dict[bytes, asyncio.Future] = {}
+        self.kept: dict[bytes, int] = {}
         self.imports: list[tuple[bytes, int]] = []
         self.imports_held = False
         self.first_import = asyncio.Event()
@@ -180,7 +181,8 @@ class Node:
     def on_done(self, transfer: bytes, report: TransferReport) -> None:
         self.ends[transfer].set_result(report)
 
-    def on_failed(self, transfer: bytes, error: MeshError) -> None:
+    def on_failed(self, transfer: bytes, error: MeshError, kept_tokens: int) -> None:
+        self.kept[transfer] = kept_tokens
         self.to_stage = deque(item for item in self.to_stage if item[0] != transfer)
         self.ends[transfer].set_result(error)
 
