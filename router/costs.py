@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from router.view import NodeView, Pending, View
+from router.speeds import BATCH_DOUBLING, base_step_s, prefill_rate
+from router.view import NodeView, Pending, Speed, View
 from topology.geography import estimate_rtt_ms, great_circle_km, link_between
 from topology.model import Position
-from wire.messages import EngineLoad
 
 EXPECTED_OUTPUT_TOKENS = 128
 """Length of an answer for which the decode node's speed is priced. Guess: a chat turn."""
@@ -23,15 +23,6 @@ EXPECTED_OUTPUT_TOKENS = 128
 DECODE_WEIGHT = 0.25
 """Worth of a second of decoding against a second of TTFT. Guess: people read slower than nodes
 write."""
-
-DEFAULT_PREFILL_TOKENS_PER_S = 1000.0
-"""Until an engine has measured itself. Measured on 2 CPU cores with a 135M model: about 1,000."""
-
-DEFAULT_STEP_S = 0.030
-"""Decode step until measured. Measured on one CPU core with a 135M model: 20-40 ms."""
-
-BATCH_DOUBLING = 8.0
-"""Sequences that double a decode step. Guess between a CPU (about 4) and a GPU (64 and more)."""
 
 CHUNK_TOKENS = 256
 """Prefill tokens per engine step next to running decodes; each chunk also waits for one decode
@@ -60,9 +51,9 @@ class Work:
     cached: Mapping[str, int]
 
 
-def prefill_rate(engine: EngineLoad) -> float:
-    """Prompt tokens per second of one engine."""
-    return engine.prefill_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
+def typical_speed(view: View, node: NodeView, model: str) -> Speed:
+    """What the engines of this node's kind do."""
+    return view.speeds.get((model, node.kin), Speed())
 
 
 def uncached_tokens(work: Work, node: str) -> int:
@@ -83,40 +74,39 @@ def client_rtt_s(view: View, client: Position, node: NodeView) -> tuple[float, s
     return rtt_ms / 1e3, f"RTT {rtt_ms:.1f} ms by distance"
 
 
-def queue_s(node: NodeView, model: str, now: float) -> tuple[float, str]:
+def queue_s(view: View, node: NodeView, model: str, now: float) -> tuple[float, str]:
     """Prefill tokens before ours over the prefill rate: ``(queued - rate * age + pending) / rate``.
 
     ``age`` is the time since the last ``Load``: the queue has been worked on since.
     """
     engine = node.engines[model]
-    rate = prefill_rate(engine)
+    rate = prefill_rate(engine, typical_speed(view, node, model))
     pending = node.pending.get(model, Pending()).prefill_tokens
     queued = max(0.0, engine.queued_prefill_tokens - rate * max(0.0, now - node.load_at)) + pending
     return queued / rate, f"{queued:.0f} tokens queued at {rate:.0f}/s"
 
 
-def compute_s(node: NodeView, work: Work) -> tuple[float, str]:
+def compute_s(view: View, node: NodeView, work: Work) -> tuple[float, str]:
     """Prefill of the uncached tokens; each chunk shares its step with the running decodes."""
     engine = node.engines[work.model]
-    rate = prefill_rate(engine)
+    typical = typical_speed(view, node, work.model)
+    rate = prefill_rate(engine, typical)
     tokens = uncached_tokens(work, node.name)
     seconds = tokens / rate
     if engine.running:
         chunks = -(-tokens // CHUNK_TOKENS)
-        seconds += chunks * (engine.decode_step_ms / 1e3 or DEFAULT_STEP_S)
+        seconds += chunks * (engine.decode_step_ms / 1e3 or base_step_s(engine, typical))
     cached = min(work.cached.get(node.name, 0), work.prompt_tokens)
     return seconds, f"{tokens} tokens at {rate:.0f}/s, {cached} cached, {engine.running} decoding"
 
 
-def decode_s(node: NodeView, work: Work) -> tuple[float, str]:
+def decode_s(view: View, node: NodeView, work: Work) -> tuple[float, str]:
     """``DECODE_WEIGHT * tokens * step(n)`` with ``step(n) = base * (1 + n / BATCH_DOUBLING)``.
 
-    ``n`` counts running, waiting and just-sent sequences and ours. The measured step is of a time
-    when at least one sequence ran, also when none does any more.
+    ``n`` counts running, waiting and just-sent sequences and ours.
     """
     engine = node.engines[work.model]
-    step = engine.decode_step_ms / 1e3 or DEFAULT_STEP_S
-    base = step / (1.0 + max(1, engine.running) / BATCH_DOUBLING)
+    base = base_step_s(engine, typical_speed(view, node, work.model))
     pending = node.pending.get(work.model, Pending()).streams
     sequences = engine.running + engine.waiting + pending + 1
     step = base * (1.0 + sequences / BATCH_DOUBLING)
@@ -128,14 +118,17 @@ def decode_s(node: NodeView, work: Work) -> tuple[float, str]:
     )
 
 
-def kv_tail_s(view: View, prefill: NodeView, decode: NodeView, work: Work) -> tuple[float, str]:
+def kv_tail_s(
+    view: View, prefill: NodeView, decode: NodeView, work: Work, hide_s: float | None = None
+) -> tuple[float, str]:
     """What the KV transfer adds after the prefill; zero when both are one node.
 
         tail = max(0, rtt + bytes / bandwidth - compute) + rtt / 2
 
     The transfer starts one round trip (open, grant) after the prefill does, runs beside it, and the
     last byte travels half a round trip. ``bytes`` leaves out tokens that the decode node holds.
-    Bandwidth is the pair's measured rate, else the topology's.
+    Bandwidth is the pair's measured rate, else the topology's. ``hide_s`` stands for the compute
+    when that is under way or over already.
     """
     if prefill.name == decode.name:
         return 0.0, "same node"
@@ -149,7 +142,7 @@ def kv_tail_s(view: View, prefill: NodeView, decode: NodeView, work: Work) -> tu
         bandwidth = measured.bytes_per_s
     tokens = max(0, work.prompt_tokens - work.cached.get(decode.name, 0))
     kv_bytes = tokens * prefill.offers[work.model].kv_bytes_per_token
-    compute, _ = compute_s(prefill, work)
+    compute = compute_s(view, prefill, work)[0] if hide_s is None else hide_s
     seconds = max(0.0, rtt + kv_bytes / bandwidth - compute) + rtt / 2
     return seconds, (
         f"{kv_bytes / 1e6:.2f} MB at {bandwidth / 1e6:.1f} MB/s, RTT {rtt * 1e3:.1f} ms, "
@@ -157,7 +150,7 @@ def kv_tail_s(view: View, prefill: NodeView, decode: NodeView, work: Work) -> tu
     )
 
 
-def interference_s(decode: NodeView, work: Work, now: float) -> tuple[float, str]:
+def interference_s(view: View, decode: NodeView, work: Work, now: float) -> tuple[float, str]:
     """Prefills queued at another decode node: next to a prefill, a decode nearly stands still."""
-    seconds, detail = queue_s(decode, work.model, now)
+    seconds, detail = queue_s(view, decode, work.model, now)
     return seconds, f"prefills at the decode node: {detail}"

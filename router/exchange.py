@@ -13,10 +13,13 @@ from typing import Protocol, assert_never
 
 from router.api.render import ClientFinish, Usage
 from router.dispatch import Dispatch
+from router.node_link import StreamMessage
 from router.policy import Plan, Route, RouteRequest
 from router.record import RequestRecord
+from router.recovery import Broken, Recovery, choose_recovery, salvage_patience_s
 from router.request_events import (
     ClientGone,
+    CloseLeg,
     CloseStream,
     Done,
     Effect,
@@ -31,6 +34,7 @@ from router.request_events import (
     RequestSpec,
     Routed,
     SendCancel,
+    SendRetarget,
     SendSubmit,
     Tick,
     Tokens,
@@ -39,7 +43,7 @@ from router.request_events import (
 from router.request_machine import RequestMachine
 from router.view_builder import Reservation
 from wire.errors import MeshError, OverloadError
-from wire.messages import Accepted, Cancel, Failed, Finished, Refused, StepEntry, Submit
+from wire.messages import Accepted, Cancel, StepEntry, Submit
 
 
 class AnswerSink(Protocol):
@@ -77,11 +81,15 @@ class Exchange:
         self._prompt_bytes = prompt_bytes
         self._sink = sink
         self._model = spec.model
+        self._chain = spec.chain
+        salvage_s = salvage_patience_s(routing.work, dispatch.builder.snapshot())
+        spec = replace(spec, salvage_s=salvage_s)
         self._machine = RequestMachine(spec, record, self._loop.time())
         self._open: list[tuple[str, int]] = []
         self._effects: deque[Effect] = deque()
         self._performing = False
         self._timer: asyncio.TimerHandle | None = None
+        self._armed_at: float | None = None
 
     def start(self, plan: Plan) -> None:
         """Submit both legs of the first attempt."""
@@ -105,10 +113,13 @@ class Exchange:
         """New tokens from a node."""
         self._feed(Tokens(node, entry))
 
-    def said(self, node: str, message: Accepted | Refused | Finished | Failed) -> None:
+    def said(self, node: str, message: StreamMessage) -> None:
         """A control message from a node."""
         if isinstance(message, Accepted):
             self._dispatch.ratio.learn(self._model, self._prompt_bytes, message.prompt_tokens)
+            if message.prompt_tokens > 0:  # exact from now on, for whatever is priced later
+                work = replace(self._routing.work, prompt_tokens=message.prompt_tokens)
+                self._routing = replace(self._routing, work=work)
         self._feed(NodeSaid(node, message))
 
     def link_lost(self, node: str) -> None:
@@ -129,6 +140,7 @@ class Exchange:
                 self._perform(self._effects.popleft())
         finally:
             self._performing = False
+        self._arm()
 
     def _perform(self, effect: Effect) -> None:
         match effect:
@@ -139,18 +151,23 @@ class Exchange:
                 self._sink.headers(prefill, decode)
             case SendSubmit(node, message):
                 self._submit(node, message)
+            case SendRetarget(node, retarget):
+                link = self._dispatch.pool.get(node)
+                if link is None or not link.retarget(retarget):
+                    self._feed(LinkLost(node))
             case SendCancel(node, stream):
                 link = self._dispatch.pool.get(node)
                 if link is not None:
                     link.send(Cancel(stream))
+            case CloseLeg(node, stream):
+                self._close([(node, stream)])
             case CloseStream(stream):
-                self._close_stream(stream)
-            case Replan(avoid_nodes, avoid_pairs):
-                self._feed(self._replanned(avoid_nodes, avoid_pairs))
+                self._close([leg for leg in self._open if leg[1] == stream])
+            case Replan(broken):
+                self._feed(self._replanned(broken))
             case EmitFinish(reason, usage):
                 self._dispatch.finished(self._machine.record)
                 self._sink.finish(reason, usage)
-                self._arm()
             case EmitError(error):
                 self._dispatch.finished(self._machine.record)
                 self._sink.error(error)
@@ -180,46 +197,54 @@ class Exchange:
             message.stream,
             Reservation(self._model, prefill_tokens, streams, self._loop.time()),
         )
-        self._arm()
 
-    def _close_stream(self, stream: int) -> None:
-        for node, opened in self._open:
-            if opened == stream:
-                link = self._dispatch.pool.get(node)
-                if link is not None:
-                    link.close_stream(stream)
-                self._dispatch.builder.release(node, stream)
-        self._open = [(node, opened) for node, opened in self._open if opened != stream]
+    def _close(self, legs: list[tuple[str, int]]) -> None:
+        """Hear no more of these (node, stream)."""
+        for node, stream in legs:
+            link = self._dispatch.pool.get(node)
+            if link is not None:
+                link.close_stream(stream)
+            self._dispatch.builder.release(node, stream)
+        self._open = [leg for leg in self._open if leg not in legs]
 
-    def _replanned(
-        self, avoid_nodes: frozenset[str], avoid_pairs: frozenset[tuple[str, str]]
-    ) -> Routed | Unroutable:
-        self._dispatch.metrics.retries.add()
-        if not self._dispatch.retry_budget.withdraw():
-            return Unroutable(OverloadError("too many requests are being retried already"))
-        routing = replace(self._routing, avoid_nodes=avoid_nodes, avoid_pairs=avoid_pairs)
+    def _replanned(self, broken: Broken) -> Routed | Unroutable:
+        dispatch = self._dispatch
+        view, now = dispatch.builder.snapshot(), self._loop.time()
+        cached = dispatch.builder.prefixes.cached_tokens(self._model, self._chain)
+        routing = replace(self._routing, work=replace(self._routing.work, cached=cached))
         try:
-            plan = self._dispatch.choose(routing)
+            choice = choose_recovery(routing, broken, view, now, dispatch.rng)
         except MeshError as exc:
             return Unroutable(exc)
-        return self._routed(plan.route)
+        if not broken.relayed and not dispatch.retry_budget.withdraw():
+            error = OverloadError("too many requests are being retried already", retry_after_s=1.0)
+            return Unroutable(error, final=True)
+        dispatch.metrics.retries.add()
+        dispatch.metrics.recoveries.add(choice.recovery.kind)
+        return self._routed(choice.route, choice.keeps_prefill, choice.recovery)
 
-    def _routed(self, route: Route) -> Routed:
+    def _routed(
+        self, route: Route, keeps_prefill: bool = False, recovery: Recovery | None = None
+    ) -> Routed:
+        offers = self._dispatch.builder.snapshot().nodes[route.decode].offers
         return Routed(
             route,
             self._dispatch.next_stream(),
             self._dispatch.transfer_id(),
-            self._dispatch.builder.snapshot().nodes[route.decode].offers[self._model].kv_address,
+            offers[self._model].kv_address,
+            keeps_prefill,
+            recovery,
         )
 
     def _arm(self) -> None:
         """One timer, at the machine's next deadline."""
+        at = self._machine.next_deadline()
+        if at == self._armed_at or self._machine.phase == "done":
+            return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(self._machine.next_deadline(), self._tick)
+        self._timer, self._armed_at = self._loop.call_at(at, self._tick), at
 
     def _tick(self) -> None:
-        self._timer = None
+        self._timer = self._armed_at = None
         self._feed(Tick())
-        if self._machine.phase != "done":
-            self._arm()

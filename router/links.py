@@ -49,6 +49,7 @@ class LinkPool:
         self._links: dict[str, NodeLink] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._listed: dict[str, ServiceEntry] = {}
+        self._incarnations: dict[str, str] = {}
         self._loop = asyncio.get_running_loop()
         self._events = LinkEvents(
             up=self._up,
@@ -111,9 +112,11 @@ class LinkPool:
                 self._start(name, address)
             else:
                 link.address = address  # used by the next connection
+                self._notice_rebirth(link, entry)
         for name in [name for name in self._links if name not in self._listed]:
             if not self._links[name].up:
                 del self._links[name]
+                self._incarnations.pop(name, None)
                 self._tasks.pop(name).cancel()
         self._builder.set_directory(
             {
@@ -122,9 +125,21 @@ class LinkPool:
             }
         )
 
+    def _notice_rebirth(self, link: NodeLink, entry: ServiceEntry) -> None:
+        """A node that the directory shows in a new incarnation needs a new connection.
+
+        A link may be ahead of the directory, so only a change *from* the incarnation that it is
+        linked to counts.
+        """
+        listed = entry.meta.get("incarnation", "")
+        before, self._incarnations[link.node.name] = self._incarnations.get(link.node.name), listed
+        if listed != before and link.incarnation in ("", before):
+            link.reborn()
+
     def _start(self, name: str, address: str) -> None:
         node = self._topology.nodes[name]
-        link = NodeLink(node, address, self._identity, self._events, self._rng)
+        detection_s = self._topology.detection_s
+        link = NodeLink(node, address, self._identity, self._events, self._rng, detection_s)
         self._links[name] = link
         self._tasks[name] = self._group.create_task(link.run(), name=f"link {name}")
 

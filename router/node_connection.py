@@ -15,7 +15,14 @@ from wire.framing import FrameWriter, encode, router_side_reader
 from wire.messages import Goodbye, Hello, NodeMessage, Ping, Pong, RouterMessage
 
 MAX_WRITE_BACKLOG = 8 * 1024 * 1024
-"""Bytes a node may leave unread before the link is given up: small frames beyond that are stuck."""
+"""Bytes of small frames that a node may leave unread before the link is given up."""
+
+MAX_BULK_BACKLOG = 64 * 1024 * 1024
+"""The same for the parts of long messages that wait for room: six of the largest requests, a second
+of a 500 Mbit/s link. More waits only where nothing moves."""
+
+GOODBYE_S = 1.0
+"""How long the word on why we leave is tried for. Guess: several round trips."""
 
 MAX_EARLY_MESSAGES = 1024
 """Messages taken between the greeting and its check, a matter of one turn of the event loop."""
@@ -36,6 +43,7 @@ class NodeConnection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.greeted: asyncio.Future[Hello] = loop.create_future()
         self.closed: asyncio.Future[MeshError] = loop.create_future()
+        self.version = 0  # agreed on after the greeting
         self.rtt_ms: float | None = None
         self.heard_at = loop.time()
         self._loop = loop
@@ -49,6 +57,7 @@ class NodeConnection(asyncio.Protocol):
         self._early: list[NodeMessage] | None = []
         self._pings: dict[int, float] = {}
         self._nonce = 0
+        self._said_goodbye = False
 
     # ---- transport callbacks ------------------------------------------------------------------
 
@@ -64,7 +73,7 @@ class NodeConnection(asyncio.Protocol):
             for message in self._reader.feed(data):
                 self._receive(message)
         except PeerError as exc:
-            self.send(Goodbye(exc.code, exc.message))
+            self.say_goodbye(exc)
             self._end(exc)
 
     def pause_writing(self) -> None:
@@ -87,10 +96,12 @@ class NodeConnection(asyncio.Protocol):
         frame = self._writer.push(message)
         if frame:
             self._transport.write(frame)
-            if self._transport.get_write_buffer_size() > MAX_WRITE_BACKLOG:
-                self._end(PeerError("the node reads nothing any more", code="link_lost"))
+            stuck = self._transport.get_write_buffer_size() > MAX_WRITE_BACKLOG
         else:
             self._pump()
+            stuck = self._writer.bulk_bytes > MAX_BULK_BACKLOG
+        if stuck:
+            self._end(PeerError("the node reads nothing any more", code="link_lost"))
 
     def _pump(self) -> None:
         """Parts of long messages, until the transport has enough (it calls ``pause_writing``)."""
@@ -112,11 +123,23 @@ class NodeConnection(asyncio.Protocol):
         found: ssl.SSLObject = self._transport.get_extra_info("ssl_object")
         return found
 
+    def say_goodbye(self, error: MeshError) -> None:
+        """Tell the node why the link ends; ``abort`` then leaves a moment for these words."""
+        self.send(Goodbye(error.code, error.message))
+        self._said_goodbye = True
+
+    def give_up(self, error: MeshError) -> None:
+        """The connection is of no use any more; whoever watches ``closed`` aborts it."""
+        self._end(error)
+
     def abort(self) -> None:
-        """Close; what is still in the socket's buffer is tried for, nothing is waited for."""
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
+        """End now: a node that reads nothing keeps no socket and no buffer of ours."""
+        transport, self._transport = self._transport, None
+        if transport is not None and self._said_goodbye:
+            transport.close()
+            self._loop.call_later(GOODBYE_S, transport.abort)
+        elif transport is not None:
+            transport.abort()
         self._end(PeerError("the link was closed", code="link_lost"))
 
     # ---- receiving ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import logging
 import random
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
@@ -29,6 +30,7 @@ from wire.messages import (
     Attached,
     CacheDelta,
     Cancel,
+    Detached,
     Draining,
     Drill,
     DrillStarted,
@@ -42,9 +44,10 @@ from wire.messages import (
     Ping,
     Pong,
     Refused,
-    RouterMessage,
+    Retarget,
     Step,
     StepEntry,
+    Submit,
 )
 from wire.tls import Credentials, peer_identity
 
@@ -56,12 +59,20 @@ CONNECT_TIMEOUT_S = 5.0
 PING_INTERVAL_S = 1.0
 """One small frame a second per link keeps the RTT fresh. Guess."""
 
-DEAD_AFTER_S = 5.0
-"""Silence after which a link is given up, or 20 round trips if that is longer (DESIGN: waits)."""
+PINGS_PER_DETECTION = 4
+"""Pings in one detection time at least, so that one lost packet is no death. Guess."""
+
+PATIENCE_RTTS = 20
+"""Silence is given this many round trips, where that is longer than the detection time (DESIGN:
+waits)."""
 
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 5.0
 """Pause before connecting again: doubles from the first to the second, halved by jitter at most."""
+
+
+StreamMessage = Accepted | Refused | Finished | Failed | Detached
+"""What a node says about one stream, tokens apart."""
 
 
 class StreamListener(Protocol):
@@ -70,7 +81,7 @@ class StreamListener(Protocol):
     def tokens(self, node: str, entry: StepEntry) -> None:
         """New tokens."""
 
-    def said(self, node: str, message: Accepted | Refused | Finished | Failed) -> None:
+    def said(self, node: str, message: StreamMessage) -> None:
         """A control message."""
 
     def link_lost(self, node: str) -> None:
@@ -125,7 +136,9 @@ class NodeLink:
         identity: LinkIdentity,
         events: LinkEvents,
         rng: random.Random,
+        detection_s: float,
     ) -> None:
+        """``detection_s`` of silence end a connection, or 20 round trips if that is longer."""
         self.node = node
         self.address = address
         self.last_error: str | None = None
@@ -134,10 +147,11 @@ class NodeLink:
         self._identity = identity
         self._events = events
         self._rng = rng
+        self._detection_s = detection_s
         self._streams: dict[int, StreamListener] = {}
         self._connection: NodeConnection | None = None
+        self._hurry = asyncio.Event()
         self._questions = Questions()
-        self._version = 0
 
     @property
     def up(self) -> bool:
@@ -145,14 +159,19 @@ class NodeLink:
         return self._connection is not None
 
     @property
+    def version(self) -> int:
+        """Version of the mesh wire that both sides speak; 0 without a connection."""
+        return 0 if self._connection is None else self._connection.version
+
+    @property
+    def incarnation(self) -> str:
+        """Which start of the node this is; empty without a connection."""
+        return "" if self._connection is None else self._connection.greeted.result().incarnation
+
+    @property
     def rtt_ms(self) -> float | None:
         """Smoothed round trip, if measured on the present connection."""
         return None if self._connection is None else self._connection.rtt_ms
-
-    @property
-    def version(self) -> int:
-        """The wire version spoken on the present connection; 0 without one."""
-        return 0 if self._connection is None else self._version
 
     @property
     def num_streams(self) -> int:
@@ -167,12 +186,29 @@ class NodeLink:
         """Hear no more about ``stream``."""
         self._streams.pop(stream, None)
 
-    def send(self, message: RouterMessage) -> bool:
-        """Write now, or in parts as room comes; False when there is no link."""
+    def send(self, message: Submit | Cancel) -> bool:
+        """Write now, or in parts as room comes; False when there is no link.
+
+        What version 1 of the wire does not know goes through ``retarget`` and ``ask``, which look
+        at the version that was agreed on.
+        """
         if self._connection is None:
             return False
         self._connection.send(message)
         return True
+
+    def retarget(self, message: Retarget) -> bool:
+        """Give a prefill leg another decode node; False when there is no link, or an old one."""
+        if self._connection is None or self._connection.version < 2:
+            return False
+        self._connection.send(message)
+        return True
+
+    def reborn(self) -> None:
+        """The node has started anew: give up a connection to its older start, connect at once."""
+        if self._connection is not None:
+            self._connection.give_up(PeerError("the node has started anew", code="link_lost"))
+        self._hurry.set()
 
     async def ask(self, number: int, question: Attach | Drill) -> Answer:
         """The node's answer to a question with a number never used before.
@@ -182,9 +218,9 @@ class NodeLink:
         """
         if self._connection is None:
             raise PeerError(f"there is no link to {self.node.name}", code="link_lost")
-        if self._version < 2:
+        if self._connection.version < 2:
             raise PeerError(
-                f"{self.node.name} speaks version {self._version} of the mesh wire, "
+                f"{self.node.name} speaks version {self._connection.version} of the mesh wire, "
                 f"{type(question).__name__} needs 2",
                 code="version_mismatch",
                 retryable=False,
@@ -213,7 +249,10 @@ class NodeLink:
                 backoff_s = BACKOFF_MIN_S
                 await self._serve(connection)
             self.reconnects += 1
-            await asyncio.sleep(backoff_s * self._rng.uniform(0.5, 1.0))
+            self._hurry.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(backoff_s * self._rng.uniform(0.5, 1.0)):
+                    await self._hurry.wait()
             backoff_s = min(BACKOFF_MAX_S, 2 * backoff_s)
 
     async def _connect(self) -> NodeConnection:
@@ -259,7 +298,8 @@ class NodeLink:
     def _check(self, connection: NodeConnection, hello: Hello) -> None:
         """The peer is the node we meant; raises ``PeerError`` after telling it why not."""
         try:
-            negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
+            theirs = (hello.min_version, hello.max_version)
+            connection.version = negotiate(MIN_VERSION, MAX_VERSION, *theirs)
             claims = (hello.mesh, hello.kind, hello.name, hello.site)
             expected = (self._identity.mesh, "node", self.node.name, self.node.site)
             if claims != expected:
@@ -271,13 +311,12 @@ class NodeLink:
                 if not proven.roles >= frozenset(hello.roles):
                     raise _wrong_peer(f"its certificate does not allow the roles {hello.roles}")
         except PeerError as exc:
-            connection.send(Goodbye(exc.code, exc.message))
+            connection.say_goodbye(exc)
             raise
 
     async def _serve(self, connection: NodeConnection) -> None:
         """Carry messages until the connection dies, then tell everybody."""
         hello = connection.greeted.result()
-        self._version = negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
         self._connection, self.last_error = connection, None
         log.info("link to %s is up (incarnation %s)", self.node.name, hello.incarnation)
         self._events.up(self.node.name, hello)
@@ -296,17 +335,26 @@ class NodeLink:
                 listener.link_lost(self.node.name)
 
     async def _watch(self, connection: NodeConnection) -> MeshError:
-        """Ping once a second; returns why the connection ended."""
+        """Ping, at least once a second; returns why the connection ended."""
         loop = asyncio.get_running_loop()
+        interval_s = min(PING_INTERVAL_S, self._detection_s / PINGS_PER_DETECTION)
         while True:
             connection.ping()
-            done, _ = await asyncio.wait((connection.closed,), timeout=PING_INTERVAL_S)
+            rtt_s = (connection.rtt_ms or 0.0) / 1e3
+            patience_s = max(self._detection_s, PATIENCE_RTTS * rtt_s)
+            pause_s = min(interval_s, connection.heard_at + patience_s - loop.time())
+            asleep_at = loop.time()
+            done, _ = await asyncio.wait((connection.closed,), timeout=max(0.0, pause_s))
             if done:
                 return connection.closed.result()
-            patience = max(DEAD_AFTER_S, 20e-3 * (connection.rtt_ms or 0.0))
-            if loop.time() - connection.heard_at > patience:
+            overslept_s = loop.time() - asleep_at - max(0.0, pause_s)
+            if overslept_s > interval_s:
+                # This process stood still (stopped, or its host slept): what nodes said meanwhile
+                # lies unread, and silence while nobody listened is not theirs.
+                connection.heard_at += overslept_s
+            elif loop.time() - connection.heard_at >= patience_s:
                 return PeerError(
-                    f"nothing heard from {self.node.name} for {patience:.0f} s", code="link_lost"
+                    f"nothing heard from {self.node.name} for {patience_s:.3g} s", code="link_lost"
                 )
 
     def _note(self, error: MeshError) -> None:
@@ -325,7 +373,7 @@ class NodeLink:
                         listener.tokens(name, entry)
                     else:
                         self.unknown_stream_messages += 1
-            case Accepted() | Refused() | Finished() | Failed():
+            case Accepted() | Refused() | Finished() | Failed() | Detached():
                 listener = self._streams.get(message.stream)
                 if listener is not None:
                     listener.said(self.node.name, message)

@@ -57,7 +57,7 @@ class RouteRequest:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One pair of nodes; ``reasons`` sum to ``cost_s``."""
+    """One pair of nodes, as they started last; ``reasons`` sum to ``cost_s``."""
 
     prefill: str
     decode: str
@@ -65,6 +65,8 @@ class Route:
     decode_site: str
     cost_s: float
     reasons: tuple[Reason, ...]
+    prefill_incarnation: str = ""
+    decode_incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,9 @@ def choose(
             continue
         trip, _ = costs.client_rtt_s(view, request.client, node)
         if "prefill" in node.roles and request.pin.prefill in (None, name):
-            prefills.append(_prefill_candidate(node, request.work, trip, now))
+            prefills.append(_prefill_candidate(view, node, request.work, trip, now))
         if "decode" in node.roles and request.pin.decode in (None, name):
-            decodes.append(_decode_candidate(node, request.work, trip))
+            decodes.append(_decode_candidate(view, node, request.work, trip))
     ranked = _best_pairs(prefills, decodes, request, view, now)
     if not ranked:
         raise _no_route(request, rejected, bool(prefills), bool(decodes))
@@ -163,14 +165,16 @@ class _Pair:
     decode: NodeView
 
 
-def _prefill_candidate(node: NodeView, work: Work, trip: float, now: float) -> _Candidate:
-    queue, _ = costs.queue_s(node, work.model, now)
-    compute, _ = costs.compute_s(node, work)
+def _prefill_candidate(
+    view: View, node: NodeView, work: Work, trip: float, now: float
+) -> _Candidate:
+    queue, _ = costs.queue_s(view, node, work.model, now)
+    compute, _ = costs.compute_s(view, node, work)
     return _Candidate(trip + queue + compute, node)
 
 
-def _decode_candidate(node: NodeView, work: Work, trip: float) -> _Candidate:
-    decode, _ = costs.decode_s(node, work)
+def _decode_candidate(view: View, node: NodeView, work: Work, trip: float) -> _Candidate:
+    decode, _ = costs.decode_s(view, node, work)
     return _Candidate(trip / 2 + decode, node)
 
 
@@ -196,7 +200,7 @@ def _best_pairs(
             if len(best) == MAX_ROUTES and floor >= best[-1].cost_s:
                 break
             p, d = prefill.node, decode.node
-            if not _compatible(p, d, request):
+            if not may_hand_over(p, d, request):
                 continue
             cost = floor + sum(term.seconds for term in _pair_terms(p, d, request.work, view, now))
             bisect.insort(best, _Pair(cost, p, d), key=_pair_order)
@@ -212,7 +216,7 @@ def _pair_order(pair: _Pair) -> tuple[float, str, str]:
     return pair.cost_s, pair.prefill.name, pair.decode.name
 
 
-def _compatible(prefill: NodeView, decode: NodeView, request: RouteRequest) -> bool:
+def may_hand_over(prefill: NodeView, decode: NodeView, request: RouteRequest) -> bool:
     """Two nodes may hand KV over only when they compute the same model."""
     if (prefill.name, decode.name) in request.avoid_pairs:
         return False
@@ -232,7 +236,7 @@ def _pair_terms(
         return (Reason("kv_tail", 0.0, "same node"),)
     return (
         Reason("kv_tail", *costs.kv_tail_s(view, prefill, decode, work)),
-        Reason("interference", *costs.interference_s(decode, work, now)),
+        Reason("interference", *costs.interference_s(view, decode, work, now)),
     )
 
 
@@ -253,10 +257,10 @@ def _explained(pair: _Pair, request: RouteRequest, view: View, now: float) -> Ro
     back, back_detail = costs.client_rtt_s(view, request.client, decode)
     reasons = (
         Reason("to_prefill", there, there_detail),
-        Reason("queue", *costs.queue_s(prefill, work.model, now)),
-        Reason("prefill", *costs.compute_s(prefill, work)),
+        Reason("queue", *costs.queue_s(view, prefill, work.model, now)),
+        Reason("prefill", *costs.compute_s(view, prefill, work)),
         *_pair_terms(prefill, decode, work, view, now),
-        Reason("decode", *costs.decode_s(decode, work)),
+        Reason("decode", *costs.decode_s(view, decode, work)),
         Reason("to_client", back / 2, f"half of {back_detail}"),
     )
     return Route(
@@ -266,6 +270,8 @@ def _explained(pair: _Pair, request: RouteRequest, view: View, now: float) -> Ro
         decode_site=decode.site,
         cost_s=sum(reason.seconds for reason in reasons),
         reasons=reasons,
+        prefill_incarnation=prefill.incarnation,
+        decode_incarnation=decode.incarnation,
     )
 
 

@@ -10,20 +10,27 @@ from dataclasses import dataclass, field
 
 from router.api.render import Usage
 from router.policy import Route
+from router.recovery import Recovery
 from wire.messages import TransferReport
 
 MAX_RECORDS = 1024
 """Finished and running requests remembered per router; some 2 KB each."""
 
+MAX_ATTEMPTS_KEPT = 32
+"""Attempts remembered per request, the newest; a long answer in a bad hour may take more."""
+
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """One try; ``forced_tokens`` were already relayed when it began, ``outcome`` is a word or
-    code."""
+    """One try; ``forced_tokens`` were already relayed when it began, ``outcome`` is a word or code.
+
+    ``recovery`` says how it takes over from the one before it, and at what price.
+    """
 
     number: int
     route: Route
     forced_tokens: int
+    recovery: Recovery | None = None
     outcome: str = "running"
     message: str = ""
 
@@ -37,6 +44,7 @@ class RequestRecord:
     tenant: str
     client_source: str
     attempts: list[AttemptRecord] = field(default_factory=list)
+    attempts_forgotten: int = 0
     usage: Usage | None = None
     outcome: str = "running"
     ttft_ms: float | None = None
@@ -45,6 +53,13 @@ class RequestRecord:
     node_prefill_ms: float | None = None
     transfer: TransferReport | None = None
     stale_messages: int = 0
+
+    def begin(self, attempt: AttemptRecord) -> None:
+        """Add an attempt, forgetting the oldest beyond the bound."""
+        self.attempts.append(attempt)
+        if len(self.attempts) > MAX_ATTEMPTS_KEPT:
+            del self.attempts[0]
+            self.attempts_forgotten += 1
 
 
 class RequestLog:

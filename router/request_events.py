@@ -7,8 +7,20 @@ from typing import Literal
 
 from router.api.render import ClientFinish, Usage
 from router.policy import Route
+from router.recovery import Broken, Recovery
 from wire.errors import MeshError
-from wire.messages import Accepted, Failed, Finished, Input, Refused, Sampling, StepEntry, Submit
+from wire.messages import (
+    Accepted,
+    Detached,
+    Failed,
+    Finished,
+    Input,
+    Refused,
+    Retarget,
+    Sampling,
+    StepEntry,
+    Submit,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +28,9 @@ class RequestSpec:
     """The request as every attempt submits it. ``deadline`` is on the router's clock, seconds.
 
     ``relayed`` are output tokens that the client has already, from an answer that is resumed, and
-    ``accepted`` is what its first attempt said of the prompt.
+    ``accepted`` is what its first attempt said of the prompt. ``salvage_s`` is how long to wait for
+    a decode node's word on what it keeps of a hand-over that its prefill node did not finish; 0:
+    not worth waiting for.
     """
 
     request_id: str
@@ -27,6 +41,7 @@ class RequestSpec:
     chain: list[bytes]
     deadline: float
     relayed: tuple[int, ...] = ()
+    salvage_s: float = 0.0
     accepted: Accepted | None = None
 
 
@@ -35,19 +50,27 @@ class RequestSpec:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A route for the next attempt, with what only the shell can mint or look up."""
+    """A route for the next attempt, with what only the shell can mint or look up.
+
+    ``stream`` is fresh, and left unused when ``keeps_prefill``: then the running prefill leg gets
+    another decode node and its stream goes on. ``recovery`` says why an attempt after the first
+    goes this way.
+    """
 
     route: Route
     stream: int
     transfer_id: bytes
     kv_address: str
+    keeps_prefill: bool = False
+    recovery: Recovery | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Unroutable:
-    """There is no route for the next attempt."""
+    """There is no route for the next attempt. ``final``: waiting for one is not allowed either."""
 
     error: MeshError
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +86,7 @@ class NodeSaid:
     """A control message of one of this request's streams."""
 
     node: str
-    message: Accepted | Refused | Finished | Failed
+    message: Accepted | Refused | Finished | Failed | Detached
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +118,7 @@ Event = Routed | Unroutable | Tokens | NodeSaid | LinkLost | ClientGone | Tick
 class Replan:
     """Find another route; answer with ``Routed`` or ``Unroutable``."""
 
-    avoid_nodes: frozenset[str]
-    avoid_pairs: frozenset[tuple[str, str]]
+    broken: Broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +130,24 @@ class SendSubmit:
 
 
 @dataclass(frozen=True, slots=True)
+class SendRetarget:
+    """Give the prefill leg at ``node`` another decode node."""
+
+    node: str
+    message: Retarget
+
+
+@dataclass(frozen=True, slots=True)
 class SendCancel:
     """Stop a leg at ``node``."""
+
+    node: str
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLeg:
+    """The leg of this stream at ``node`` has ended; the stream's other leg goes on."""
 
     node: str
     stream: int
@@ -163,7 +201,9 @@ class Done:
 Effect = (
     Replan
     | SendSubmit
+    | SendRetarget
     | SendCancel
+    | CloseLeg
     | CloseStream
     | EmitHeaders
     | EmitText

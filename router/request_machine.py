@@ -3,14 +3,22 @@
 Pure: ``effects = machine.handle(event, now)``; knows no socket, clock or HTTP.
 
     routing --Routed--> running --finish--> settling --handoff report or timeout--> done
-       ^                   |
-       +----- Replan ------+   (a leg died, attempts and routes are left)
+     ^   |                 |
+     |   Unroutable        a leg died
+     |   v                 v
+     +- waiting         salvaging (the decode node says what it kept) --> routing
+     +----- Replan ------+
 
-Each attempt has its own stream number, so whatever an older attempt still says is told apart and
-dropped. Output indices are relayed in order, each exactly once: the decode node's index h may
-arrive before the prefill node's last one and then waits (``router.token_relay``). A new attempt
-after the first token submits the relayed ids as ``forced_ids`` and nodes answer with higher
-indices only, so a failover in mid-stream needs no second mechanism.
+Each attempt from the beginning has its own stream number, so whatever an older attempt still says
+is told apart and dropped. When only the decode node of an attempt dies before it spoke, the prefill
+leg may go on with another one: that attempt keeps the stream, and ``router.attempt`` says why late
+words of the lost node are still told apart. The kept leg is heard while a route is looked for, so
+nothing that it says is lost.
+
+Output indices are relayed in order, each exactly once: the decode node's index h may arrive before
+the prefill node's last one and then waits (``router.token_relay``). A new attempt after the first
+token submits the relayed ids as ``forced_ids`` and nodes answer with higher indices only, so a
+failover in mid-stream needs no second mechanism.
 
 Invariants: indices contiguous; ``EmitFinish`` or ``EmitError`` at most once and never both; nothing
 but ``Done``/``SendCancel``/``CloseStream`` after it; every submitted leg has ended, or was
@@ -19,14 +27,17 @@ cancelled, by ``Done``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from router.api.render import ClientFinish, Usage
-from router.policy import Route
-from router.record import AttemptRecord, RequestRecord
+from router.attempt import Attempt, begin, hand_on
+from router.avoidance import AVOID_ENGINE_S, AVOID_S, Avoidance, NodeStart
+from router.patience import Patience
+from router.record import RequestRecord
+from router.recovery import Broken
 from router.request_events import (
     ClientGone,
+    CloseLeg,
     CloseStream,
     Done,
     Effect,
@@ -41,26 +52,13 @@ from router.request_events import (
     RequestSpec,
     Routed,
     SendCancel,
-    SendSubmit,
     Tick,
     Tokens,
     Unroutable,
 )
 from router.token_relay import TokenRelay
 from wire.errors import DeadlineError, MeshError, PeerError, TransferError, error_from_code
-from wire.messages import (
-    Accepted,
-    Failed,
-    Finished,
-    Leg,
-    Refused,
-    StepEntry,
-    Submit,
-    Transfer,
-)
-
-MAX_ATTEMPTS = 4
-"""Tries of one request, the first included. Guess: with four sites down there is no fifth."""
+from wire.messages import Accepted, Detached, Failed, Finished, Refused, StepEntry
 
 SETTLE_S = 5.0
 """How long a complete answer waits for the prefill leg's transfer report before cancelling it."""
@@ -71,23 +69,7 @@ MAX_PEER_MESSAGE = 500
 ANSWER_COMPLETE = "answer_complete"
 """Code with which a prefill node cancels a transfer because its token was the last one."""
 
-Phase = Literal["routing", "running", "settling", "done"]
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """The running try. ``open_legs`` maps nodes to the leg they still owe an end for."""
-
-    route: Route
-    stream: int
-    open_legs: dict[str, Leg]
-    record: AttemptRecord
-    finish: Finished | None = None
-    decode_spoke: bool = False
-
-    def prefill_open(self) -> bool:
-        """The prefill leg of a pair may still say something."""
-        return self.open_legs.get(self.route.prefill) == "prefill"
+Phase = Literal["routing", "running", "salvaging", "waiting", "settling", "done"]
 
 
 class RequestMachine:
@@ -98,14 +80,16 @@ class RequestMachine:
         self.phase: Phase = "routing"
         self._spec = spec
         self._started_at = now
-        self._settle_at = spec.deadline
+        self._wake_at = spec.deadline  # of the phases that end by themselves
         self._relay = TokenRelay(spec.relayed)
         self._headers_sent = False
-        self._attempt: _Attempt | None = None
+        self._number = 0
+        self._attempt: Attempt | None = None
         self._prompt: Accepted | None = spec.accepted
         self._last_error: MeshError | None = None
-        self._avoid_nodes: frozenset[str] = frozenset()
-        self._avoid_pairs: frozenset[tuple[str, str]] = frozenset()
+        self._patience = Patience()
+        self._avoid = Avoidance()
+        self._kept: dict[NodeStart, int] = {}
 
     @property
     def spec(self) -> RequestSpec:
@@ -124,7 +108,9 @@ class RequestMachine:
 
     def next_deadline(self) -> float:
         """When the machine wants a ``Tick``, on the router's clock in seconds."""
-        return self._settle_at if self.phase == "settling" else self._spec.deadline
+        if self.phase in ("salvaging", "waiting"):
+            return min(self._wake_at, self._spec.deadline)
+        return self._wake_at if self.phase == "settling" else self._spec.deadline
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Effects to carry out, in order."""
@@ -140,8 +126,8 @@ class RequestMachine:
                 return self._on_link_lost(node, now)
             case Routed():
                 return self._on_routed(event, now)
-            case Unroutable(error):
-                return self._end_in_error(self._last_error or error, now)
+            case Unroutable(error, final):
+                return self._on_unroutable(error, final, now)
             case ClientGone(outcome):
                 return self._on_client_gone(outcome, now)
             case Tick():
@@ -153,44 +139,46 @@ class RequestMachine:
 
     def _on_routed(self, event: Routed, now: float) -> list[Effect]:
         assert self.phase == "routing", "a route came without being asked for"
-        route, stream = event.route, event.stream
-        number = len(self.record.attempts) + 1
-        record = AttemptRecord(number, route, forced_tokens=len(self._relay.ids))
-        self.record.attempts.append(record)
-        legs: list[tuple[str, Leg, Transfer | None]]
-        if route.prefill == route.decode:
-            legs = [(route.prefill, "both", None)]
+        old = self._attempt
+        if event.keeps_prefill and (old is None or old.running_prefill(now) is None):
+            return [self._replan(now)]  # the leg ended while the route was looked for
+        self._number += 1
+        effects: list[Effect] = []
+        if event.keeps_prefill and old is not None:
+            relayed = len(self._relay.ids)
+            self._attempt, sends = hand_on(self._spec, old, event, self._number, relayed, now)
+            effects += sends
         else:
-            to_decode = Transfer(event.transfer_id, route.decode, event.kv_address)
-            from_prefill = Transfer(event.transfer_id, route.prefill, "")
-            legs = [(route.prefill, "prefill", to_decode), (route.decode, "decode", from_prefill)]
-        self._attempt = _Attempt(route, stream, {node: leg for node, leg, _ in legs}, record)
+            effects += self._drop_attempt()
+            self._attempt, submits = begin(self._spec, event, self._number, self._relay.ids, now)
+            effects += submits
+        self.record.begin(self._attempt.record)
         self.phase = "running"
-        return [
-            SendSubmit(node, self._submit(stream, number, leg, transfer, now))
-            for node, leg, transfer in legs
-        ]
+        return effects
 
-    def _submit(
-        self, stream: int, number: int, leg: Leg, transfer: Transfer | None, now: float
-    ) -> Submit:
-        spec = self._spec
-        return Submit(
-            stream=stream,
-            request_id=spec.request_id,
-            attempt=number,
-            leg=leg,
-            model=spec.model,
-            tenant=spec.tenant,
-            input=spec.input,
-            sampling=spec.sampling,
-            forced_ids=list(self._relay.ids),
-            transfer=transfer,
-            chain=spec.chain,
-            deadline_remaining_ms=max(1, int((spec.deadline - now) * 1e3)),
+    def _on_unroutable(self, error: MeshError, final: bool, now: float) -> list[Effect]:
+        assert self.phase == "routing", "no route came without being asked for"
+        pause = None if final else self._patience.no_route(now, bool(self._relay.ids))
+        if pause is None:
+            return self._end_in_error(error if final else self._last_error or error, now)
+        self.phase, self._wake_at = "waiting", now + pause
+        return []
+
+    def _replan(self, now: float) -> Replan:
+        """Ask for a route."""
+        self.phase = "routing"
+        running = None if self._attempt is None else self._attempt.running_prefill(now)
+        return Replan(
+            Broken(
+                self._avoid.nodes(now),
+                self._avoid.pairs(now),
+                dict(self._kept),
+                running,
+                len(self._relay.ids),
+            )
         )
 
-    def _current(self, stream: int) -> _Attempt | None:
+    def _current(self, stream: int) -> Attempt | None:
         """The running attempt if ``stream`` is its own; anything else is stale and counted."""
         attempt = self._attempt
         if attempt is None or attempt.stream != stream:
@@ -202,70 +190,142 @@ class RequestMachine:
 
     def _on_tokens(self, node: str, entry: StepEntry, now: float) -> list[Effect]:
         attempt = self._current(entry.stream)
-        if attempt is None or self.phase != "running":
+        if attempt is None:
             return []
         leg = attempt.open_legs.get(node)
-        if leg is None:  # said after its end
-            self.record.stale_messages += 1
+        if leg is None or self.phase not in ("running", "routing", "waiting"):
+            self.record.stale_messages += 1  # said after its end, or while stopping
             return []
-        if leg == "decode":
-            attempt.decode_spoke = True
         try:
             ready = self._relay.add(node, entry, may_wait=attempt.prefill_open())
         except PeerError as error:
             return self._fail(node, error, now)
+        if leg == "decode":
+            attempt.decode_spoke = True
+        else:
+            attempt.prefill_spoke = True
         effects: list[Effect] = []
-        if ready and not self._headers_sent:
-            self.record.ttft_ms = (now - self._started_at) * 1e3
-            effects.append(self._headers(attempt))
+        if ready:
+            self._patience.progress()
+            if not self._headers_sent:
+                self.record.ttft_ms = (now - self._started_at) * 1e3
+                effects.append(self._headers(attempt))
         effects += [EmitText(item.text, item.index + len(item.ids)) for item in ready if item.text]
         if attempt.finish is not None:
             effects += self._finish_if_complete(attempt, now)
         return effects
 
-    def _headers(self, attempt: _Attempt) -> Effect:
+    def _headers(self, attempt: Attempt) -> Effect:
         self._headers_sent = True
         return EmitHeaders(attempt.route.prefill, attempt.route.decode)
 
     # ---- control messages ---------------------------------------------------------------------
 
     def _on_node(
-        self, node: str, message: Accepted | Refused | Finished | Failed, now: float
+        self, node: str, message: Accepted | Refused | Finished | Failed | Detached, now: float
     ) -> list[Effect]:
         attempt = self._current(message.stream)
-        if attempt is None or node not in attempt.open_legs:
+        if attempt is None:
+            return []
+        if node in attempt.closing:
+            return self._on_closing(attempt, node, message, now)
+        if node not in attempt.open_legs:
+            self.record.stale_messages += 1
             return []
         match message:
             case Accepted():
-                if self._prompt is None and attempt.open_legs[node] != "decode":
-                    self._prompt = message
-                return []
+                return self._on_accepted(attempt, node, message)
+            case Detached():
+                return self._on_detached(attempt, node, message, now)
             case Finished():
                 return self._on_finished(attempt, node, message, now)
             case Refused() | Failed():
-                error = error_from_code(
-                    message.code,
-                    f"{node}: {message.message[:MAX_PEER_MESSAGE]}",
-                    retryable=message.retryable,
-                    request_id=self._spec.request_id,
-                    retry_after_s=(
-                        message.retry_after_ms / 1e3 or None
-                        if isinstance(message, Refused)
-                        else None
-                    ),
-                )
-                leg = attempt.open_legs.pop(node)
-                if leg == "decode" and message.code == ANSWER_COMPLETE:
-                    return []  # the prefill node's own finish is on its way
-                if leg == "decode" and isinstance(message, Failed) and not attempt.decode_spoke:
-                    # It may only repeat what went wrong at the other end of the transfer.
-                    return self._lost_leg(attempt, node, error, now, blame_pair=True)
-                return self._lost_leg(attempt, node, error, now)
+                return self._on_broken(attempt, node, message, now)
             case _:
                 assert_never(message)
 
+    def _on_accepted(self, attempt: Attempt, node: str, message: Accepted) -> list[Effect]:
+        if attempt.open_legs[node] == "decode":
+            attempt.decode_accepted = True
+            return []
+        attempt.prefill_accepted = True
+        if self._prompt is None:
+            self._prompt = message
+        return []
+
+    def _on_closing(
+        self,
+        attempt: Attempt,
+        node: str,
+        message: Accepted | Refused | Finished | Failed | Detached,
+        now: float,
+    ) -> list[Effect]:
+        """A node that was told to stop answers."""
+        if isinstance(message, Accepted):  # a long Submit was overtaken by its Cancel
+            return [SendCancel(node, attempt.stream)]
+        if isinstance(message, Detached):
+            return []
+        if not isinstance(message, Refused):
+            self._keep(attempt.closing[node], message.kept_tokens)
+        return self._closed(attempt, node, now)
+
+    def _closed(self, attempt: Attempt, node: str, now: float) -> list[Effect]:
+        """The end of a leg that was told to stop is known."""
+        del attempt.closing[node]
+        effects: list[Effect] = [CloseLeg(node, attempt.stream)]
+        if self.phase == "salvaging" and attempt.route.decode not in attempt.closing:
+            effects += [*self._drop_attempt(), self._replan(now)]
+        return effects
+
+    def _keep(self, node: NodeStart, tokens: int) -> None:
+        if tokens > 0:
+            self._kept[node] = tokens
+
+    def _on_broken(
+        self, attempt: Attempt, node: str, message: Refused | Failed, now: float
+    ) -> list[Effect]:
+        retry_after_s = None
+        if isinstance(message, Refused):
+            retry_after_s = message.retry_after_ms / 1e3 or None
+        else:
+            self._keep(attempt.start_of(node), message.kept_tokens)
+        error = error_from_code(
+            message.code,
+            f"{node}: {message.message[:MAX_PEER_MESSAGE]}",
+            retryable=message.retryable,
+            request_id=self._spec.request_id,
+            retry_after_s=retry_after_s,
+        )
+        leg = attempt.open_legs.pop(node)
+        if leg == "decode" and message.code == ANSWER_COMPLETE:
+            return []  # the prefill node's own finish is on its way
+        # Before it spoke, a decode leg may only repeat what went wrong at the transfer's other end.
+        repeats = leg == "decode" and isinstance(message, Failed) and not attempt.decode_spoke
+        return self._lost_leg(attempt, node, error, now, blame_pair=repeats)
+
+    def _on_detached(
+        self, attempt: Attempt, node: str, message: Detached, now: float
+    ) -> list[Effect]:
+        """The prefill leg lost its transfer, waits for another one and keeps its KV meanwhile."""
+        if self.phase == "settling":
+            return self._close()
+        if message.attempt != attempt.number or not attempt.prefill_open():
+            self.record.stale_messages += 1  # of the transfer before the present one
+            return []
+        if self.phase != "running":
+            return []  # its decode node is known to be lost
+        if attempt.decode_spoke:  # the hand-over was complete, only its report is lost
+            return [] if self._relay.has_gap else self._stop(attempt, node)
+        error = error_from_code(
+            message.code,
+            f"{node}: {message.message[:MAX_PEER_MESSAGE]}",
+            retryable=True,
+            request_id=self._spec.request_id,
+        )
+        return self._fail(attempt.route.decode, error, now, blame_pair=True)
+
     def _on_finished(
-        self, attempt: _Attempt, node: str, message: Finished, now: float
+        self, attempt: Attempt, node: str, message: Finished, now: float
     ) -> list[Effect]:
         leg = attempt.open_legs.pop(node)
         if leg != "decode":
@@ -284,7 +344,7 @@ class RequestMachine:
             return self._fail(node, wrong, now)
         return self._finish_if_complete(attempt, now)
 
-    def _finish_if_complete(self, attempt: _Attempt, now: float) -> list[Effect]:
+    def _finish_if_complete(self, attempt: Attempt, now: float) -> list[Effect]:
         """End the request once all tokens that the finish counts are relayed.
 
         A decode leg may finish before the prefill node's tokens are here. When nobody is left who
@@ -306,8 +366,7 @@ class RequestMachine:
         attempt.record.outcome = reason
         effects += self._emit_finish(reason, now)
         if attempt.prefill_open() and attempt.decode_spoke:  # its report is about to come
-            self.phase = "settling"
-            self._settle_at = now + SETTLE_S
+            self.phase, self._wake_at = "settling", now + SETTLE_S
             return effects
         return effects + self._close()
 
@@ -327,14 +386,18 @@ class RequestMachine:
 
     def _on_link_lost(self, node: str, now: float) -> list[Effect]:
         attempt = self._attempt
-        if attempt is None or attempt.open_legs.pop(node, None) is None:
+        if attempt is None:
+            return []
+        if node in attempt.closing:
+            return self._closed(attempt, node, now)
+        if attempt.open_legs.pop(node, None) is None:
             return []
         error = PeerError(f"the link to {node} was lost", code="link_lost")
         return self._lost_leg(attempt, node, error, now)
 
     def _lost_leg(
         self,
-        attempt: _Attempt,
+        attempt: Attempt,
         node: str,
         error: MeshError,
         now: float,
@@ -356,25 +419,64 @@ class RequestMachine:
     def _fail(
         self, node: str, error: MeshError, now: float, blame_pair: bool = False
     ) -> list[Effect]:
-        """Give up this attempt because of ``node`` and try another route, or end in an error."""
+        """Give up this attempt because of ``node`` and go on another way, or end in an error."""
         attempt = self._attempt
         assert attempt is not None
-        attempt.record.outcome, attempt.record.message = error.code, error.message
-        limit = self._spec.sampling.max_tokens
-        if limit is not None and len(self._relay.ids) >= limit:  # only the finish was lost
+        searching = self.phase != "running"  # only the prefill leg was left, and now broke as well
+        if not searching:
+            attempt.record.outcome, attempt.record.message = error.code, error.message
+        relayed, limit = len(self._relay.ids), self._spec.sampling.max_tokens
+        if limit is not None and relayed >= limit:  # only the finish was lost
             return self._emit_finish("length", now) + self._close()
-        effects = self._drop_attempt()
         self._last_error = error
-        if not error.retryable or len(self.record.attempts) >= MAX_ATTEMPTS:
-            return effects + self._end_in_error(error, now)
-        if blame_pair or isinstance(error, TransferError):  # either end may be at fault
-            pair = (attempt.route.prefill, attempt.route.decode)
-            self._avoid_pairs = self._avoid_pairs | {pair}
+        if not error.retryable:
+            return self._end_in_error(error, now)
+        if searching:
+            return self._drop_attempt()
+        fruitful = relayed > attempt.relayed_before
+        pause = self._patience.attempt_failed(error, fruitful, bool(relayed), now)
+        if pause is None:
+            return self._end_in_error(error, now)
+        self._blame(attempt, node, error, now, blame_pair)
+        return self._break_up(attempt, node, pause, now)
+
+    def _blame(self, attempt: Attempt, node: str, error: MeshError, now: float, pair: bool) -> None:
+        """Remember whom to avoid; of a hand-over either end may be at fault."""
+        if pair or isinstance(error, TransferError):
+            self._avoid.add_pair(attempt.pair, now + AVOID_S)
         else:
-            self._avoid_nodes = self._avoid_nodes | {node}
-        self.phase = "routing"
-        effects.append(Replan(self._avoid_nodes, self._avoid_pairs))
+            for_s = AVOID_ENGINE_S if error.code == "engine_died" else AVOID_S
+            self._avoid.add_node(attempt.start_of(node), now + for_s)
+
+    def _break_up(self, attempt: Attempt, node: str, pause: float, now: float) -> list[Effect]:
+        """Keep the prefill leg if it may go on, else what the decode node got of its KV, else
+        nothing; then look for a route in ``pause`` seconds."""
+        stream, decode = attempt.stream, attempt.route.decode
+        effects: list[Effect] = []
+        if node == attempt.route.prefill and attempt.prefill_open():
+            effects += self._stop(attempt, node)
+        if attempt.running_prefill(now) is not None:
+            if attempt.decode_open():
+                effects += self._stop(attempt, decode)
+            else:
+                effects.append(CloseLeg(decode, stream))
+        elif attempt.salvageable() and self._spec.salvage_s > 0:
+            self.phase, self._wake_at = "salvaging", now + self._spec.salvage_s
+            return effects + self._stop(attempt, decode)
+        else:
+            effects += self._drop_attempt()
+        if pause <= 0.0:
+            return [*effects, self._replan(now)]
+        self.phase, self._wake_at = "waiting", now + pause
         return effects
+
+    def _stop(self, attempt: Attempt, node: str) -> list[Effect]:
+        """Cancel one leg; its end will be heard."""
+        del attempt.open_legs[node]
+        attempt.closing[node] = attempt.start_of(node)
+        return [SendCancel(node, attempt.stream)]
+
+    # ---- ends ---------------------------------------------------------------------------------
 
     def _end_in_error(self, error: MeshError, now: float) -> list[Effect]:
         effects = self._drop_attempt()
@@ -387,7 +489,7 @@ class RequestMachine:
         if self.phase != "settling":
             self.record.outcome = outcome
             self.record.total_ms = (now - self._started_at) * 1e3
-            if self._attempt is not None:
+            if self._attempt is not None and self.phase == "running":
                 self._attempt.record.outcome = outcome
         return self._close()
 
@@ -396,6 +498,10 @@ class RequestMachine:
             return []
         if self.phase == "settling":
             return self._close()
+        if now < self._spec.deadline:
+            if self.phase == "salvaging":
+                return [*self._drop_attempt(), self._replan(now)]
+            return [self._replan(now)]
         return self._end_in_error(
             DeadlineError(
                 "the request's deadline passed", request_id=self._spec.request_id, retryable=False

@@ -37,6 +37,14 @@ class RouterMetrics:
             "popmesh_retries_total", "Attempts given up in favour of another route."
         )
     )
+    recoveries: Counter = field(
+        default_factory=lambda: Counter(
+            "popmesh_router_recoveries_total",
+            "Attempts that took over from a broken one, by kind: retarget, salvage, resume, "
+            "recompute.",
+            ("kind",),
+        )
+    )
     ignored_geo: Counter = field(
         default_factory=lambda: Counter(
             "popmesh_ignored_geo_headers_total",
@@ -57,6 +65,7 @@ class RouterMetrics:
             self.refused,
             self.tokens,
             self.retries,
+            self.recoveries,
             self.ignored_geo,
             self.ttft,
         ]

@@ -28,7 +28,8 @@ class NodeView:
     """One node. ``rtt_ms`` is router <-> node, measured when ``rtt_measured``, else estimated.
 
     ``load_at`` is the router's clock at the last ``Load`` (seconds). Maps are by model name, except
-    ``links``, by peer node.
+    ``links``, by peer node. ``kin`` names what computes alike: nodes of one kin are expected to be
+    equally fast. ``version`` of the mesh wire is 0 without a link.
     """
 
     name: str
@@ -39,6 +40,8 @@ class NodeView:
     phase: LinkPhase
     draining: bool
     incarnation: str
+    version: int
+    kin: str
     rtt_ms: float
     rtt_measured: bool
     load_at: float
@@ -49,13 +52,26 @@ class NodeView:
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """Median speed of the measured engines of one kin: prompt tokens per second, and seconds of a
+    decode step with no other sequence (``router.costs``). 0: none has measured itself."""
+
+    prefill_tokens_per_s: float = 0.0
+    base_step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class View:
-    """All nodes of the topology that the directory names, and the router's own place."""
+    """All nodes of the topology that the directory names, and the router's own place.
+
+    ``speeds`` is by model and kin.
+    """
 
     topology: Topology
     router_site: str
     nodes: Mapping[str, NodeView]
     offered: Mapping[str, tuple[str, ...]]
+    speeds: Mapping[tuple[str, str], Speed]
 
     def position(self) -> Position:
         """Where this router is."""

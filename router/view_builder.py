@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from router.prefix_index import PrefixIndex
+from router.speeds import typical_speeds
 from router.view import NodeView, Pending, View
 from topology.geography import link_between
 from topology.model import Node, Topology
-from wire.messages import CacheDelta, EngineLoad, Hello, LinkRate, Load, ModelOffer
+from wire.messages import MAX_VERSION, CacheDelta, EngineLoad, Hello, LinkRate, Load, ModelOffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class ViewBuilder:
         self._views: dict[str, NodeView] = {}
         self._dirty: set[str] = set()
         self._offers_changed = False
-        self._view = View(topology, router_site, {}, {})
+        self._loads_changed = False
+        self._view = View(topology, router_site, {}, {}, {})
         self.prefixes = PrefixIndex()
 
     # ---- facts --------------------------------------------------------------------------------
@@ -104,6 +106,7 @@ class ViewBuilder:
                 del facts.reservations[key]
 
         self._change(name, change)
+        self._loads_changed = True
 
     def set_draining(self, name: str) -> None:
         """The node said that it takes no new work."""
@@ -143,8 +146,11 @@ class ViewBuilder:
         offered = self._view.offered
         if self._offers_changed:
             offered = _offered(nodes)
-            self._offers_changed = False
-        self._view = replace(self._view, nodes=nodes, offered=offered)
+        speeds = self._view.speeds
+        if self._offers_changed or self._loads_changed:
+            speeds = typical_speeds(nodes.values())
+        self._offers_changed = self._loads_changed = False
+        self._view = replace(self._view, nodes=nodes, offered=offered, speeds=speeds)
         return self._view
 
     def _change(self, name: str, change: Callable[[_Facts], None]) -> None:
@@ -174,6 +180,8 @@ class ViewBuilder:
             phase="connecting" if hello is None else "up",
             draining=facts.drained or facts.draining,
             incarnation="" if hello is None else hello.incarnation,
+            version=0 if hello is None else min(MAX_VERSION, hello.max_version),
+            kin=f"{node.device}/{node.hardware}/{node.threads}",
             rtt_ms=(estimate or 0.0) if facts.rtt_ms is None else facts.rtt_ms,
             rtt_measured=facts.rtt_ms is not None,
             load_at=facts.load_at,

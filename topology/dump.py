@@ -31,6 +31,7 @@ def dump_topology(topology: Topology) -> str:
             "local_rtt_ms": topology.defaults.local_rtt_ms,
             "local_bandwidth_mbps": topology.defaults.local_bandwidth_mbps,
         },
+        "detection_s": topology.detection_s,
     }
     return yaml.safe_dump(
         document, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100

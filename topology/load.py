@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from topology.dump import dump_topology
-from topology.model import Topology
+from topology.model import DETECTION_S, Topology
 from topology.reading.access import read_tenants, read_trusted_networks
 from topology.reading.fields import Fields
 from topology.reading.fleet import read_models, read_nodes, read_routers
@@ -33,7 +33,12 @@ _TOP = (
     "tenants",
     "trusted_networks",
     "defaults",
+    "detection_s",
 )
+
+MIN_DETECTION_S = 1.0
+MAX_DETECTION_S = 60.0
+"""Below the first, every pause of a busy host is a death; beyond the second, nobody waits."""
 
 
 def load_topology(path: Path) -> Topology:
@@ -80,6 +85,7 @@ def parse_topology(text: str, source: str) -> Topology:
         tenants=read_tenants(names),
         trusted_networks=read_trusted_networks(top),
         defaults=read_defaults(top),
+        detection_s=top.number("detection_s", MIN_DETECTION_S, MAX_DETECTION_S, DETECTION_S),
         source=source,
     )
     problems.raise_if_any()

@@ -17,6 +17,9 @@ Backend = Literal["auto", "reference", "native"]
 
 TRUSTED_BY_DEFAULT = ("127.0.0.0/8", "::1/128")
 
+DETECTION_S = 5.0
+"""Guess: five missed pings; shorter times blame a host that is merely busy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -123,7 +126,10 @@ class LinkDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A whole mesh. Maps are by name and keep the file's order."""
+    """A whole mesh. Maps are by name and keep the file's order.
+
+    ``detection_s``: a router gives up a node that says nothing for so long.
+    """
 
     mesh: str
     models: dict[str, Model]
@@ -134,4 +140,5 @@ class Topology:
     tenants: dict[str, Tenant] = field(default_factory=dict)
     trusted_networks: tuple[str, ...] = TRUSTED_BY_DEFAULT
     defaults: LinkDefaults = LinkDefaults()
+    detection_s: float = DETECTION_S
     source: str = field(default="", compare=False)  # where it was read; no part of the mesh

@@ -50,6 +50,7 @@ class FrameWriter:
     def __init__(self) -> None:
         self._next_message = 0
         self._bulk: deque[Iterator[bytes]] = deque()
+        self.bulk_bytes = 0  # of large messages that wait for room
 
     def push(self, message: Message) -> bytes:
         """Return the frame to write now; empty when the message went to the bulk queue.
@@ -63,6 +64,7 @@ class FrameWriter:
             raise ValueError(f"message of {len(body)} bytes exceeds {MAX_MESSAGE_BYTES}")
         self._bulk.append(self._parts(self._next_message, body))
         self._next_message += 1
+        self.bulk_bytes += len(body)
         return b""
 
     def next_bulk(self) -> bytes:
@@ -74,12 +76,13 @@ class FrameWriter:
             self._bulk.popleft()
         return b""
 
-    @staticmethod
-    def _parts(number: int, body: bytes) -> Iterator[bytes]:
+    def _parts(self, number: int, body: bytes) -> Iterator[bytes]:
         size = MAX_FRAME_BYTES - _PART_OVERHEAD
         for at in range(0, len(body), size):
             last = at + size >= len(body)
-            yield encode(Part(number, last, body[at : at + size]))
+            data = body[at : at + size]
+            self.bulk_bytes -= len(data)
+            yield encode(Part(number, last, data))
 
 
 class FrameReader(Generic[M]):

@@ -11,20 +11,16 @@ from dataclasses import dataclass, field
 import pytest
 
 import router.node_link
-from router.node_link import LinkEvents, LinkIdentity, NodeLink
+from router.node_link import LinkEvents, LinkIdentity, NodeLink, StreamMessage
 from tests.fakes.fake_node import FakeMesh, FakeNode
 from tests.router.router_mesh import make_topology
 from wire.address import Dialer
 from wire.errors import MeshError
 from wire.messages import (
-    Accepted,
     CacheDelta,
     Cancel,
-    Failed,
-    Finished,
     Hello,
     Load,
-    Refused,
     Sampling,
     StepEntry,
     Submit,
@@ -58,7 +54,7 @@ class Heard:
     def tokens(self, node: str, entry: StepEntry) -> None:
         self.note("tokens", entry)
 
-    def said(self, node: str, message: Accepted | Refused | Finished | Failed) -> None:
+    def said(self, node: str, message: StreamMessage) -> None:
         self.note("said", message)
 
     def link_lost(self, node: str) -> None:
@@ -99,7 +95,9 @@ async def linked(
     await node.start()
     heard = Heard()
     known = make_topology().nodes["fra-1"]
-    link = NodeLink(known, node.address, as_identity or identity(), events(heard), random.Random(0))
+    link = NodeLink(
+        known, node.address, as_identity or identity(), events(heard), random.Random(0), 5.0
+    )
     task = asyncio.ensure_future(link.run())
     try:
         yield link, heard
@@ -172,7 +170,6 @@ async def test_the_wrong_peer_is_refused(node: FakeNode, word: str) -> None:
 
 async def test_silence_is_death(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router.node_link, "PING_INTERVAL_S", 0.02)
-    monkeypatch.setattr(router.node_link, "DEAD_AFTER_S", 0.1)
     node = fake()
     node.rtt_s = 3600.0
     async with linked(node) as (link, heard):
@@ -183,7 +180,7 @@ async def test_silence_is_death(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_nothing_listens() -> None:
     heard = Heard()
     known = make_topology().nodes["fra-1"]
-    link = NodeLink(known, "127.0.0.1:1", identity(), events(heard), random.Random(0))
+    link = NodeLink(known, "127.0.0.1:1", identity(), events(heard), random.Random(0), 5.0)
     task = asyncio.ensure_future(link.run())
     assert "cannot reach 127.0.0.1:1" in await first_error(link)
     assert not link.send(Cancel(1))
@@ -195,7 +192,7 @@ async def test_nothing_listens() -> None:
 async def test_off_loopback_needs_certificates() -> None:
     heard = Heard()
     known = make_topology().nodes["fra-1"]
-    link = NodeLink(known, "192.0.2.1:9", identity(), events(heard), random.Random(0))
+    link = NodeLink(known, "192.0.2.1:9", identity(), events(heard), random.Random(0), 5.0)
     task = asyncio.ensure_future(link.run())
     assert "no certificate" in await first_error(link)
     task.cancel()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from router.costs import Work
 from router.policy import Pin, Plan, RouteRequest, choose
+from router.speeds import typical_speeds
 from router.view import NodeView, Pending, View
 from tests.fakes.fake_node import idle_engine
 from tests.router.router_mesh import MODEL, make_topology
@@ -52,6 +53,8 @@ def view_of(topology: Topology, **changes: dict[str, Any]) -> View:
             phase="up",
             draining=False,
             incarnation="1",
+            version=2,
+            kin="cpu",
             rtt_ms=link_between(topology, "fra", node.site).rtt_ms or 0.0,
             rtt_measured=True,
             load_at=0.0,
@@ -62,7 +65,7 @@ def view_of(topology: Topology, **changes: dict[str, Any]) -> View:
         )
         nodes[name] = replace(nodes[name], **changes.get(name.replace("-", "_"), {}))
     offered = {MODEL: tuple(name for name, node in nodes.items() if MODEL in node.offers)}
-    return View(topology, "fra", nodes, offered)
+    return View(topology, "fra", nodes, offered, typical_speeds(nodes.values()))
 
 
 def request(client: Position = FRA, tokens: int = 100, **changes: Any) -> RouteRequest:

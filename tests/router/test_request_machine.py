@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from router.avoidance import NodeStart, Pair
+from router.patience import MAX_ATTEMPTS
 from router.policy import Route
 from router.record import RequestRecord
 from router.request_events import (
@@ -32,7 +34,7 @@ from router.request_events import (
     Tokens,
     Unroutable,
 )
-from router.request_machine import MAX_ATTEMPTS, SETTLE_S, RequestMachine
+from router.request_machine import SETTLE_S, RequestMachine
 from router.token_relay import MAX_WAITING_ENTRIES
 from tests.fakes.fake_node import answer_ids
 from wire.errors import OverloadError
@@ -163,7 +165,10 @@ def test_continuation_forces_the_relayed_ids() -> None:
     m.handle(Tokens("d", entry(1, 1, 3)), 0.2)
     effects = m.handle(LinkLost("d"), 0.3)
     assert SendCancel("p", 1) in effects
-    assert effects[-1] == Replan(frozenset({"d"}), frozenset())
+    again = effects[-1]
+    assert isinstance(again, Replan)
+    assert again.broken.avoid_nodes == {NodeStart("d", "")}
+    assert (again.broken.avoid_pairs, again.broken.relayed) == (frozenset(), 4)
     submits = m.handle(routed(2, "p", "e"), 0.4)
     assert all(isinstance(s, SendSubmit) and s.message.forced_ids == ANSWER[:4] for s in submits)
     assert m.handle(Tokens("d", entry(1, 4)), 0.5) == []  # the old attempt is stale
@@ -195,7 +200,10 @@ def test_a_broken_transfer_rules_out_the_pair_only() -> None:
     m = machine()
     m.handle(routed(1), 0.0)
     effects = m.handle(NodeSaid("p", Failed(1, "transfer_timeout", "", True)), 0.1)
-    assert effects[-1] == Replan(frozenset(), frozenset({("p", "d")}))
+    again = effects[-1]
+    assert isinstance(again, Replan)
+    assert again.broken.avoid_nodes == frozenset()
+    assert again.broken.avoid_pairs == {Pair(NodeStart("p", ""), NodeStart("d", ""))}
 
 
 @pytest.mark.parametrize(
@@ -381,17 +389,17 @@ class Simulation:
 
     def run(self) -> None:
         self.feed(self.route())
-        while talking := [leg for leg in self.legs if leg.said]:
+        while not self.done:
             self.now += 0.001
-            leg = self.rng.choice(talking)
-            self.feed(leg.said.pop(0))
+            talking = [leg for leg in self.legs if leg.said]
+            if talking:
+                self.feed(self.rng.choice(talking).said.pop(0))
+            else:
+                self.now = max(self.now, self.machine.next_deadline())
+            self.feed(Tick())
             if self.rng.random() < self.leave and not self.gone:
                 self.gone = True
                 self.feed(ClientGone())
-        self.feed(Tick())
-        if self.machine.phase == "settling":
-            self.now = self.machine.next_deadline()
-            self.feed(Tick())
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])

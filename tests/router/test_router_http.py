@@ -10,9 +10,10 @@ import openai
 import pytest
 
 from router.admission import Limits
+from router.patience import MAX_ATTEMPTS
 from tests.fakes.fake_node import Faults, answer_text, cache_delta
 from tests.router.router_mesh import MODEL, RouterMesh, make_topology, running_mesh
-from wire.messages import ChatInput, ChatTurn, TextInput, TokensInput
+from wire.messages import ChatInput, ChatTurn, Failed, TextInput, TokensInput
 
 HELLO = ChatInput([ChatTurn("user", "hello")])
 
@@ -168,13 +169,20 @@ async def test_a_dying_leg_is_replaced_in_mid_stream(
     assert chunks[-1] == "[DONE]"
 
 
-async def test_error_in_stream_when_no_route_is_left(mesh: RouterMesh) -> None:
+async def test_error_in_stream_when_every_attempt_is_in_vain(mesh: RouterMesh) -> None:
+    fra, lhr = mesh.nodes["fra-1"], mesh.nodes["lhr-1"]
+    lhr.go.clear()
+    response = await mesh.chat(stream=True)
+    await lhr.wait_until(lambda: lhr.active == 1 and fra.active == 0)
     for node in mesh.nodes.values():
-        node.faults = Faults(leg="decode", fail_after=2)
-    mesh.nodes["iad-1"].faults = Faults(refuse=("overloaded", True))
-    chunks = await events(await mesh.chat(stream=True))
-    assert chunks[-1]["error"]["code"] in ("engine_died", "overloaded")
-    assert text_of(chunks[:-1]) == answer_text(HELLO, 3)
+        node.faults = Faults(refuse=("engine_died", True))
+    lhr.tell(Failed(lhr.submits[0].stream, "engine_died", "told to fail", True))
+    chunks = await events(response)
+    assert chunks[-1]["error"]["code"] == "engine_died"
+    assert text_of(chunks[:-1]) == answer_text(HELLO, 1)
+    record = await mesh.get_json(f"/popmesh/requests/{response.headers['x-popmesh-request-id']}")
+    assert len(record["attempts"]) == 1 + MAX_ATTEMPTS
+    lhr.go.set()
     await mesh.wait_idle()
 
 
