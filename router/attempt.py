@@ -13,7 +13,16 @@ from router.avoidance import NodeStart, Pair
 from router.policy import Route
 from router.record import AttemptRecord
 from router.recovery import RunningPrefill
-from router.request_events import RequestSpec, Routed, SendRetarget, SendSubmit
+from router.request_events import (
+    Effect,
+    RequestSpec,
+    Routed,
+    SendCancel,
+    SendRetarget,
+    SendSubmit,
+)
+from router.token_relay import TokenRelay
+from wire.errors import PeerError
 from wire.messages import Finished, Leg, Retarget, Submit, Transfer
 
 
@@ -69,6 +78,61 @@ class Attempt:
         """The decode leg of a pair may still say something."""
         return self.open_legs.get(self.route.decode) == "decode"
 
+    def wrong_end(self, node: str, leg: Leg, end: Finished, relayed: int) -> PeerError | None:
+        """Why this is no good end of a leg that was open until now; None: it is one."""
+        if end.reason == "cancelled" or (end.reason == "handoff" and leg != "prefill"):
+            return PeerError(f"{node} ended the stream without being asked", code="peer_failed")
+        if end.reason == "handoff" and relayed < end.completion_tokens:
+            return miscounted(end.completion_tokens, relayed)
+        return None
+
+    def finish_verdict(self, relay: TokenRelay) -> bool | PeerError:
+        """Whether the answer is complete: all tokens that the finish counts are relayed.
+
+        A decode leg may finish before the prefill node's tokens are here. When nobody is left who
+        could say a missing one, that is an error.
+        """
+        finish, prefill, count = self.finish, self.route.prefill, len(relay.ids)
+        if finish is None:
+            if relay.has_gap and not self.prefill_open():
+                return relay.missing(prefill)
+            return False if self.open_legs else PeerError(f"{prefill} handed over to nobody")
+        if not relay.has_gap and count == finish.completion_tokens:
+            return True
+        by_decode = self.route.decode not in self.open_legs
+        if by_decode and self.prefill_open() and count <= finish.completion_tokens:
+            return False
+        return miscounted(finish.completion_tokens, count)
+
+    def only_report_lost(self, node: str, relay: TokenRelay) -> bool:
+        """``node`` was the prefill node of a hand-over that is complete: decode runs."""
+        return (
+            node == self.route.prefill
+            and self.route.decode in self.open_legs
+            and self.decode_spoke
+            and not relay.has_gap
+        )
+
+    def accepted(self, node: str) -> None:
+        """A leg holds its blocks."""
+        if self.open_legs[node] == "decode":
+            self.decode_accepted = True
+        else:
+            self.prefill_accepted = True
+
+    def spoke(self, node: str) -> None:
+        """A leg said tokens."""
+        if self.open_legs[node] == "decode":
+            self.decode_spoke = True
+        else:
+            self.prefill_spoke = True
+
+    def stop(self, node: str) -> list[Effect]:
+        """Cancel one leg; its end will be heard."""
+        del self.open_legs[node]
+        self.closing[node] = self.start_of(node)
+        return [SendCancel(node, self.stream)]
+
     def salvageable(self) -> bool:
         """The decode leg may hold KV that its prefill leg sent."""
         return (
@@ -90,7 +154,7 @@ class Attempt:
 
 def begin(
     spec: RequestSpec, routed: Routed, number: int, relayed: list[int], now: float
-) -> tuple[Attempt, list[SendSubmit]]:
+) -> tuple[Attempt, list[Effect]]:
     """A try from the beginning of the prompt, and what to tell the nodes."""
     route, stream = routed.route, routed.stream
     legs: list[tuple[str, Leg, Transfer | None]]
@@ -111,15 +175,14 @@ def begin(
         open_legs={node: leg for node, leg, _ in legs},
         prefill_s=sum(r.seconds for r in route.reasons if r.term in ("queue", "prefill")),
     )
-    submits = [
+    return attempt, [
         SendSubmit(node, _submit(spec, attempt, leg, transfer, now)) for node, leg, transfer in legs
     ]
-    return attempt, submits
 
 
 def hand_on(
     spec: RequestSpec, old: Attempt, routed: Routed, number: int, relayed: int, now: float
-) -> tuple[Attempt, list[SendSubmit | SendRetarget]]:
+) -> tuple[Attempt, list[Effect]]:
     """A try that keeps the prefill leg of ``old`` and has another decode node."""
     route, stream = routed.route, old.stream
     assert route.prefill == old.route.prefill, "another prefill leg than the running one was kept"
@@ -163,4 +226,11 @@ def _submit(
         transfer=transfer,
         chain=spec.chain,
         deadline_remaining_ms=max(1, int((spec.deadline - now) * 1e3)),
+    )
+
+
+def miscounted(claimed: int, relayed: int) -> PeerError:
+    """The nodes say another number of tokens than came."""
+    return PeerError(
+        f"the nodes counted {claimed} tokens, {relayed} arrived", code="protocol_error"
     )

@@ -22,6 +22,9 @@ from wire.messages import (
     Submit,
 )
 
+LegMessage = Accepted | Refused | Finished | Failed | Detached
+"""What a node says about one leg, tokens apart."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
@@ -86,7 +89,7 @@ class NodeSaid:
     """A control message of one of this request's streams."""
 
     node: str
-    message: Accepted | Refused | Finished | Failed | Detached
+    message: LegMessage
 
 
 @dataclass(frozen=True, slots=True)
