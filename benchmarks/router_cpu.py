@@ -181,7 +181,7 @@ async def serve_backend(port: int) -> None:
     """An OpenAI-like HTTP backend that emits the events which the router would."""
     waiting: list[asyncio.Future[None]] = []
     renderer = StreamRenderer("chat", "chatcmpl-" + "0" * 32, MODEL, 0, False)
-    event = renderer.text(TEXT.encode())
+    event = renderer.text(TEXT.encode(), 1)
 
     async def steps() -> None:
         while True:

@@ -268,9 +268,10 @@ async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]
         if len(buffer) > MAX_EVENT_BYTES:
             raise PeerError("an event of the answer is too large", code="protocol_error")
         for event in events:
-            if not event.startswith(b"data: "):
+            lines = [line for line in event.split(b"\n") if line.startswith(b"data: ")]
+            if not lines:
                 continue  # a comment that keeps the connection open
-            data = event.removeprefix(b"data: ")
+            data = lines[0].removeprefix(b"data: ")
             if data == b"[DONE]":
                 return
             parsed = json.loads(data)

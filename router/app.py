@@ -176,6 +176,7 @@ async def _serve_http(
         await _drained(dispatch, limits.shutdown_s)
     finally:
         await runner.cleanup()
+        models.resumer.close()
 
 
 async def _drained(dispatch: Dispatch, patience_s: float) -> None:

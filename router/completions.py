@@ -10,29 +10,32 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 from router.admission import MAX_BODY_BYTES, Limits
+from router.api.event_id import HEADER, ID_BYTES, ID_PREFIX, parse_event_id
 from router.api.parse import parse_chat, parse_completion
 from router.api.render import StreamRenderer, whole_answer
 from router.api.types import ApiKind, ParsedRequest
 from router.auth import Authenticator, Caller
 from router.dispatch import Dispatch
-from router.exchange import AnswerSink, Exchange
+from router.exchange import Exchange
 from router.geo import GEO_HEADER, ClientLocator, ClientPlace
 from router.policy import ROUTE_HEADER, Pin, Plan, RouteRequest, check_model, known_models
 from router.record import RequestRecord
 from router.request_events import RequestSpec
-from router.sinks import Served, SseSink, WholeSink
+from router.resume import Resumer, Sender
+from router.resume_book import Resumable
+from router.sinks import SseSink, WholeSink
+from router.streaming import route_headers, send_stream
 from wire.errors import MeshError, RequestError
 
 _PARSERS: dict[ApiKind, Callable[[bytes], ParsedRequest]] = {
     "chat": parse_chat,
     "completion": parse_completion,
 }
-_ID_PREFIX: dict[ApiKind, str] = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class ModelApi:
         limits: Limits,
         started_s: int,
     ) -> None:
+        self.resumer = Resumer(dispatch)
         self._dispatch = dispatch
         self._auth = authenticator
         self._locator = locator
@@ -97,9 +101,7 @@ class ModelApi:
         caller = caller or self._caller(request)
         data = await self.read_body(request)
         parsed = _PARSERS[kind](data)
-        place = self._locator.place(peer_of(request), request.headers.get(GEO_HEADER))
-        if place.ignored_header:
-            self._dispatch.metrics.ignored_geo.add()
+        place = self._place(request)
         pin = _pin(request.headers.get(ROUTE_HEADER), caller)
         work, chain, prompt_bytes = self._dispatch.measure(
             parsed.model, caller.tenant, parsed.input, parsed.max_tokens
@@ -119,6 +121,9 @@ class ModelApi:
             self._dispatch.metrics.refused.add(exc.code)
             raise
         try:
+            last_event = request.headers.get(HEADER)
+            if last_event:
+                return await self._resume(request, kind, caller, last_event)
             try:
                 prepared = await self.prepare(request, kind, caller)
                 plan = self._dispatch.choose(prepared.routing)
@@ -135,36 +140,65 @@ class ModelApi:
     async def _stream(
         self, request: web.Request, kind: ApiKind, prepared: Prepared, plan: Plan
     ) -> web.StreamResponse:
-        answer_id, created_s = _answer_id(kind), int(time.time())
-        parsed = prepared.parsed
-        renderer = StreamRenderer(kind, answer_id, parsed.model, created_s, parsed.include_usage)
-        transport = request.transport
-        if transport is None:
-            raise ConnectionResetError("the client left before its answer began")
-        sink = SseSink(renderer, on_stuck=transport.abort)
-        exchange = self._exchange(answer_id, prepared, sink)
-        try:
-            exchange.start(plan)
-            begun = await sink.begun
-            if isinstance(begun, MeshError):
-                raise begun
-            response = web.StreamResponse(headers=_route_headers(answer_id, begun))
-            response.content_type = "text/event-stream"
-            response.headers["Cache-Control"] = "no-cache"
-            chunked = request.version >= HttpVersion11
-            if not chunked:  # HTTP/1.0: there the body ends with the connection
-                response.force_close()
-            await response.prepare(request)
-            sink.attach(transport, chunked)
-            await response.write_eof(await sink.ended)
-            return response
-        finally:
-            exchange.client_gone()
+        parsed, created_s = prepared.parsed, int(time.time())
+        spec = self._spec(kind, prepared)
+        answer = Resumable(spec, created_s, prepared.prompt_bytes)
+        renderer = StreamRenderer(
+            kind, spec.request_id, parsed.model, created_s, parsed.include_usage
+        )
+        sink = SseSink(renderer, answer, _cutter(request), renderer.opening())
+        record = self._record(spec, prepared.place)
+        exchange = Exchange(
+            self._dispatch, spec, record, prepared.routing, prepared.prompt_bytes, sink
+        )
+        return await send_stream(
+            request, self.resumer, Sender(answer, sink, record, exchange), plan
+        )
+
+    async def _resume(
+        self, request: web.Request, kind: ApiKind, caller: Caller, header: str
+    ) -> web.StreamResponse:
+        """The rest of an answer. Of the body only counts how it wants to be answered."""
+        parsed = _PARSERS[kind](await self.read_body(request))
+        if not parsed.stream:
+            raise RequestError(
+                f"only streamed answers can be resumed; send stream: true, or no {HEADER}",
+                code="invalid_value",
+                param=HEADER,
+            )
+        event = parse_event_id(header, kind)
+        pin = _pin(request.headers.get(ROUTE_HEADER), caller)
+        answer = await self.resumer.find(caller.tenant, event)
+        request_id, model = answer.key[1], answer.spec.model
+        renderer = StreamRenderer(kind, request_id, model, answer.created_s, parsed.include_usage)
+        replay = [renderer.text(escaped, upto) for escaped, upto in answer.after(event.upto)]
+        sink = SseSink(renderer, answer, _cutter(request))
+        place = self._place(request)
+        exchange, plan = None, None
+        if answer.ended is not None:
+            record = RequestRecord(request_id, model, caller.tenant, place.source)
+            sink.headers(answer.served.prefill, answer.served.decode)
+            sink.finish(answer.ended.reason, answer.ended.usage)
+        else:
+            spec = answer.next_spec(self._deadline())
+            work, chain, prompt_bytes = self._dispatch.measure(
+                model, caller.tenant, spec.input, spec.sampling.max_tokens
+            )
+            routing = RouteRequest(work, place.position, caller.regions, pin)
+            plan = self._dispatch.choose(routing)
+            record = self._record(spec, place, resumed_from=event.upto)
+            spec = replace(spec, chain=chain)
+            exchange = Exchange(self._dispatch, spec, record, routing, prompt_bytes, sink)
+        sender = Sender(answer, sink, record, exchange)
+        return await send_stream(request, self.resumer, sender, plan, replay)
 
     async def _whole(self, kind: ApiKind, prepared: Prepared, plan: Plan) -> web.Response:
-        answer_id, created_s = _answer_id(kind), int(time.time())
+        spec, created_s = self._spec(kind, prepared), int(time.time())
         sink = WholeSink()
-        exchange = self._exchange(answer_id, prepared, sink)
+        record = self._record(spec, prepared.place)
+        exchange = Exchange(
+            self._dispatch, spec, record, prepared.routing, prepared.prompt_bytes, sink
+        )
         try:
             exchange.start(plan)
             ended = await sink.ended
@@ -173,35 +207,38 @@ class ModelApi:
         if isinstance(ended, MeshError):
             raise ended
         body = whole_answer(
-            kind,
-            answer_id,
-            prepared.parsed.model,
-            created_s,
-            ended.escaped,
-            ended.reason,
-            ended.usage,
+            kind, spec.request_id, spec.model, created_s, ended.escaped, ended.reason, ended.usage
         )
         return web.Response(
             body=body,
             content_type="application/json",
-            headers=_route_headers(answer_id, ended.served),
+            headers=route_headers(spec.request_id, ended.served),
         )
 
-    def _exchange(self, answer_id: str, prepared: Prepared, sink: AnswerSink) -> Exchange:
-        parsed, caller = prepared.parsed, prepared.caller
-        record = RequestRecord(answer_id, parsed.model, caller.tenant, prepared.place.source)
-        self._dispatch.log.add(record)
-        now = asyncio.get_running_loop().time()
-        spec = RequestSpec(
-            request_id=answer_id,
+    def _spec(self, kind: ApiKind, prepared: Prepared) -> RequestSpec:
+        """A new request, with an id of its own."""
+        parsed = prepared.parsed
+        return RequestSpec(
+            request_id=ID_PREFIX[kind] + secrets.token_hex(ID_BYTES),
             model=parsed.model,
-            tenant=caller.tenant,
+            tenant=prepared.caller.tenant,
             input=parsed.input,
             sampling=parsed.sampling(secrets.randbits(64)),
             chain=prepared.chain,
-            deadline=now + self._limits.request_timeout_s,
+            deadline=self._deadline(),
         )
-        return Exchange(self._dispatch, spec, record, prepared.routing, prepared.prompt_bytes, sink)
+
+    def _deadline(self) -> float:
+        """Of an attempt to answer that begins now."""
+        return asyncio.get_running_loop().time() + self._limits.request_timeout_s
+
+    def _record(
+        self, spec: RequestSpec, place: ClientPlace, resumed_from: int | None = None
+    ) -> RequestRecord:
+        record = RequestRecord(spec.request_id, spec.model, spec.tenant, place.source)
+        record.resumed_from = resumed_from
+        self._dispatch.log.add(record)
+        return record
 
     def _model(self, name: str) -> dict[str, object]:
         """A model as the OpenAI API shows it; ``created`` is when this router started."""
@@ -236,6 +273,12 @@ class ModelApi:
             )  # aiohttp puts "400, message:" first
             raise RequestError(f"the body cannot be read: {reason}") from exc
 
+    def _place(self, request: web.Request) -> ClientPlace:
+        place = self._locator.place(peer_of(request), request.headers.get(GEO_HEADER))
+        if place.ignored_header:
+            self._dispatch.metrics.ignored_geo.add()
+        return place
+
     def _check_max_tokens(self, parsed: ParsedRequest) -> None:
         """Refuse more output than any node's context could hold, before any node is asked."""
         view = self._dispatch.builder.snapshot()
@@ -259,16 +302,14 @@ def peer_of(request: web.Request) -> str:
     return str(peername[0]) if isinstance(peername, tuple) else ""
 
 
-def _answer_id(kind: ApiKind) -> str:
-    return _ID_PREFIX[kind] + secrets.token_hex(16)
+def _cutter(request: web.Request) -> Callable[[], None]:
+    """Cuts the connection of a client that does not read."""
 
+    def cut() -> None:
+        if request.transport is not None:
+            request.transport.abort()
 
-def _route_headers(answer_id: str, served: Served) -> dict[str, str]:
-    return {
-        "x-popmesh-request-id": answer_id,
-        "x-popmesh-prefill": served.prefill,
-        "x-popmesh-decode": served.decode,
-    }
+    return cut
 
 
 def _pin(header: str | None, caller: Caller) -> Pin:

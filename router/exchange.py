@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import replace
-from typing import Protocol, assert_never
+from typing import Literal, Protocol, assert_never
 
 from router.api.render import ClientFinish, Usage
 from router.dispatch import Dispatch
@@ -96,10 +96,20 @@ class Exchange:
         self._dispatch.running.add(self)
         self._feed(self._routed(plan.route))
 
-    def client_gone(self) -> None:
+    @property
+    def relayed(self) -> list[int]:
+        """Output tokens relayed so far; not to be changed."""
+        return self._machine.relayed
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """What the first prefill leg said of the prompt."""
+        return self._machine.accepted
+
+    def client_gone(self, outcome: Literal["client_gone", "taken_over"] = "client_gone") -> None:
         """Nobody reads any more: cancel everything. Harmless after the end."""
         if self._machine.phase not in ("settling", "done"):
-            self._feed(ClientGone())
+            self._feed(ClientGone(outcome))
             self._dispatch.finished(self._machine.record)
 
     def abandon(self) -> None:

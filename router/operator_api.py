@@ -63,6 +63,7 @@ class OperatorApi:
         self._operator(request)
         dispatch = self._dispatch
         view = dispatch.builder.snapshot()
+        book = self._models.resumer.book
         return _json(
             {
                 "router": self._name,
@@ -70,6 +71,8 @@ class OperatorApi:
                 "site": view.router_site,
                 "in_flight": dispatch.admission.in_flight,
                 "running": len(dispatch.running),
+                "streams_open": sum(link.num_streams for link in dispatch.pool.all()),
+                "resumable": {"records": len(book), "bytes": book.num_bytes},
                 "registry_age_s": self._watcher.age_s,
                 "refused_registry_entries": dispatch.pool.refused_entries,
                 "models": {name: list(nodes) for name, nodes in view.offered.items()},
@@ -177,6 +180,11 @@ class OperatorApi:
                 ("node",),
             ),
             Gauge("popmesh_link_rtt_seconds", "Smoothed round trip to the node.", rtts, ("node",)),
+            Gauge(
+                "popmesh_resumable_answers",
+                "Streamed answers that could be asked for again, those being sent included.",
+                lambda: {(): float(len(self._models.resumer.book))},
+            ),
             Gauge(
                 "popmesh_reservations",
                 "Legs sent that no load report contains yet.",

@@ -37,7 +37,10 @@ class AttemptRecord:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request. Times are milliseconds since the request was read; None: did not happen."""
+    """One request. Times are milliseconds since the request was read; None: did not happen.
+
+    ``resumed_from``: output tokens that the client had read when it came back for the rest.
+    """
 
     request_id: str
     model: str
@@ -53,6 +56,7 @@ class RequestRecord:
     node_prefill_ms: float | None = None
     transfer: TransferReport | None = None
     stale_messages: int = 0
+    resumed_from: int | None = None
 
     def begin(self, attempt: AttemptRecord) -> None:
         """Add an attempt, forgetting the oldest beyond the bound."""

@@ -45,6 +45,14 @@ class RouterMetrics:
             ("kind",),
         )
     )
+    resumed: Counter = field(
+        default_factory=lambda: Counter(
+            "popmesh_resumed_total",
+            "Answers asked for with Last-Event-ID, by where they were found: here, elsewhere "
+            "(at nodes that another router used), unknown.",
+            ("found",),
+        )
+    )
     ignored_geo: Counter = field(
         default_factory=lambda: Counter(
             "popmesh_ignored_geo_headers_total",
@@ -66,6 +74,7 @@ class RouterMetrics:
             self.tokens,
             self.retries,
             self.recoveries,
+            self.resumed,
             self.ignored_geo,
             self.ttft,
         ]

@@ -11,45 +11,57 @@ from dataclasses import dataclass
 
 from router.api.errors import error_body
 from router.api.render import ClientFinish, StreamRenderer, Usage, error_event
-from wire.errors import MeshError
+from router.resume_book import Ended, Resumable, Served
+from wire.errors import MeshError, PeerError
 
 MAX_CLIENT_BACKLOG = 1024 * 1024
 """Unread bytes of one client before it counts as gone: thousands of events."""
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """Which nodes serve an answer."""
-
-    prefill: str
-    decode: str
+TAKEN_OVER = PeerError(
+    "another connection goes on with this answer", code="taken_over", retryable=False
+)
 
 
 class SseSink:
-    """Events of a streamed answer, written to the client's transport as they come.
+    """Events of a streamed answer, written to the client's transport as they come, and noted down
+    for a client that loses its connection.
 
     ``begun`` resolves to where the answer is served, or to the error that stands in its place.
-    Until ``attach``, events wait (only for the time that sending the headers takes). ``ended``
-    resolves to the last bytes, which the caller sends together with the end of the body.
+    Until ``attach``, events wait (only for the time that sending the headers and, when an answer is
+    resumed, the text so far takes). ``ended`` resolves to the last bytes, which the caller sends
+    together with the end of the body.
     """
 
-    def __init__(self, renderer: StreamRenderer, on_stuck: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        renderer: StreamRenderer,
+        answer: Resumable,
+        on_stuck: Callable[[], None],
+        opening: bytes = b"",
+    ) -> None:
+        """``opening`` goes before everything else."""
         loop = asyncio.get_running_loop()
         self.begun: asyncio.Future[Served | MeshError] = loop.create_future()
         self.ended: asyncio.Future[bytes] = loop.create_future()
-        self._head, self._tail = renderer.head, renderer.tail
+        self._id, self._head, self._tail = renderer.id, renderer.head, renderer.tail
+        self._fixed_bytes = len(renderer.id) + len(renderer.head) + len(renderer.tail)
         self._renderer = renderer
+        self._answer = answer
+        self._keep = answer.add
         self._on_stuck = on_stuck
-        self._waiting = renderer.opening()
+        self._waiting = bytearray(opening)
         self._transport: asyncio.Transport | None = None
         self._chunked = False
 
     def attach(self, transport: asyncio.Transport, chunked: bool) -> None:
         """Headers are out: write what waits, and everything else at once."""
         self._transport, self._chunked = transport, chunked
-        waiting, self._waiting = self._waiting, b""
-        if waiting:
-            self._write(waiting)
+        waiting, self._waiting = bytes(self._waiting), bytearray()
+        if waiting and not transport.is_closing():
+            if chunked:  # RFC 9112, section 7.1
+                waiting = b"%x\r\n%b\r\n" % (len(waiting), waiting)
+            transport.write(waiting)
 
     def headers(self, prefill: str, decode: str) -> None:
         """The first token is here."""
@@ -58,14 +70,28 @@ class SseSink:
 
     def text(self, escaped: bytes, upto: int) -> None:
         """Write one event."""
-        event = self._head + escaped + self._tail
-        if self._transport is None:
-            self._waiting += event
+        self._keep(escaped, upto)
+        index = b"%d" % upto
+        transport = self._transport
+        if transport is None:
+            self._waiting += b"".join((self._id, index, self._head, escaped, self._tail))
+            if len(self._waiting) > MAX_CLIENT_BACKLOG:
+                self._on_stuck()
+            return
+        if transport.is_closing():
+            return
+        if self._chunked:
+            size = b"%x\r\n" % (self._fixed_bytes + len(index) + len(escaped))
+            event = (size, self._id, index, self._head, escaped, self._tail, b"\r\n")
+            transport.write(b"".join(event))
         else:
-            self._write(event)
+            transport.write(b"".join((self._id, index, self._head, escaped, self._tail)))
+        if transport.get_write_buffer_size() > MAX_CLIENT_BACKLOG:
+            self._on_stuck()
 
     def finish(self, reason: ClientFinish, usage: Usage) -> None:
         """The closing events are left to the caller, see ``ended``."""
+        self._answer.ended = Ended(reason, usage)
         self._end(self._renderer.closing(reason, usage))
 
     def error(self, error: MeshError) -> None:
@@ -74,21 +100,15 @@ class SseSink:
             self.begun.set_result(error)
         self._end(error_event(error_body(error)))
 
+    def taken_over(self) -> None:
+        """Another connection goes on with this answer; one that does not read is cut."""
+        self.error(TAKEN_OVER)
+        if self._transport is not None and self._transport.get_write_buffer_size():
+            self._on_stuck()
+
     def _end(self, last: bytes) -> None:
         if not self.ended.done():
             self.ended.set_result(last)
-
-    def _write(self, data: bytes) -> None:
-        transport = self._transport
-        assert transport is not None
-        if transport.is_closing():
-            return
-        if self._chunked:  # RFC 9112, section 7.1
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        else:
-            transport.write(data)
-        if transport.get_write_buffer_size() > MAX_CLIENT_BACKLOG:
-            self._on_stuck()
 
 
 @dataclass(frozen=True, slots=True)

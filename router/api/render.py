@@ -1,7 +1,8 @@
 """Bytes of answers: SSE events and final JSON bodies, in the OpenAI shapes.
 
 Pure. Generated text arrives JSON-escaped from the node, so an event is ``head + text + tail`` where
-head and tail are computed once per stream; nothing per token looks into the text.
+head and tail are computed once per stream; nothing per token looks into the text. Every event has
+an id that says up to which output token a client has read with it (``router.api.event_id``).
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ class StreamRenderer:
         self._chat = chat
         self._include_usage = include_usage
         object_name = b"chat.completion.chunk" if chat else b"text_completion"
+        self.id = b"id: %b:" % answer_id.encode()
         self._start = (
-            b'data: {"id":'
+            b'\ndata: {"id":'
             + _encode(answer_id)
             + b',"object":"'
             + object_name
@@ -72,25 +74,26 @@ class StreamRenderer:
         if not self._chat:
             return b""
         return (
-            self._start
+            self.id
+            + b"0"
+            + self._start
             + b'{"index":0,"delta":{"role":"assistant","content":""},'
             + b'"logprobs":null,"finish_reason":null}'
             + self._end
         )
 
-    def text(self, escaped: bytes) -> bytes:
-        """One event; ``escaped`` is JSON-escaped UTF-8 without quotes."""
-        return self.head + escaped + self.tail
+    def text(self, escaped: bytes, upto: int) -> bytes:
+        """One event; ``escaped`` is JSON-escaped UTF-8 without quotes, up to token ``upto``."""
+        return b"".join((self.id, b"%d" % upto, self.head, escaped, self.tail))
 
     def closing(self, reason: ClientFinish, usage: Usage) -> bytes:
         """The finish reason, the usage if asked for, and ``[DONE]``."""
         finish = reason.encode()
         delta = b'{"index":0,"delta":{},' if self._chat else b'{"index":0,"text":"",'
-        out = (
-            self._start + delta + b'"logprobs":null,"finish_reason":"' + finish + b'"}' + self._end
-        )
+        start = b"%b%d%b" % (self.id, usage.completion_tokens, self._start)
+        out = start + delta + b'"logprobs":null,"finish_reason":"' + finish + b'"}' + self._end
         if self._include_usage:
-            out += self._start + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
+            out += start + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
         return out + DONE
 
 

@@ -1,0 +1,66 @@
+"""Sends one streamed answer over one HTTP connection, from its headers to the end of its body."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from aiohttp import HttpVersion11, web
+
+from router.api.event_id import RESUMED_HEADER
+from router.policy import Plan
+from router.resume import Resumer, Sender
+from router.resume_book import Served
+from wire.errors import MeshError
+
+
+async def send_stream(
+    request: web.Request,
+    resumer: Resumer,
+    sender: Sender,
+    plan: Plan | None,
+    replay: Iterable[bytes] | None = None,
+) -> web.StreamResponse:
+    """Start the sender's exchange, if it has one, with ``plan``; relay until it ends.
+
+    ``replay`` holds the events that a resumed answer begins with; None: it is a new one. Raises
+    ``MeshError`` while no header is out.
+    """
+    transport, sink, exchange = request.transport, sender.sink, sender.exchange
+    if transport is None:
+        raise ConnectionResetError("the client left before its answer began")
+    resumer.hold(sender)
+    try:
+        if exchange is not None and plan is not None:
+            exchange.start(plan)
+        begun = await sink.begun
+        if isinstance(begun, MeshError):
+            raise begun
+        sender.answer.served = begun
+        headers = route_headers(sender.answer.spec.request_id, begun)
+        if replay is not None:
+            headers[RESUMED_HEADER] = "true"
+        response = web.StreamResponse(headers=headers)
+        response.content_type = "text/event-stream"
+        response.headers["Cache-Control"] = "no-cache"
+        chunked = request.version >= HttpVersion11
+        if not chunked:  # HTTP/1.0: there the body ends with the connection
+            response.force_close()
+        await response.prepare(request)
+        for event in replay or ():
+            await response.write(event)
+        sink.attach(transport, chunked)
+        await response.write_eof(await sink.ended)
+        return response
+    finally:
+        if exchange is not None:
+            exchange.client_gone()
+        resumer.let_go(sender)
+
+
+def route_headers(request_id: str, served: Served) -> dict[str, str]:
+    """Which request this is and who served it."""
+    return {
+        "x-popmesh-request-id": request_id,
+        "x-popmesh-prefill": served.prefill,
+        "x-popmesh-decode": served.decode,
+    }

@@ -1,0 +1,449 @@
+"""Clients that lose their connection and come back, to the same router or another."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import aiohttp
+import pytest
+
+import router.app
+from router import resume_book
+from router.app import RouterConfig, serve
+from tests.fakes.fake_node import answer_text
+from tests.router.router_mesh import (
+    ANY_PORT,
+    MODEL,
+    StubDirectory,
+    entry_of,
+    make_topology,
+    running_mesh,
+)
+from topology.model import Router, Tenant
+from wire.messages import ChatInput, ChatTurn, Failed, TextInput
+
+HELLO = ChatInput([ChatTurn("user", "hello")])
+TOKENS = 12
+PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+BODIES = {
+    "chat": {"messages": [{"role": "user", "content": "hello"}]},
+    "completion": {"prompt": "hello"},
+}
+TENANTS = tuple(
+    Tenant(name, (hashlib.sha256(name.encode()).hexdigest(),), frozenset(), operator=name == "ops")
+    for name in ("ops", "ann", "bob")
+)
+
+
+class Tickets:
+    """Stands in for a fake node's ``go``: every token takes a ticket."""
+
+    def __init__(self, count):
+        self._semaphore = asyncio.Semaphore(count)
+
+    async def wait(self):
+        await self._semaphore.acquire()
+
+    def add(self, count):
+        for _ in range(count):
+            self._semaphore.release()
+
+
+def hand_out(mesh, count):
+    """All nodes together may produce so many tokens."""
+    tickets = Tickets(count)
+    for node in mesh.nodes.values():
+        node.go = tickets
+        node.answer_tokens = TOKENS
+    return tickets
+
+
+@dataclass
+class Reader:
+    """One streamed answer as a client reads it; ``last_id`` is what it would come back with."""
+
+    response: aiohttp.ClientResponse
+    last_id: str = ""
+    text: str = ""
+    finish: str | None = None
+    usage: dict | None = None
+    error: dict | None = None
+    done: bool = False
+    num_events: int = 0
+
+    async def event(self):
+        """Read one event; False at the end of the body."""
+        lines = []
+        while line := (await self.response.content.readline()).decode():
+            if line == "\n":
+                break
+            lines.append(line.removesuffix("\n"))
+        else:
+            return False
+        for line in lines:
+            if line.startswith("id: "):
+                self.last_id = line.removeprefix("id: ")
+        (data,) = (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+        self._take(data)
+        return True
+
+    def _take(self, data):
+        assert not self.done, "an event after [DONE]"
+        if data == "[DONE]":
+            self.done = True
+            return
+        chunk = json.loads(data)
+        self.error = chunk.get("error")
+        self.usage = chunk.get("usage") or self.usage
+        for choice in chunk.get("choices", ()):
+            text = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+            assert not (text and self.finish), "text after the finish"
+            self.text += text
+            self.num_events += bool(text)
+            self.finish = choice["finish_reason"]
+
+    async def texts(self, count):
+        """Read until so many events had text."""
+        while self.num_events < count:
+            assert await self.event(), "the stream ended"
+        return self
+
+    async def rest(self):
+        while await self.event():
+            pass
+        return self
+
+
+async def ask(http, kind="chat", last_id=None, key=None, **body):
+    headers = {} if last_id is None else {"Last-Event-ID": last_id}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    body = {"model": MODEL, "max_tokens": TOKENS, "stream": True, **BODIES[kind], **body}
+    body = {"stream_options": {"include_usage": True}, **body} if body["stream"] else body
+    return await http.post(PATHS[kind], json=body, headers=headers)
+
+
+async def start(http, kind="chat", **body):
+    response = await ask(http, kind, **body)
+    assert response.status == 200, await response.text()
+    return Reader(response)
+
+
+async def refused(http, kind="chat", **body):
+    async with await ask(http, kind, **body) as response:
+        error = (await response.json())["error"]
+        return response.status, error["code"], error
+
+
+def whole(kind="chat", count=TOKENS):
+    return answer_text(HELLO if kind == "chat" else TextInput("hello"), count)
+
+
+def check_rest(first, second, kind="chat"):
+    """Two connections together hold the undisturbed answer, its end once."""
+    assert first.text + second.text == whole(kind)
+    assert (second.finish, second.done, second.error) == ("length", True, None)
+    assert second.usage["completion_tokens"] == TOKENS
+    assert second.response.headers["x-popmesh-resumed"] == "true"
+    ids = {one.response.headers["x-popmesh-request-id"] for one in (first, second)}
+    assert len(ids) == 1
+    assert first.last_id.rpartition(":")[0] in ids
+
+
+@pytest.fixture
+async def mesh(monkeypatch):
+    async with running_mesh(monkeypatch) as running:
+        yield running
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+async def test_every_event_says_how_far_it_brings_the_client(mesh, kind):
+    hand_out(mesh, TOKENS)
+    reader = await start(mesh.http, kind)
+    request_id = reader.response.headers["x-popmesh-request-id"]
+    seen = []
+    while await reader.event():
+        seen.append(reader.last_id)
+    numbers = list(range(kind == "completion", TOKENS + 1))
+    assert seen == [f"{request_id}:{n}" for n in [*numbers, TOKENS, TOKENS, TOKENS]]
+    assert reader.text == whole(kind)
+    assert "x-popmesh-resumed" not in reader.response.headers
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("read", [1, 2, 5, TOKENS - 1])
+async def test_a_cut_connection_goes_on_at_the_same_router(mesh, kind, read):
+    tickets = hand_out(mesh, read)
+    first = await (await start(mesh.http, kind)).texts(read)
+    first.response.close()
+    await mesh.wait_idle()
+    tickets.add(TOKENS)
+    second = await (await start(mesh.http, kind, last_id=first.last_id)).rest()
+    check_rest(first, second, kind)
+    await mesh.wait_idle()
+    hand_out(mesh, TOKENS)
+    undisturbed = await (await start(mesh.http, kind)).rest()
+    assert second.usage == undisturbed.usage
+    status = await mesh.get_json("/popmesh/status")
+    assert status["resumable"]["records"] == 2
+    assert status["resumable"]["bytes"] > 0
+    assert status["streams_open"] == 0
+
+
+async def test_only_what_the_client_had_not_read_is_computed_again(mesh):
+    tickets = hand_out(mesh, 5)
+    first = await (await start(mesh.http)).texts(5)
+    first.response.close()
+    await mesh.wait_idle()
+    before = {name: len(node.submits) for name, node in mesh.nodes.items()}
+    tickets.add(TOKENS)
+    await (await start(mesh.http, last_id=first.last_id)).rest()
+    again = [s for name, node in mesh.nodes.items() for s in node.submits[before[name] :]]
+    assert again
+    assert {len(submit.forced_ids) for submit in again} == {5}
+    record = await mesh.get_json(
+        f"/popmesh/requests/{first.response.headers['x-popmesh-request-id']}"
+    )
+    assert record["resumed_from"] == 5
+    assert record["outcome"] == "length"
+
+
+@pytest.mark.parametrize("lost", range(TOKENS + 1))
+async def test_a_complete_answer_can_be_read_again_from_any_event(mesh, lost):
+    hand_out(mesh, TOKENS)
+    first = await (await start(mesh.http)).rest()
+    await mesh.wait_idle()
+    before = sum(len(node.submits) for node in mesh.nodes.values())
+    request_id = first.response.headers["x-popmesh-request-id"]
+    second = await (await start(mesh.http, last_id=f"{request_id}:{lost}")).rest()
+    assert second.text == whole()[len(whole(count=lost)) :]
+    assert (second.finish, second.done, second.usage) == ("length", True, first.usage)
+    assert sum(len(node.submits) for node in mesh.nodes.values()) == before
+    for name in ("x-popmesh-prefill", "x-popmesh-decode"):
+        assert second.response.headers[name] == first.response.headers[name]
+
+
+async def test_events_that_were_sent_but_not_received_are_sent_again(mesh):
+    tickets = hand_out(mesh, 6)
+    first = await (await start(mesh.http)).texts(2)
+    early, text = first.last_id, first.text
+    await first.texts(6)  # the router has sent six; the client will have lost four
+    first.response.close()
+    await mesh.wait_idle()
+    tickets.add(TOKENS)
+    second = await (await start(mesh.http, last_id=early)).rest()
+    assert text + second.text == whole()
+
+
+async def test_a_client_may_lose_its_connection_again_and_again(mesh):
+    tickets = hand_out(mesh, 0)
+    text, last_id = "", None
+    for _ in range(TOKENS - 1):
+        tickets.add(1)
+        reader = await (await start(mesh.http, last_id=last_id)).texts(1)
+        text, last_id = text + reader.text, reader.last_id
+        reader.response.close()
+        await mesh.wait_idle()
+    tickets.add(1)
+    reader = await (await start(mesh.http, last_id=last_id)).rest()
+    assert text + reader.text == whole()
+    assert reader.done
+
+
+async def test_a_connection_that_only_seems_alive_is_taken_over(mesh):
+    tickets = hand_out(mesh, 4)
+    first = await (await start(mesh.http)).texts(4)
+    resuming = asyncio.ensure_future(start(mesh.http, last_id=first.last_id))
+    await first.rest()  # it ends before the new one begins
+    assert first.error["code"] == "taken_over"
+    assert not first.done
+    tickets.add(TOKENS)
+    check_rest(first, await (await resuming).rest())
+    await mesh.wait_idle()
+    metrics = await (await mesh.http.get("/metrics")).text()
+    assert 'popmesh_requests_total{outcome="taken_over"} 1' in metrics
+    assert 'popmesh_resumed_total{found="here"} 1' in metrics
+    status = await mesh.get_json("/popmesh/status")
+    assert status["in_flight"] == 0
+
+
+async def test_of_two_that_come_back_the_later_gets_the_rest(mesh):
+    tickets = hand_out(mesh, 4)
+    first = await (await start(mesh.http)).texts(4)
+    first.response.close()
+    await mesh.wait_idle()
+    second = asyncio.ensure_future(ask(mesh.http, last_id=first.last_id))
+    for node in mesh.nodes.values():
+        await node.wait_until(lambda: any(node.active for node in mesh.nodes.values()))
+    third = asyncio.ensure_future(start(mesh.http, last_id=first.last_id))
+    async with await second as response:
+        assert response.status == 502
+        assert (await response.json())["error"]["code"] == "taken_over"
+    tickets.add(TOKENS)
+    check_rest(first, await (await third).rest())
+
+
+async def test_an_answer_that_failed_can_be_tried_again(mesh):
+    """The client had one error event; what it has is still good for half a minute."""
+    tickets = hand_out(mesh, 3)
+    first = await (await start(mesh.http)).texts(3)
+    for node in mesh.nodes.values():
+        for connection in node.connections:
+            for stream in list(connection.legs):
+                connection.legs[stream].cancel()
+                connection.say(Failed(stream, "protocol_error", "told to fail", False))
+    await first.rest()
+    assert first.error["code"] == "protocol_error"
+    tickets.add(TOKENS)
+    check_rest(first, await (await start(mesh.http, last_id=first.last_id)).rest())
+
+
+async def test_bad_ids_are_refused_with_advice(mesh):
+    hand_out(mesh, TOKENS)
+    first = await (await start(mesh.http)).rest()
+    request_id = first.response.headers["x-popmesh-request-id"]
+    for last_id, kind in (
+        ("12", "chat"),
+        (request_id, "chat"),
+        (f"{request_id}:x", "chat"),
+        (f"{request_id}:{TOKENS + 1}", "chat"),
+        (f"{request_id}:3", "completion"),
+    ):
+        status, code, error = await refused(mesh.http, kind, last_id=last_id)
+        assert (status, code, error["param"]) == (400, "invalid_value", "Last-Event-ID"), last_id
+    status, code, error = await refused(mesh.http, last_id=f"{request_id}:3", stream=False)
+    assert (status, code) == (400, "invalid_value")
+    assert "stream" in error["message"]
+    status, code, _ = await refused(mesh.http, last_id=f"{request_id}:3", messages=7)
+    assert (status, code) == (400, "invalid_type")
+
+
+async def test_unknown_expired_and_foreign_answers_look_the_same(monkeypatch):
+    topology = make_topology(tenants=TENANTS)
+    async with running_mesh(monkeypatch, topology) as mesh:
+        tickets = hand_out(mesh, 4)
+        first = await (await start(mesh.http, key="ann")).texts(4)
+        errors = [await refused(mesh.http, last_id=first.last_id, key="bob")]
+        unknown = f"chatcmpl-{'f' * 32}:4"
+        errors.append(await refused(mesh.http, last_id=unknown, key="ann"))
+        status, code, _ = await refused(mesh.http, last_id=first.last_id)
+        assert (status, code) == (401, "invalid_api_key")
+
+        monkeypatch.setattr(resume_book, "KEEP_S", 0.0)
+        first.response.close()
+        await mesh.wait_idle()
+        for node in mesh.nodes.values():
+            node.answers.clear()
+        tickets.add(TOKENS)
+        errors.append(await refused(mesh.http, last_id=first.last_id, key="ann"))
+        assert [error[:2] for error in errors] == [(404, "stream_unknown")] * 3
+        assert len({error[2]["message"] for error in errors}) == 1
+
+
+# ---- another router ----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def two_routers(monkeypatch):
+    """A mesh and a client session to a second router over the same fake nodes."""
+    topology = make_topology()
+    topology = replace(
+        topology, routers={**topology.routers, "router-2": Router("router-2", "lhr", ANY_PORT)}
+    )
+    async with running_mesh(monkeypatch, topology) as mesh:
+        directory, stop = StubDirectory(), asyncio.Event()
+        directory.list(entry_of(node) for node in mesh.nodes.values())
+        monkeypatch.setattr(router.app, "Watcher", directory.attach)
+        url = asyncio.get_running_loop().create_future()
+        config = RouterConfig("router-2", topology, "consul://127.0.0.1:1", "127.0.0.1", 0)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(serve(config, url.set_result, stop))
+            async with aiohttp.ClientSession(await url) as http:
+                other = replace(mesh, url=await url, http=http, directory=directory, stop=stop)
+                await other.wait_ready()
+                yield mesh, other
+            stop.set()
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("read", [1, 2, 7])
+async def test_another_router_goes_on_where_a_dead_one_was(monkeypatch, kind, read):
+    async with two_routers(monkeypatch) as (mesh, other):
+        tickets = hand_out(mesh, read)
+        first = await (await start(mesh.http, kind)).texts(read)
+        first.response.close()
+        await mesh.wait_idle()
+        tickets.add(TOKENS)
+        second = await (await start(other.http, kind, last_id=first.last_id)).rest()
+        check_rest(first, second, kind)
+        hand_out(mesh, TOKENS)
+        assert second.usage == (await (await start(mesh.http, kind)).rest()).usage
+        metrics = await (await other.http.get("/metrics")).text()
+        assert 'popmesh_resumed_total{found="elsewhere"} 1' in metrics
+
+
+async def test_tokens_that_the_first_router_never_relayed_come_once(monkeypatch):
+    async with two_routers(monkeypatch) as (mesh, other):
+        tickets = hand_out(mesh, 6)
+        first = await (await start(mesh.http)).texts(2)
+        last_id, text = first.last_id, first.text
+        await first.texts(6)
+        tickets.add(TOKENS)
+        second = await (await start(other.http, last_id=last_id)).rest()
+        assert text + second.text == whole()
+        assert second.usage["completion_tokens"] == TOKENS
+
+
+async def test_the_first_router_lets_go_when_another_takes_over(monkeypatch):
+    """And when the client comes back to it, it asks the nodes like any other."""
+    async with two_routers(monkeypatch) as (mesh, other):
+        tickets = hand_out(mesh, 4)
+        first = await (await start(mesh.http)).texts(4)
+        resuming = asyncio.ensure_future(start(other.http, last_id=first.last_id))
+        await first.rest()
+        assert first.error["code"] == "taken_over"
+        tickets.add(3)
+        second = await (await resuming).texts(3)
+        assert first.text + second.text == whole(count=7)
+        second.response.close()
+        await other.wait_idle()
+        assert (await mesh.get_json("/popmesh/status"))["resumable"]["records"] == 0
+        tickets.add(TOKENS)
+        third = await (await start(mesh.http, last_id=second.last_id)).rest()
+        assert first.text + second.text + third.text == whole()
+        assert (third.done, third.usage["completion_tokens"]) == (True, TOKENS)
+
+
+async def test_a_complete_answer_can_be_read_at_another_router(monkeypatch):
+    async with two_routers(monkeypatch) as (mesh, other):
+        hand_out(mesh, TOKENS)
+        first = await (await start(mesh.http)).rest()
+        await mesh.wait_idle()
+        before = sum(len(node.submits) for node in mesh.nodes.values())
+        request_id = first.response.headers["x-popmesh-request-id"]
+        second = await (await start(other.http, last_id=f"{request_id}:5")).rest()
+        assert whole(count=5) + second.text == whole()
+        assert (second.finish, second.done, second.usage) == ("length", True, first.usage)
+        assert sum(len(node.submits) for node in mesh.nodes.values()) == before
+
+
+async def test_nodes_of_version_1_are_not_asked(monkeypatch):
+    async with two_routers(monkeypatch) as (mesh, other):
+        tickets = hand_out(mesh, 4)
+        first = await (await start(mesh.http)).texts(4)
+        first.response.close()
+        await mesh.wait_idle()
+        for node in mesh.nodes.values():
+            node.max_version = 1
+            for connection in list(node.connections):
+                connection.drop()
+            await node.wait_until(lambda node=node: not node.connections)
+        await other.wait_ready()
+        tickets.add(TOKENS)
+        status, code, _ = await refused(other.http, last_id=first.last_id)
+        assert (status, code) == (404, "stream_unknown")
+        assert not any(node.attaches for node in mesh.nodes.values())
