@@ -13,6 +13,7 @@ import click
 
 from popmesh.commands.chat import chat
 from popmesh.commands.demo import demo
+from popmesh.commands.drill import drill
 from popmesh.commands.explain import explain
 from popmesh.commands.links import links
 from popmesh.commands.model import model
@@ -61,6 +62,7 @@ def main() -> None:
     Your own mesh, here: popmesh up TOPOLOGY.yaml
     On real machines:    popmesh node / popmesh router, one per machine, with Consul
     Look inside:         popmesh status, popmesh explain "a prompt", popmesh chat
+    Rehearse failures:   popmesh drill chaos
     """
     _open_standard_files()
     if "POPMESH_LAUNCHER_PID" in os.environ:
@@ -107,5 +109,6 @@ for _command in (
     registry,
     links,
     tls,
+    drill,
 ):
     main.add_command(_command)

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 import aiohttp
 import msgspec
 
+from popmesh.sse import SseParser
 from wire.errors import ConfigError, MeshError, PeerError, RequestError, error_from_code
 
 CONNECT_TIMEOUT_S = 5.0
@@ -25,9 +26,6 @@ IDLE_TIMEOUT_S = 120.0
 
 RECORD_TRIES, RECORD_PAUSE_S = 20, 0.1
 """A prefill node reports its transfer a round trip or two after the last token at the earliest."""
-
-MAX_EVENT_BYTES = 1024 * 1024
-"""Largest server-sent event read; the router's are a few hundred bytes."""
 
 T = TypeVar("T")
 
@@ -196,6 +194,22 @@ class MeshClient:
         if answer.get("usage", {}).get("completion_tokens") != 2:
             raise PeerError(f"{prefill} and {decode} did not produce two tokens")
 
+    async def drill(self, node: str, fault: str, model: str, duration_s: float) -> None:
+        """Do harm to a node that was started for drills; raises when the router or it refuses.
+
+        ``duration_s`` 0: the fault has none.
+        """
+        told: dict[str, object] = {"node": node, "fault": fault, "model": model}
+        if duration_s:
+            told["duration_s"] = duration_s
+        async with self._request("POST", "/popmesh/drill", json=told):
+            pass
+
+    async def metrics(self) -> str:
+        """The router's metrics, in Prometheus' text format."""
+        async with self._request("GET", "/metrics") as response:
+            return await response.text()
+
     async def chat(
         self,
         answer: Answer,
@@ -238,7 +252,7 @@ class MeshClient:
         assert self._session is not None, "use 'async with MeshClient(...)'"
         try:
             async with self._session.request(method, self.url + path, **options) as response:
-                if response.status != 200:
+                if not 200 <= response.status < 300:
                     raise _refusal(response.status, await response.read())
                 yield response
         except aiohttp.ClientConnectorError as exc:
@@ -262,19 +276,12 @@ def _chat_body(
 
 async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a server-sent event stream; an error event is raised."""
-    buffer = b""
+    parser = SseParser()
     async for chunk in stream.iter_any():
-        *events, buffer = (buffer + chunk).split(b"\n\n")
-        if len(buffer) > MAX_EVENT_BYTES:
-            raise PeerError("an event of the answer is too large", code="protocol_error")
-        for event in events:
-            lines = [line for line in event.split(b"\n") if line.startswith(b"data: ")]
-            if not lines:
-                continue  # a comment that keeps the connection open
-            data = lines[0].removeprefix(b"data: ")
-            if data == b"[DONE]":
+        for event in parser.feed(chunk):
+            if event.data == b"[DONE]":
                 return
-            parsed = json.loads(data)
+            parsed = json.loads(event.data)
             if "error" in parsed:
                 raise _error(parsed["error"])
             yield parsed

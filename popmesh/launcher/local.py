@@ -144,6 +144,7 @@ class LocalMesh:
 
     async def _become_ready(self, report: Report) -> dict[str, NodeStatus]:
         total, probes = len(self.plan.topology.nodes), self.plan.probes
+        others = self._of_kinds(("router", "links"))
         while True:
             while len(statuses := self._statuses()) < total:
                 report("nodes", len(statuses), total)
@@ -153,8 +154,8 @@ class LocalMesh:
                 for done, probe in enumerate(probes):
                     report("probes", done, len(probes))
                     await _probe(client, probe)
-            if self._statuses() == statuses:  # nobody was restarted meanwhile
-                break
+            if self._statuses() == statuses and len(self._pids()) == len(others):
+                break  # nobody was restarted meanwhile
         report("probes", len(probes), len(probes))
         for process in self._of_kinds(("router", "node")):
             process.healthy()
@@ -162,18 +163,26 @@ class LocalMesh:
 
     async def _watch(self, published: dict[str, NodeStatus]) -> None:
         """Keep the ready file true: after a restart, probe the node again and rewrite the file."""
+        published_pids = self._pids()
         while True:
             await asyncio.sleep(WATCH_S)
-            statuses = self._statuses()
+            statuses, pids = self._statuses(), self._pids()
             changed = {name for name, status in statuses.items() if status != published.get(name)}
-            if not changed or len(statuses) < len(self.plan.topology.nodes):
+            if not changed and pids == published_pids:
+                continue
+            if len(statuses) < len(self.plan.topology.nodes) or len(pids) < len(published_pids):
                 continue
             async with MeshClient(self.plan.router_url, self._api_key) as client:
                 for probe in self.plan.probes:
                     if probe.node in changed:
                         await _probe(client, probe)
-            if self._statuses() == statuses:
-                published = self._publish(statuses)
+            if self._statuses() == statuses and self._pids() == pids:
+                published, published_pids = self._publish(statuses), pids
+
+    def _pids(self) -> dict[tuple[str, str], int]:
+        """The routers and the shaper that run now, by (kind, name)."""
+        processes = self._of_kinds(("router", "links"))
+        return {(p.child.kind, p.child.name): p.pid for p in processes if p.pid is not None}
 
     def _statuses(self) -> dict[str, NodeStatus]:
         """The nodes that say that they are ready."""
@@ -190,7 +199,7 @@ class LocalMesh:
 
     def _publish(self, statuses: dict[str, NodeStatus]) -> dict[str, NodeStatus]:
         if self._ready_file is not None:
-            write_ready_file(self._ready_file, describe(self.plan, statuses))
+            write_ready_file(self._ready_file, describe(self.plan, statuses, self._pids()))
         return statuses
 
 

@@ -50,12 +50,30 @@ class ReadyNode(msgspec.Struct, frozen=True):
     addresses: NodeAddresses
 
 
+class ReadyRouter(msgspec.Struct, frozen=True):
+    """A router process and where it serves."""
+
+    name: str
+    site: str
+    url: str
+    pid: int
+
+
+class ReadyShaper(msgspec.Struct, frozen=True):
+    """The process that emulates the links; ``popmesh.links.control`` changes them in ``plan``."""
+
+    plan: str
+    pid: int
+
+
 class ReadyMesh(msgspec.Struct, frozen=True):
-    """The ready file's content."""
+    """The ready file's content. ``router_url`` is the first router's; ``shaper`` may be off."""
 
     router_url: str
     registry_url: str
     nodes: list[ReadyNode]
+    routers: list[ReadyRouter]
+    shaper: ReadyShaper | None
 
 
 def read_status(path: Path, agent_pid: int | None) -> NodeStatus | None:
@@ -67,8 +85,11 @@ def read_status(path: Path, agent_pid: int | None) -> NodeStatus | None:
     return status if status.ready and status.agent_pid == agent_pid else None
 
 
-def describe(plan: LaunchPlan, statuses: dict[str, NodeStatus]) -> ReadyMesh:
-    """The ready file's content; ``statuses`` has every node of the plan."""
+def describe(
+    plan: LaunchPlan, statuses: dict[str, NodeStatus], pids: dict[tuple[str, str], int]
+) -> ReadyMesh:
+    """The ready file's content; ``statuses`` has every node of the plan, ``pids`` every router and
+    the shaper by (kind, name)."""
     nodes = [
         ReadyNode(
             node.name,
@@ -80,7 +101,14 @@ def describe(plan: LaunchPlan, statuses: dict[str, NodeStatus]) -> ReadyMesh:
         )
         for node in plan.topology.nodes.values()
     ]
-    return ReadyMesh(plan.router_url, plan.registry_url, nodes)
+    routers = [
+        ReadyRouter(router.name, router.site, f"http://{router.listen}", pids["router", name])
+        for name, router in plan.topology.routers.items()
+    ]
+    shaper = None
+    if plan.links is not None:
+        shaper = ReadyShaper(str(plan.files.links), pids["links", "links"])
+    return ReadyMesh(plan.router_url, plan.registry_url, nodes, routers, shaper)
 
 
 def write_ready_file(path: Path, mesh: ReadyMesh) -> None:

@@ -47,7 +47,7 @@ def test_every_command_explains_itself_with_an_example(path):
 def test_the_commands_are_all_there():
     assert {path[0] for path in commands(main)} == {
         "up", "demo", "router", "node", "registry", "links", "status", "chat", "explain",
-        "topology", "model", "tls",
+        "topology", "model", "tls", "drill",
     }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Drills: failures on purpose in a running mesh, and what its clients saw of them."""

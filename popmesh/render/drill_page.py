@@ -1,0 +1,167 @@
+"""A drill's report as one HTML page that needs nothing else: no script, no font, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from popmesh.drill.report import Report
+from popmesh.render.drill import cells, waits
+from popmesh.render.drill_timeline import timeline
+
+MAX_ANSWERS_LISTED = 200
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --soft: #5d666f; --paper: #ffffff;
+  --line: #d9dee3; --right: #3f83c4; --gap: #d3e3f3; --hit: #f0a135; --differs: #b98900;
+  --bad: #c8322b; --fault: #8a63c9; --good: #1e7d46; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa4ae; --paper: #14171a;
+  --line: #343b42; --right: #5b9bd8; --gap: #23405c; --hit: #f2b25c; --differs: #d9ab2b;
+  --bad: #ef6a62; --fault: #a98be0; --good: #54c284; } }
+body { margin: 0 auto; max-width: 1240px; padding: 24px; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 32px 0 8px; }
+p { margin: 4px 0; } .soft, .axis { color: var(--soft); }
+.passed { color: var(--good); } .failed { color: var(--bad); }
+.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: 8px; }
+table { border-collapse: collapse; } th, td { padding: 3px 12px 3px 0; text-align: left;
+  border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.axis { fill: var(--soft); font-size: 11px; } .tick { stroke: var(--line); }
+.answer.right { fill: var(--right); } .answer.differs { fill: var(--differs); }
+.answer.bad { fill: var(--bad); } .gap { fill: var(--gap); } .gap.hit { fill: var(--hit); }
+.fault { fill: var(--fault); fill-opacity: .35; } .fault.bad { fill: var(--bad); }
+.blow { stroke: var(--fault); stroke-dasharray: 3 3; stroke-opacity: .7; }
+.number { fill: var(--ink); font-size: 10px; }
+.key { display: inline-block; width: 14px; height: 10px; margin: 0 4px 0 14px; }
+"""
+
+_KEYS = (
+    ("--right", "answer as it should be"),
+    ("--gap", "wait of a quarter second or more"),
+    ("--hit", "pause by a fault"),
+    ("--differs", "differs"),
+    ("--bad", "wrong, cut or hanging"),
+    ("--fault", "victim out"),
+)
+
+
+def drill_page(report: Report) -> str:
+    """The whole page as text."""
+    word, kind = ("passed", "passed") if report.passed else ("not passed", "failed")
+    verdicts = ", ".join(f"{count} {name}" for name, count in sorted(report.verdicts.items()))
+    calm = ", ".join(f"{count} {name}" for name, count in sorted(report.calm_verdicts.items()))
+    recovered = ", ".join(f"{count} by {name}" for name, count in report.recoveries.items())
+    done = sum(fault.done for fault in report.faults)
+    facts = [
+        f"{report.started}, {report.duration_s:.0f} s; model {report.model}; {report.streams} "
+        f"clients at {', '.join(report.routers)}; seed {report.seed}",
+        f"{done} faults done. Answers under them: {verdicts or 'none'}; {report.tokens} tokens.",
+        f"Undisturbed: {calm}. Answers have to be exact: {'yes' if report.exact else 'no'}.",
+        f"Recoveries: {recovered or 'none counted'}. Resumed by clients: {report.resumed}.",
+    ]
+    keys = "".join(
+        f'<span class="key" style="background: var({color})"></span>{escape(text)}'
+        for color, text in _KEYS
+    )
+    body = [
+        f"<h1>Chaos drill of {escape(report.mesh)}: <span class={kind}>{word}</span></h1>",
+        *(f"<p>{escape(fact)}</p>" for fact in facts),
+        *_problems(report),
+        "<h2>Timeline</h2>",
+        f'<p class="soft">{keys}</p><div class="wide">{timeline(report)}</div>',
+        "<h2>Waits</h2>",
+        '<p class="soft">Seconds, at the client. Quantiles by nearest rank. A pause is the longest '
+        "wait of an answer that was hit, while a fault was there.</p>",
+        _table(
+            ("", "n", "p50", "p90", "p99", "max"),
+            [(name, *cells(figures)) for name, figures in waits(report)],
+            numbers=range(1, 6),
+        ),
+        "<h2>Faults</h2>",
+        _faults(report),
+        "<h2>At rest, before and after</h2>",
+        _rest(report),
+        "<h2>Answers that were not right</h2>",
+        _answers(report),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Chaos drill of {escape(report.mesh)}: {word}</title>"
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _problems(report: Report) -> list[str]:
+    if not report.problems:
+        return []
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in report.problems)
+    return [f'<ul class="failed">{items}</ul>']
+
+
+def _faults(report: Report) -> str:
+    rows = [
+        (
+            str(row.number),
+            f"{row.at_s:.1f}",
+            row.fault,
+            row.victim,
+            row.stage,
+            "-" if row.after_s is None else f"{row.after_s:.1f}",
+            str(row.touched),
+            f"{row.longest_pause_s:.2f}" if row.touched else "-",
+            row.problem if row.done else f"not done: {row.problem}",
+        )
+        for row in report.faults
+    ]
+    head = ("", "at, s", "fault", "victim", "aimed at", "out, s", "answers hit", "longest pause, s")
+    return _table((*head, ""), rows, numbers=(0, 1, 5, 6, 7))
+
+
+def _rest(report: Report) -> str:
+    rows = []
+    for name in sorted(report.before.processes.keys() | report.after.processes.keys()):
+        row = [name]
+        for rest in (report.before, report.after):
+            seen = rest.processes.get(name)
+            row += (
+                [str(seen.pid), str(seen.descriptors), f"{seen.resident_bytes / 1e6:.0f}"]
+                if seen is not None
+                else ["-", "-", "-"]
+            )
+        rows.append(tuple(row))
+    busy = (
+        "; ".join(report.after.busy) or "requests, transfers, streams, blocks, reservations: none"
+    )
+    text = f"<p>Held after the drill: {escape(busy)}.</p>"
+    if not rows:
+        return text
+    head = ("process", "pid", "descriptors", "MB", "pid after", "descriptors after", "MB after")
+    return text + _table(head, rows, numbers=range(1, 7))
+
+
+def _answers(report: Report) -> str:
+    bad = [row for row in report.answers if row.verdict != "right"]
+    if not bad:
+        return "<p>None.</p>"
+    rows = [
+        (f"{row.started_s:.1f}", str(row.client), row.request_id, row.verdict, row.detail)
+        for row in bad[:MAX_ANSWERS_LISTED]
+    ]
+    more = len(bad) - len(rows)
+    note = f"<p>And {more} more, in report.json.</p>" if more else ""
+    return _table(("at, s", "client", "request", "verdict", ""), rows, numbers=(0, 1)) + note
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int]) -> str:
+    right = set(numbers)
+
+    def cell(tag: str, at: int, text: str) -> str:
+        return f"<{tag}{' class=n' if at in right else ''}>{escape(text)}</{tag}>"
+
+    def line(tag: str, texts: Sequence[str]) -> str:
+        return f"<tr>{''.join(cell(tag, at, text) for at, text in enumerate(texts))}</tr>"
+
+    body = "\n".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table>{line("th", head)}\n{body}</table></div>'
