@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -39,6 +40,12 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
+def consul_ports(http: int, serf: int, server: int) -> dict[str, int]:
+    """The ``ports`` of an agent's configuration: what is not named here is off."""
+    on = {"http": http, "serf_lan": serf, "server": server}
+    return on | dict.fromkeys(("https", "grpc", "dns", "serf_wan"), -1)
+
+
 class ConsulAgent:
     """`consul agent -dev` on loopback: one server, state in memory only, so a restart is empty."""
 
@@ -47,15 +54,7 @@ class ConsulAgent:
         http, serf, server = free_ports(3)
         self._http = http
         self._config = folder / "agent.json"
-        ports = {
-            "http": http,
-            "https": -1,
-            "grpc": -1,
-            "dns": -1,
-            "serf_lan": serf,
-            "serf_wan": -1,
-            "server": server,
-        }
+        ports = consul_ports(http, serf, server)
         self._config.write_text(json.dumps({"datacenter": "local", "ports": ports}))
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -85,12 +84,87 @@ class ConsulAgent:
         except (urllib.error.URLError, OSError):
             return False
 
+    def pause(self) -> None:
+        """Stop it in its tracks: its sockets stay open, nobody answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """End it as a crash would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+class ConsulCluster:
+    """Three Consul servers on loopback that elect a leader, with Raft's timers as short as it lets
+    them be."""
+
+    def __init__(self, folder: Path) -> None:
+        ports = free_ports(9)
+        self._folder = folder
+        self._ports = [tuple(ports[at : at + 3]) for at in (0, 3, 6)]
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def url(self, number: int) -> str:
+        """Of server 0, 1 or 2."""
+        return f"consul://127.0.0.1:{self._ports[number][0]}"
+
+    def start(self) -> None:
+        """Start all and wait for their leader."""
+        for number, (http, serf, server) in enumerate(self._ports):
+            config = {
+                "node_name": f"server-{number}",
+                "datacenter": "local",
+                "server": True,
+                "bootstrap_expect": 3,
+                "retry_join": [f"127.0.0.1:{each[1]}" for each in self._ports],
+                "retry_interval": "200ms",
+                "performance": {"raft_multiplier": 1},
+                "data_dir": str(self._folder / f"data-{number}"),
+                "bind_addr": "127.0.0.1",
+                "ports": consul_ports(http, serf, server),
+            }
+            path = self._folder / f"server-{number}.json"
+            path.write_text(json.dumps(config))
+            with (self._folder / f"log-{number}").open("ab") as log:
+                self._processes[number] = subprocess.Popen(
+                    [consul_binary(), "agent", "-config-file", path], stdout=log, stderr=log
+                )
+        deadline = time.monotonic() + START_WITHIN_S
+        while any(self.leader(number) is None for number in self._processes):
+            if time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError((self._folder / "log-0").read_text()[-2000:])
+            time.sleep(0.05)
+
+    def leader(self, asked: int) -> int | None:
+        """The leader's number as server ``asked`` has it; None while it knows none."""
+        url = f"http://127.0.0.1:{self._ports[asked][0]}/v1/status/leader"
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                address = str(json.load(answer))
+        except (urllib.error.URLError, OSError):
+            return None
+        servers = {f"127.0.0.1:{ports[2]}": number for number, ports in enumerate(self._ports)}
+        return servers.get(address)
+
+    def kill_server(self, number: int) -> None:
+        """End one as a crash would."""
+        process = self._processes.pop(number)
+        process.kill()
+        process.wait()
+
+    def kill(self) -> None:
+        """End all that still run."""
+        for number in list(self._processes):
+            self.kill_server(number)
 
 
 class Restartable(Protocol):

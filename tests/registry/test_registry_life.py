@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 from registry_servers import Restartable, SilentServer
+from registry_views import PATIENCE_S, Views, with_status
 
 from registry import keep as keep_module
 from registry import keeper as keeper_module
@@ -20,39 +21,12 @@ from registry.keeper import Keeper
 from registry.watch import Watch
 from registry.watcher import Watcher
 
-PATIENCE_S = 30.0
-
 
 @pytest.fixture
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up at once what is in vain, so that tests of it are short."""
     monkeypatch.setattr(keeper_module, "CONFIRM_WITHIN_S", 0.1)
     monkeypatch.setattr(keep_module, "CLOSE_WITHIN_S", 0.3)
-
-
-class Views:
-    """Every view that a watcher published, and a way to wait for one."""
-
-    def __init__(self) -> None:
-        self.all: list[Snapshot] = []
-        self._news = asyncio.Event()
-
-    def add(self, snapshot: Snapshot) -> None:
-        self.all.append(snapshot)
-        self._news.set()
-
-    async def wait_for(self, wanted: Callable[[Snapshot], bool]) -> Snapshot:
-        """The last view, as soon as it is a wanted one."""
-        async with asyncio.timeout(PATIENCE_S):
-            while not self.all or not wanted(self.all[-1]):
-                self._news.clear()
-                await self._news.wait()
-        return self.all[-1]
-
-
-def with_status(**wanted: str) -> Callable[[Snapshot], bool]:
-    """A view of exactly these instances (by the last part of their id) with these statuses."""
-    return lambda view: {e.service_id[-1]: e.status for e in view.entries} == wanted
 
 
 @asynccontextmanager
