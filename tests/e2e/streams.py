@@ -20,6 +20,8 @@ MODEL = "smollm2-135m-f32"
 KV_SLOW = LinkFault("ams", "lhr", bandwidth_mbps=4.0)
 """One hundredth of its rate: the KV of 100 tokens (46 kB each in float32) takes nine seconds."""
 
+RECOVERIES = {"retarget", "salvage", "recompute", "resume"}
+
 REST_S = 30.0
 """How long a mesh may take to come to rest after a fault: a lease (5 s), a redial and a margin."""
 
@@ -109,11 +111,15 @@ def plan_of(mesh: Mesh) -> Path:
 
 
 async def whole_text(mesh: Mesh, answer: Answer, prompt: str, max_tokens: int = 40) -> None:
-    """The client read what it would have read, and the router says that it ended well."""
+    """The client read what it would have read, and the router says how that came about."""
     heal(plan_of(mesh))
     assert answer.finish == "length"
     assert answer.text == await undisturbed(mesh, prompt, max_tokens)
-    assert mesh.request_record(answer.request_id)["outcome"] == "length"
+    record = mesh.request_record(answer.request_id)
+    assert record["outcome"] == "length"
+    for attempt in record["attempts"][1:]:
+        assert attempt["recovery"]["kind"] in RECOVERIES
+        assert attempt["recovery"]["price_s"] > 0
 
 
 def busy(mesh: Mesh) -> list[str]:
