@@ -2,6 +2,11 @@
 
 One forward-pass code runs on every backend. Shapes and meaning of each operation are documented
 once, at its readable version in ``kernels.reference``.
+
+Batch-invariant operations give a row the same bits in any batch: alone, beside others, in a prefill
+chunk of any length, as a decode step, wherever its KV blocks lie, with any number of threads. Then
+a model's logits for a token are a function of the tokens before it alone. The bits are the same
+within one class: backend, instruction set (native) and dtype; another class rounds otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import torch
 from kernels.meta import AttentionMeta
 from kernels.native.build import NativeUnavailableError, ensure_library
 from kernels.native.ops import NativeOps
+from kernels.reference import invariant
 from kernels.reference.activation import silu_mul
 from kernels.reference.attention import attention
 from kernels.reference.linear import linear, logits
@@ -27,13 +33,20 @@ __all__ = ["Backend", "NativeUnavailableError", "Ops", "load_ops"]
 
 Backend = Literal["auto", "reference", "native"]
 
+INVARIANT_SUFFIX = "+batch_invariant"
+"""In the name of operations of which batch invariance was asked."""
+
 _Tensor = torch.Tensor
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Operations of one backend. ``name`` is for people, e.g. ``native/avx512_bf16``."""
+    """Operations of one backend.
+
+    ``name`` is for people, e.g. ``native/avx512_bf16``, or ``native/avx512_bf16+batch_invariant``
+    where that was asked for.
+    """
 
     name: str
     rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
@@ -58,8 +71,23 @@ class Ops:
     ]
 
 
-def reference_ops() -> Ops:
-    """The readable torch versions: the oracle, and the fallback where nothing can be compiled."""
+def reference_ops(*, batch_invariant: bool = False) -> Ops:
+    """The readable torch versions: the oracle, and the fallback where nothing can be compiled.
+
+    Batch-invariant ones are several times slower and the same on every machine.
+    """
+    if batch_invariant:
+        return Ops(
+            name=f"reference{INVARIANT_SUFFIX}",
+            rms_norm=invariant.rms_norm,
+            add_rms_norm=invariant.add_rms_norm,
+            linear=invariant.linear,
+            rope_kv_write=rope_kv_write,
+            attention=invariant.attention,
+            silu_mul=invariant.silu_mul,
+            logits=invariant.product,
+            gumbel_sample=gumbel_sample,
+        )
     return Ops(
         name="reference",
         rms_norm=rms_norm,
@@ -73,8 +101,11 @@ def reference_ops() -> Ops:
     )
 
 
-def native_ops(threads: int, isa: str | None = None) -> Ops:
+def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = False) -> Ops:
     """The compiled CPU versions on a pool of ``threads`` workers, the caller included.
+
+    They have one order of summation for every batch, so invariance costs nothing here: asking for
+    it puts it into the name.
 
     Args:
         isa: instruction set to use; None picks the fastest of this processor.
@@ -85,7 +116,7 @@ def native_ops(threads: int, isa: str | None = None) -> Ops:
     """
     native = NativeOps(ensure_library(), threads, isa)
     return Ops(
-        name=f"native/{native.isa}",
+        name=f"native/{native.isa}{INVARIANT_SUFFIX if batch_invariant else ''}",
         rms_norm=native.rms_norm,
         add_rms_norm=native.add_rms_norm,
         linear=native.linear,
@@ -97,11 +128,14 @@ def native_ops(threads: int, isa: str | None = None) -> Ops:
     )
 
 
-def load_ops(backend: Backend, threads: int) -> Ops:
+def load_ops(backend: Backend, threads: int, *, batch_invariant: bool = False) -> Ops:
     """Operations of ``backend``; ``auto`` is native if it can be had, else reference and a warning.
 
     Also sets how many threads torch itself uses in this process: ``threads`` for the reference, 1
     beside the native pool, whose workers torch's own would compete with.
+
+    Args:
+        batch_invariant: promise that a row's bits never depend on its batch (see the module).
 
     Raises:
         ValueError: ``threads`` is below 1, or the backend is unknown.
@@ -113,7 +147,7 @@ def load_ops(backend: Backend, threads: int) -> Ops:
         raise ValueError(f"unknown backend {backend!r}")
     if backend != "reference":
         try:
-            ops = native_ops(threads)
+            ops = native_ops(threads, batch_invariant=batch_invariant)
         except NativeUnavailableError as exc:
             if backend == "native":
                 raise
@@ -122,4 +156,4 @@ def load_ops(backend: Backend, threads: int) -> Ops:
             torch.set_num_threads(1)
             return ops
     torch.set_num_threads(threads)
-    return reference_ops()
+    return reference_ops(batch_invariant=batch_invariant)

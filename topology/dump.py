@@ -65,6 +65,7 @@ def _node(node: Node) -> dict[str, Any]:
         threads=node.threads,
         backend=node.backend,
         kv_tokens=node.kv_tokens,
+        batch_invariant=node.batch_invariant,
     )
 
 

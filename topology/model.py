@@ -68,7 +68,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One agent at a site. ``mesh`` is its listener for routers, ``kv`` the one for KV streams."""
+    """One agent at a site. ``mesh`` is its listener for routers, ``kv`` the one for KV streams.
+
+    ``batch_invariant`` asks its engines for the same bits in any batch.
+    """
 
     name: str
     site: str
@@ -82,6 +85,7 @@ class Node:
     threads: int = 1
     backend: Backend = "auto"
     kv_tokens: int = 16384
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ _OPERATIONS: dict[str, list[Any]] = {
     "pm_attention": [
         *[_INT, _POINTER, _LONG],
         *[_POINTER] * 6,
-        *[_LONG] * 7,
+        *[_LONG] * 6,
         _FLOAT,
     ],
     "pm_sample": [

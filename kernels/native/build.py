@@ -24,6 +24,9 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",
+    # A product and a sum are one rounding only where the source says so: otherwise the compiler
+    # decides, perhaps differently in two places that must agree.
+    "-ffp-contract=off",
     # The kernels view rows of bfloat16 as 32-bit words.
     "-fno-strict-aliasing",
     "-pthread",

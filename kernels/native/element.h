@@ -2,7 +2,8 @@
  * 0 or 1; redefines its macros each time. FN(name) is the name of the instance.
  *
  * Two views of the arithmetic:
- *   dot   d_*  vectors along the summed axis, for few rows of x;
+ *   dot   d_*  vectors of DW elements along the summed axis, from A; dw_* from W: weights as they
+ *              are stored, or widened to A beforehand where that is slow in the midst of it;
  *   gemm  a_*  one step (STEP elements) of a row of A, against VW columns of packed B. B is packed
  *              as words of 32 bits: one float, or a bf16 pair where the processor multiplies pairs.
  */
@@ -19,6 +20,9 @@
 #undef d_load
 #undef d_load_n
 #undef d_dot
+#undef W
+#undef dw_load
+#undef dw_load_n
 #undef STEP
 #undef av
 #undef a_step
@@ -59,12 +63,22 @@
 #define A float
 #define dv vf
 #define DW VW
-#define d_load e_load
-#define d_load_n e_load_n
+#define d_load vf_load
+#define d_load_n vf_load_n
 #define d_dot(acc, a, b) vf_fma(a, b, acc)
 #define STEP 1
 #define av vf
 #define a_step(p) vf_set1(*(p))
 #define b_load(p) vf_load((const float *)(p))
 #define a_mul(acc, a, b) vf_fma(a, b, acc)
+#endif
+
+#if PAIRS || PM_PLAIN_C
+#define W A
+#define dw_load d_load
+#define dw_load_n d_load_n
+#else
+#define W E
+#define dw_load e_load
+#define dw_load_n e_load_n
 #endif

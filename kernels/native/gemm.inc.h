@@ -78,7 +78,8 @@ PM_INLINE uint32_t FN(word)(const E *row, long j, long n)
 }
 
 /* Stores VW columns of `count` transposed words; bf16 pairs are split into floats without PAIRS. */
-PM_INLINE void FN(store_words)(uint32_t *dst, const uint32_t *words, long first, long count, long n)
+PM_INLINE void FN(store_words)(uint32_t *restrict dst, const uint32_t *restrict words, long first,
+                                long count, long n)
 {
     for (long j = 0; j < count; j++) {
 #if PM_BF16 && !PAIRS

@@ -5,9 +5,8 @@
 #define PM_TABLE pm_kernels_avx2
 #define PM_NAME "avx2"
 #define PM_SIMD "simd_avx2.h"
-#define PM_DOT_MAX_ROWS {12, 12}
+#define PM_PLAIN_C 0
 #define PM_GEMM_MR 6
 #define PM_DOT_T 2
-#define PM_PV_HEADS 2
 #include "isa.inc.h"
 #endif

@@ -5,9 +5,8 @@
 #define PM_TABLE pm_kernels_avx512
 #define PM_NAME "avx512"
 #define PM_SIMD "simd_avx512.h"
-#define PM_DOT_MAX_ROWS {5, 6}
+#define PM_PLAIN_C 0
 #define PM_GEMM_MR 6
-#define PM_DOT_T 4
-#define PM_PV_HEADS 4
+#define PM_DOT_T 6
 #include "isa.inc.h"
 #endif

@@ -4,8 +4,7 @@
 #define PM_TABLE pm_kernels_portable
 #define PM_NAME "portable"
 #define PM_SIMD "simd_portable.h"
-#define PM_DOT_MAX_ROWS {64, 64}
+#define PM_PLAIN_C 1
 #define PM_GEMM_MR 4
 #define PM_DOT_T 2
-#define PM_PV_HEADS 2
 #include "isa.inc.h"

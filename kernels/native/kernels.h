@@ -13,8 +13,9 @@ typedef struct {
     void *y;
     long T, N, K;
     int y_f32;
-    long unit;  /* dot: output columns per item; gemm: rows of x per item */
-    long units; /* gemm: items along T */
+    long columns; /* of y per item, a multiple of 4 */
+    long item_rows, row_items; /* rows of x per item, and items along T */
+    long rows, depth; /* of a block: rows of x, elements of K */
 } pm_linear_job;
 
 /* out = norm(x [+ residual]) * weight, rows of H; residual is updated in place where not NULL. */
@@ -50,9 +51,9 @@ typedef struct {
     void *out; /* [T, Hq, D] */
     const int32_t *query_starts, *context_lens, *block_tables;
     long q_stride, table_stride;
-    long S, Hq, Hk, D, block_tokens, max_context;
+    long S, Hq, Hk, D, block_tokens;
     float scale;
-    long q_block; /* queries of one sequence per item when it has more than one */
+    long q_block; /* queries of one sequence per item */
 } pm_attention_job;
 
 typedef struct {
@@ -66,11 +67,10 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    long gemm_columns; /* columns of w per gemm item */
-    long dot_max_rows[PM_DTYPES]; /* up to this many rows of x, linear_dot is the faster one */
-    void (*linear_dot[PM_DTYPES])(const void *job, long item, void *scratch);
-    void (*linear_gemm[PM_DTYPES])(const void *job, long item, void *scratch);
-    size_t (*linear_gemm_scratch[PM_DTYPES])(const pm_linear_job *job);
+    long tile_rows; /* rows of x per tile of a linear */
+    long block_element[PM_DTYPES]; /* bytes of an element of x while it is multiplied */
+    void (*linear[PM_DTYPES])(const void *job, long item, void *scratch);
+    size_t (*linear_scratch[PM_DTYPES])(const pm_linear_job *job);
     void (*norm[PM_DTYPES])(const void *job, long item, void *scratch);
     void (*silu_mul[PM_DTYPES])(const void *job, long item, void *scratch);
     void (*rope[PM_DTYPES])(const void *job, long item, void *scratch);

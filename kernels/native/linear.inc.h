@@ -1,11 +1,17 @@
-/* y = x w^T + bias for one element type.
+/* y = x w^T + bias for one element type, by one scheme whatever the number of rows.
  *
- * Few rows (decode) are bound by reading w once: DOT_T rows of x against 4 rows of w, vectors along
- * K. Many rows (prefill) are bound by arithmetic: a panel of w is packed once per item and
- * multiplied tile by tile. In both, the order of summation of an output does not depend on T.
+ * Order of summation, a function of K alone: lane j of an accumulator takes k = j, j + DW, ... (pairs
+ * of k where the processor multiplies pairs), then vf_sum4 adds the lanes. Tiles, blocks and items
+ * only choose which outputs are worked on together, so a row's result depends neither on the other
+ * rows nor on the threads.
  *
- * Roofline, bf16 on one Zen 5 core with the shapes of a 135M model: one row reads w at 17 GB/s of a
- * measured 21; 512 rows run at 217 billion multiply-adds/s (oneDNN in torch 2.13: 220).
+ * A tile is DOT_T rows of x against 4 rows of w, vectors along K. While the first rows of an item
+ * pass, the next 4 rows of w are prefetched: w is read from memory once, and the lines of 4 short
+ * streams come too late otherwise. Many rows: x in blocks that stay in the first cache, K in blocks
+ * between which accumulators wait in scratch.
+ *
+ * Roofline, bf16 on one Zen 5 core with the shapes of a 135M model: 1 row reads w at 28-33 GB/s, 8
+ * rows at 25; 512 rows run at 210 to 235 billion multiply-adds/s (oneDNN in torch 2.13: 220).
  */
 
 /* Stores n results of row t from column n0 on, with bias, in the output type of the job. */
@@ -24,93 +30,153 @@ PM_INLINE void FN(put_columns)(const pm_linear_job *job, long t, long n0, const 
     }
 }
 
-/* out[t][r] = x[t] . w[r]; tt is a constant wherever this is called. */
-PM_INLINE void FN(dot_tile)(const E *x, const E *const w[4], long K, float out[DOT_T][4],
-                            const int tt)
+/* One block of K of a tile. */
+typedef struct {
+    const A *x; /* rows lie ldx elements apart */
+    const W *w[4];
+    long ldx, K;
+    long ahead; /* from w to what is prefetched while it passes, in elements; 0: nothing */
+    float *partial;    /* [DOT_T][4][VW]: accumulators between blocks of K */
+    int first, last;   /* block of K */
+    float *sums;       /* rows of 4, ld_sums apart; written by the last block */
+    long ld_sums;
+} FN(dot);
+
+/* sums[t][r] (+)= x[t] . w[r]; tt is a constant wherever this is called. */
+PM_INLINE void FN(dot_tile)(const FN(dot) * b, const int tt)
 {
+    const A *const x = b->x;
+    const W *const *const w = b->w;
+    const long K = b->K, ldx = b->ldx, ahead = b->ahead;
     vf acc[DOT_T][4];
     long k = 0;
     for (int t = 0; t < tt; t++)
         for (int r = 0; r < 4; r++)
-            acc[t][r] = vf_zero();
+            acc[t][r] = b->first ? vf_zero() : vf_load(b->partial + (t * 4 + r) * VW);
     for (; k + DW <= K; k += DW) {
         dv row[4];
-        for (int r = 0; r < 4; r++)
-            row[r] = d_load(w[r] + k);
+        for (int r = 0; r < 4; r++) {
+            row[r] = dw_load(w[r] + k);
+            if (ahead != 0)
+                __builtin_prefetch(w[r] + k + ahead);
+        }
         for (int t = 0; t < tt; t++) {
-            dv xv = d_load(x + t * K + k);
+            dv xv = d_load(x + t * ldx + k);
             for (int r = 0; r < 4; r++)
                 acc[t][r] = d_dot(acc[t][r], xv, row[r]);
         }
     }
     if (k < K)
         for (int t = 0; t < tt; t++) {
-            dv xv = d_load_n(x + t * K + k, K - k);
+            dv xv = d_load_n(x + t * ldx + k, K - k);
             for (int r = 0; r < 4; r++)
-                acc[t][r] = d_dot(acc[t][r], xv, d_load_n(w[r] + k, K - k));
+                acc[t][r] = d_dot(acc[t][r], xv, dw_load_n(w[r] + k, K - k));
         }
-    for (int t = 0; t < tt; t++)
-        vf_sum4(out[t], acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+    for (int t = 0; t < tt; t++) {
+        if (b->last)
+            vf_sum4(b->sums + t * b->ld_sums, acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+        else
+            for (int r = 0; r < 4; r++)
+                vf_store(b->partial + (t * 4 + r) * VW, acc[t][r]);
+    }
 }
 
-PM_TARGET static void FN(linear_dot)(const void *argument, long item, void *scratch)
+PM_INLINE void FN(dot_rows)(const FN(dot) * b, long rows)
 {
-    const pm_linear_job *job = argument;
-    const E *x = job->x, *w = job->w;
-    const long K = job->K, end = pm_min(job->N, (item + 1) * job->unit);
-    (void)scratch;
-    for (long n = item * job->unit; n < end; n += 4) {
-        const E *rows[4];
-        const long columns = pm_min(4, end - n);
-        for (int r = 0; r < 4; r++)
-            rows[r] = w + pm_min(n + r, end - 1) * K;
-        for (long t = 0; t < job->T; t += DOT_T) {
-            float sums[DOT_T][4];
-            const long count = pm_min(DOT_T, job->T - t);
-            switch (count) {
-            case 1: FN(dot_tile)(x + t * K, rows, K, sums, 1); break;
-            case 2: FN(dot_tile)(x + t * K, rows, K, sums, 2); break;
+    switch (rows) {
+    case 1: FN(dot_tile)(b, 1); break;
+    case 2: FN(dot_tile)(b, 2); break;
 #if PM_DOT_T > 2
-            case 3: FN(dot_tile)(x + t * K, rows, K, sums, 3); break;
-            case 4: FN(dot_tile)(x + t * K, rows, K, sums, 4); break;
+    case 3: FN(dot_tile)(b, 3); break;
+#endif
+#if PM_DOT_T > 3
+    case 4: FN(dot_tile)(b, 4); break;
+    case 5: FN(dot_tile)(b, 5); break;
+    case 6: FN(dot_tile)(b, 6); break;
+#endif
+    }
+}
+
+/* Scratch of an item, for blocks of job->rows rows, job->columns columns and job->depth of K. */
+typedef struct {
+    float *sums;    /* [rows][columns] */
+    float *partial; /* [columns / 4][rows up to DOT_T][4][VW] */
+    A *x;           /* [rows][K], where A is not E */
+    W *w;           /* [4][depth], where W is not E */
+    size_t bytes;
+} FN(linear_room);
+
+static FN(linear_room) FN(lay_out_linear)(const pm_linear_job *job, char *memory)
+{
+    const size_t tiles = (size_t)(job->columns / 4 * pm_ceil_div(job->rows, DOT_T));
+    FN(linear_room) room;
+    size_t at = 0;
+#define PLACE(field, count)           \
+    room.field = (void *)(memory + at); \
+    at += pm_round64((size_t)(count) * sizeof *room.field)
+    PLACE(sums, job->rows * job->columns);
+    PLACE(partial, job->depth < job->K ? tiles * DOT_T * 4 * VW : 0);
+    PLACE(x, sizeof(A) != sizeof(E) ? job->rows * job->K : 0);
+    PLACE(w, sizeof(W) != sizeof(E) ? 4 * job->depth : 0);
+#undef PLACE
+    room.bytes = at;
+    return room;
+}
+
+static size_t FN(linear_scratch)(const pm_linear_job *job)
+{
+    static char nothing[1];
+    return FN(lay_out_linear)(job, nothing).bytes;
+}
+
+/* Rows [t, t + rows) times columns [n0, end): sums to room.sums. */
+PM_INLINE void FN(multiply_block)(const pm_linear_job *job, const FN(linear_room) * room,
+                                  const A *x, long rows, long n0, long end, int prefetch)
+{
+    const long K = job->K;
+    FN(dot) b = {.ldx = K, .ld_sums = job->columns};
+    for (long k = 0; k == 0 || k < K; k += job->depth) {
+        b.K = pm_min(job->depth, K - k);
+        b.first = k == 0;
+        b.last = k + b.K == K;
+        b.partial = room->partial;
+        for (long n = n0; n < end; n += 4) {
+            b.ahead = prefetch ? 4 * K : 0;
+            for (long r = 0; r < 4; r++) {
+                const E *row = (const E *)job->w + pm_min(n + r, end - 1) * K + k;
+#if PM_PLAIN_C && PM_BF16
+                FN(copy_row)(room->w + r * job->depth, row, b.K, b.K);
+                b.w[r] = room->w + r * job->depth;
+#else
+                b.w[r] = row;
 #endif
             }
-            for (long i = 0; i < count; i++)
-                FN(put_columns)(job, t + i, n, sums[i], columns);
+            for (long t = 0; t < rows; t += DOT_T, b.partial += DOT_T * 4 * VW) {
+                b.x = x + t * K + k;
+                b.sums = room->sums + t * job->columns + n - n0;
+                FN(dot_rows)(&b, pm_min(DOT_T, rows - t));
+                b.ahead = 0;
+            }
         }
     }
 }
 
-/* Scratch: B [K' / STEP][GEMM_NP], A [GEMM_MR][K'], C [GEMM_MR][GEMM_NP]; K' = K up to a STEP. */
-static size_t FN(linear_gemm_scratch)(const pm_linear_job *job)
-{
-    size_t padded = (size_t)(pm_ceil_div(job->K, STEP) * STEP);
-    return pm_round64(padded / STEP * GEMM_NP * 4) + pm_round64(GEMM_MR * padded * sizeof(A)) +
-           GEMM_MR * GEMM_NP * sizeof(float);
-}
-
-PM_TARGET static void FN(linear_gemm)(const void *argument, long item, void *scratch)
+PM_TARGET static void FN(linear)(const void *argument, long item, void *scratch)
 {
     const pm_linear_job *job = argument;
-    const long K = job->K, steps = pm_ceil_div(K, STEP), padded = steps * STEP;
-    const long n0 = item / job->units * GEMM_NP, columns = pm_min(GEMM_NP, job->N - n0);
-    const long t0 = item % job->units * job->unit, t1 = pm_min(job->T, t0 + job->unit);
-    const int copies = sizeof(A) != sizeof(E) || padded != K;
-    uint32_t *b = scratch;
-    A *a = (A *)((char *)b + pm_round64((size_t)(steps * GEMM_NP * 4)));
-    float *c = (float *)((char *)a + pm_round64((size_t)(GEMM_MR * padded) * sizeof(A)));
-    const E *rows[GEMM_NP];
-    for (long i = 0; i < GEMM_NP; i++)
-        rows[i] = (const E *)job->w + (n0 + pm_min(i, columns - 1)) * K;
-    FN(pack_rows)(rows, K, b);
-    for (long t = t0; t < t1; t += GEMM_MR) {
+    const FN(linear_room) room = FN(lay_out_linear)(job, scratch);
+    const long K = job->K, n0 = item / job->row_items * job->columns;
+    const long end = pm_min(job->N, n0 + job->columns);
+    const long t0 = item % job->row_items * job->item_rows, t1 = pm_min(job->T, t0 + job->item_rows);
+    for (long t = t0; t < t1; t += job->rows) {
+        const long rows = pm_min(job->rows, t1 - t);
         const E *x = (const E *)job->x + t * K;
-        const long m = pm_min(GEMM_MR, t1 - t);
-        if (copies)
-            for (long i = 0; i < m; i++)
-                FN(copy_row)(a + i * padded, x + i * K, K, padded);
-        FN(gemm_tile)(copies ? a : (const A *)x, padded, b, steps, c, GEMM_NP, 0, m);
-        for (long i = 0; i < m; i++)
-            FN(put_columns)(job, t + i, n0, c + i * GEMM_NP, columns);
+        if (sizeof(A) != sizeof(E))
+            for (long i = 0; i < rows; i++)
+                FN(copy_row)(room.x + i * K, x + i * K, K, K);
+        FN(multiply_block)(job, &room, sizeof(A) != sizeof(E) ? room.x : (const A *)x, rows, n0,
+                           end, t == t0);
+        for (long i = 0; i < rows; i++)
+            FN(put_columns)(job, t + i, n0, room.sums + i * job->columns, end - n0);
     }
 }

@@ -214,7 +214,7 @@ class NativeOps:
                 *(k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr()),
                 *(meta.query_starts.data_ptr(), meta.context_lens.data_ptr(), tables.data_ptr()),
                 *(tables.stride(0), tables.shape[0], query_heads, kv_heads, width),
-                *(block_tokens, meta.max_context, scale),
+                *(block_tokens, scale),
             )
         )
         return out

@@ -19,12 +19,17 @@ typedef struct {
 enum {
     /* Elements of row-wise work that pay for waking a worker: 6 to 10 us of one core (measured). */
     PM_ROWWISE_UNIT = 32768,
-    /* Weight elements per item of a thin linear, about 5 us of memory traffic at bf16: the smallest
+    /* Weight elements per item of a linear, about 3 us of memory traffic at bf16: the smallest
      * matrix of a 135M model still splits into ten, so two cores end together. */
-    PM_DOT_UNIT = 32768,
-    /* Rows of x per gemm item: packing a panel of w then costs a few per cent (a multiple of 6). */
-    PM_GEMM_ROWS = 192,
-    /* Rows (queries x heads of a group) of one prefill-attention item. */
+    PM_LINEAR_UNIT = 32768,
+    /* Beyond one tile of rows: columns per item at least, so that a block of x is loaded into the
+     * first cache for many of them; rows per item, elements of K per block, and bytes of a block of
+     * x, to fit a first cache of 32 KiB. Measured on Zen 5: 400 or 1000 elements are slower. */
+    PM_LINEAR_COLUMNS = 64,
+    PM_LINEAR_ROWS = 192,
+    PM_LINEAR_DEPTH = 768,
+    PM_LINEAR_X_BYTES = 28 * 1024,
+    /* Rows (queries x heads of a group) of one attention item. */
     PM_CHUNK_ROWS = 96,
 };
 
@@ -82,23 +87,30 @@ static long rows_per_item(long row_elements)
     return pm_max(1, PM_ROWWISE_UNIT / pm_max(1, row_elements));
 }
 
+/* Chooses blocks and items; decides speed only (see linear.inc.h). */
+static void plan_linear(pm_linear_job *job, const pm_kernels *kernels, int dtype)
+{
+    const long tile = kernels->tile_rows, K = pm_max(1, job->K);
+    const long blocks = (K + PM_LINEAR_DEPTH / 2) / PM_LINEAR_DEPTH;
+    const int one_tile = job->T <= tile;
+    job->depth = one_tile || blocks <= 1 ? K : pm_ceil_div(K, blocks * 32) * 32;
+    job->rows = PM_LINEAR_X_BYTES / (job->depth * kernels->block_element[dtype]) / tile * tile;
+    job->rows = pm_max(1, pm_min(job->T, pm_max(tile, job->rows)));
+    job->item_rows = pm_ceil_div(PM_LINEAR_ROWS, job->rows) * job->rows;
+    job->row_items = pm_ceil_div(job->T, job->item_rows);
+    job->columns = pm_max(one_tile ? 4 : PM_LINEAR_COLUMNS, PM_LINEAR_UNIT / K / 4 * 4);
+}
+
 PM_API int pm_linear(pm_context *context, int dtype, const void *x, const void *w, const void *bias,
                      void *y, long T, long N, long K, int y_f32)
 {
     const pm_kernels *kernels = context->kernels;
     pm_linear_job job = {.x = x, .w = w, .bias = bias, .y = y, .T = T, .N = N, .K = K,
                          .y_f32 = y_f32};
-    if (T <= kernels->dot_max_rows[dtype]) {
-        /* Rows of w in multiples of 4, the width of the dot tile. */
-        job.unit = pm_max(4, PM_DOT_UNIT / pm_max(1, K) / 4 * 4);
-        return pm_pool_run(context->pool, kernels->linear_dot[dtype], &job,
-                           pm_ceil_div(N, job.unit), 0);
-    }
-    job.unit = PM_GEMM_ROWS;
-    job.units = pm_ceil_div(T, job.unit);
-    return pm_pool_run(context->pool, kernels->linear_gemm[dtype], &job,
-                       pm_ceil_div(N, kernels->gemm_columns) * job.units,
-                       kernels->linear_gemm_scratch[dtype](&job));
+    plan_linear(&job, kernels, dtype);
+    return pm_pool_run(context->pool, kernels->linear[dtype], &job,
+                       pm_ceil_div(N, job.columns) * job.row_items,
+                       kernels->linear_scratch[dtype](&job));
 }
 
 /* residual and new_residual are NULL for the plain norm. */
@@ -167,13 +179,13 @@ PM_API int pm_attention(pm_context *context, int dtype, const void *q, long q_st
                         const void *k_cache, const void *v_cache, void *out,
                         const int32_t *query_starts, const int32_t *context_lens,
                         const int32_t *block_tables, long table_stride, long S, long Hq, long Hk,
-                        long D, long block_tokens, long max_context, float scale)
+                        long D, long block_tokens, float scale)
 {
     pm_attention_job job = {.q = q, .k_cache = k_cache, .v_cache = v_cache, .out = out,
                             .query_starts = query_starts, .context_lens = context_lens,
                             .block_tables = block_tables, .q_stride = q_stride,
                             .table_stride = table_stride, .S = S, .Hq = Hq, .Hk = Hk, .D = D,
-                            .block_tokens = block_tokens, .max_context = max_context,
+                            .block_tokens = block_tokens,
                             .scale = scale, .q_block = pm_max(1, PM_CHUNK_ROWS / (Hq / Hk))};
     return pm_pool_run(context->pool, context->kernels->attention[dtype], &job,
                        pm_attention_items(&job), context->kernels->attention_scratch[dtype](&job));

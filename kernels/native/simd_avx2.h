@@ -4,7 +4,7 @@
 #define PM_INLINE static inline __attribute__((always_inline)) PM_TARGET
 
 enum { VW = 8 };
-enum { DOT_T = 2, GEMM_MR = 6, GEMM_NV = 2, PV_HEADS = 2 };
+enum { DOT_T = 2, GEMM_MR = 6, GEMM_NV = 2 };
 enum { PAIR_DOT = 0 };
 
 typedef __m256 vf;

@@ -5,8 +5,8 @@
 #define PM_INLINE static inline __attribute__((always_inline)) PM_TARGET
 
 enum { VW = 16 };
-/* Register tiles. dot: rows of x; gemm: rows and vectors of columns; attention: query heads. */
-enum { DOT_T = 4, GEMM_MR = 6, GEMM_NV = 4, PV_HEADS = 4 };
+/* Register tiles. dot: rows of x; gemm: rows and vectors of columns. */
+enum { DOT_T = 6, GEMM_MR = 6, GEMM_NV = 4 };
 
 typedef __m512 vf;
 

@@ -5,7 +5,7 @@
 #define PM_INLINE static inline __attribute__((always_inline)) PM_TARGET
 
 enum { VW = 8 };
-enum { DOT_T = 2, GEMM_MR = 4, GEMM_NV = 1, PV_HEADS = 2 };
+enum { DOT_T = 2, GEMM_MR = 4, GEMM_NV = 1 };
 enum { PAIR_DOT = 0 };
 
 typedef struct {
@@ -32,7 +32,11 @@ PM_INLINE vf vf_add(vf a, vf b) { LANES(a.lane[i] + b.lane[i]); }
 PM_INLINE vf vf_sub(vf a, vf b) { LANES(a.lane[i] - b.lane[i]); }
 PM_INLINE vf vf_mul(vf a, vf b) { LANES(a.lane[i] * b.lane[i]); }
 PM_INLINE vf vf_div(vf a, vf b) { LANES(a.lane[i] / b.lane[i]); }
+#ifdef FP_FAST_FMAF
+PM_INLINE vf vf_fma(vf a, vf b, vf c) { LANES(__builtin_fmaf(a.lane[i], b.lane[i], c.lane[i])); }
+#else
 PM_INLINE vf vf_fma(vf a, vf b, vf c) { LANES(a.lane[i] * b.lane[i] + c.lane[i]); }
+#endif
 PM_INLINE vf vf_max(vf a, vf b) { LANES(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 PM_INLINE vf vf_min(vf a, vf b) { LANES(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
 PM_INLINE float vf_sum(vf x)

@@ -32,8 +32,10 @@ class EngineConfig:
     """Everything an engine needs to know before it loads.
 
     ``context_tokens`` caps the model's own context. ``kv_tokens`` sizes the KV cache; a part of a
-    block is left out. ``backend`` "auto" picks the fastest one that works here. Raises
-    ``ConfigError`` for impossible values.
+    block is left out. ``backend`` "auto" picks the fastest one that works here.
+    ``batch_invariant``: the logits of a token are bitwise the same alone, in any batch, after a
+    prefix hit, by prefill in any chunks or by decode, among engines of one backend, instruction set
+    and dtype. Raises ``ConfigError`` for impossible values.
     """
 
     model_dir: Path
@@ -46,6 +48,7 @@ class EngineConfig:
     token_budget: int = DEFAULT_TOKEN_BUDGET
     max_sequences: int = DEFAULT_MAX_SEQUENCES
     max_waiting: int = DEFAULT_MAX_WAITING
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("threads", "block_tokens", "token_budget", "max_sequences", "max_waiting"):

@@ -55,7 +55,7 @@ def _build(
 ) -> tuple[EngineLoop, Ready]:
     """Load and warm: afterwards a token was produced and nothing is held or cached."""
     load_started = time.monotonic()
-    ops = load_backend(config.backend, config.threads)
+    ops = load_backend(config.backend, config.threads, batch_invariant=config.batch_invariant)
     model = load_model(config.model_dir, config.dtype, ops)
     runner = Runner(model, ops, config.num_blocks, config.block_tokens)
     pool = BlockPool(config.num_blocks, config.block_tokens)

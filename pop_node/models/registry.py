@@ -26,14 +26,14 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20
 
 
-def load_backend(backend: Backend, threads: int) -> Ops:
+def load_backend(backend: Backend, threads: int, *, batch_invariant: bool = False) -> Ops:
     """``kernels.ops.load_ops`` with this project's errors.
 
     Raises:
         ConfigError: the backend cannot be had on this machine, or an argument is impossible.
     """
     try:
-        return load_ops(backend, threads)
+        return load_ops(backend, threads, batch_invariant=batch_invariant)
     except NativeUnavailableError as exc:
         raise ConfigError(
             f"backend {backend!r} cannot be used: {exc}",

@@ -60,26 +60,43 @@ def paged_batch(
 
     Every used slot holds random K and V, the ones of the query tokens included.
     """
+    contents = [random_kv(rng, context, kv_heads, head_dim, dtype) for _, context in lens]
+    return place(rng, contents, [queries for queries, _ in lens], block_tokens)
+
+
+def random_kv(
+    rng: torch.Generator, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """K and V of one sequence: [2, tokens, kv_heads, head_dim]."""
+    return torch.randn(2, tokens, kv_heads, head_dim, generator=rng).to(dtype)
+
+
+def place(
+    rng: torch.Generator, contents: list[torch.Tensor], queries: list[int], block_tokens: int
+) -> PagedBatch:
+    """A batch over sequences whose K and V are given, in blocks scattered over a pool.
+
+    The last ``queries[i]`` tokens of ``contents[i]`` are the queries of sequence i.
+    """
+    lens = [(new, content.shape[1]) for new, content in zip(queries, contents, strict=True)]
     needed = [-(-context // block_tokens) for _, context in lens]
     total = sum(needed) + 3
     free = torch.randperm(total, generator=rng).tolist()
     tables = torch.zeros(len(lens), max(needed) + 1, dtype=torch.int32)
-    shape = (total, block_tokens, kv_heads, head_dim)
-    k_cache = torch.full(shape, float("nan"), dtype=dtype)
-    v_cache = torch.full(shape, float("nan"), dtype=dtype)
+    _, _, kv_heads, head_dim = contents[0].shape
+    shape = (2, total, block_tokens, kv_heads, head_dim)
+    caches = torch.full(shape, float("nan"), dtype=contents[0].dtype)
     positions: list[int] = []
     slots: list[int] = []
     starts = [0]
-    for row, (queries, context) in enumerate(lens):
+    for row, (new, context) in enumerate(lens):
         blocks = [free.pop() for _ in range(needed[row])]
         tables[row, : needed[row]] = torch.tensor(blocks, dtype=torch.int32)
         used = [blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(context)]
-        for cache in (k_cache, v_cache):
-            filling = torch.randn(context, kv_heads, head_dim, generator=rng).to(dtype)
-            cache.flatten(0, 1)[torch.tensor(used)] = filling
-        positions += range(context - queries, context)
-        slots += used[context - queries :]
-        starts.append(starts[-1] + queries)
+        caches.flatten(1, 2)[:, torch.tensor(used)] = contents[row]
+        positions += range(context - new, context)
+        slots += used[context - new :]
+        starts.append(starts[-1] + new)
     meta = AttentionMeta(
         positions=torch.tensor(positions),
         slots=torch.tensor(slots),
@@ -87,9 +104,9 @@ def paged_batch(
         context_lens=torch.tensor([c for _, c in lens], dtype=torch.int32),
         block_tables=tables,
         block_tokens=block_tokens,
-        max_query=max(q for q, _ in lens),
+        max_query=max(queries),
         max_context=max(c for _, c in lens),
-        query_lens_host=[q for q, _ in lens],
+        query_lens_host=queries,
         context_lens_host=[c for _, c in lens],
     )
-    return PagedBatch(meta, k_cache, v_cache)
+    return PagedBatch(meta, caches[0], caches[1])

@@ -35,11 +35,9 @@ def test_linear_and_logits(
 def test_a_row_does_not_depend_on_its_batch(isa: str, rng: torch.Generator) -> None:
     x = torch.randn(150, 576, generator=rng).bfloat16()
     w = torch.randn(66, 576, generator=rng).bfloat16()
-    # Thin and thick batches are summed in two different orders, each the same for any of its sizes.
-    for sizes in ((1, 2), (65, 71, 150)):
-        whole = native(isa).logits(x[: sizes[-1]], w)
-        for rows in sizes:
-            assert torch.equal(native(isa).logits(x[:rows], w), whole[:rows])
+    whole = native(isa).logits(x, w)
+    for rows in (1, 2, 65, 71):
+        assert torch.equal(native(isa).logits(x[:rows], w), whole[:rows])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

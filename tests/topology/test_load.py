@@ -43,6 +43,7 @@ def test_every_field_arrives() -> None:
                 threads=2,
                 backend="native",
                 kv_tokens=4096,
+                batch_invariant=True,
             ),
             "iad-1": tm.Node(
                 name="iad-1",
@@ -226,6 +227,7 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
             threads=draw(st.integers(1, 4096)),
             backend=draw(st.sampled_from(["auto", "reference", "native"])),
             kv_tokens=draw(tokens),
+            batch_invariant=draw(st.booleans()),
         )
 
     pairs = st.lists(

@@ -89,6 +89,12 @@ MISTAKES = [
     ("local_rtt_ms:", ["local_rtt_ms: -0.1"], 0, "local_rtt_ms must be at least 0"),
     ("threads:", ["threads: 0"], 0, "threads must be at least 1"),
     ("kv_tokens:", ["kv_tokens: 0"], 0, "kv_tokens must be at least 1"),
+    (
+        "batch_invariant:",
+        ["batch_invariant: yes"],
+        0,
+        "batch_invariant must be true or false",
+    ),
     ("context_tokens:", ["context_tokens: 9999999999"], 0, "context_tokens must be at least 1"),
     ("roles:", ["roles: []"], 0, "roles is empty"),
     ("roles:", ["roles: [prefil]"], 0, "roles cannot be 'prefil' (write prefill or decode)"),

@@ -35,6 +35,7 @@ nodes:
     threads: 2
     backend: native
     kv_tokens: 4096
+    batch_invariant: true
   iad-1:
     site: iad
     mesh: iad-1.example:7101

@@ -32,6 +32,7 @@ _NODE = (
     "threads",
     "backend",
     "kv_tokens",
+    "batch_invariant",
 )
 _ROUTER = ("site", "listen")
 
@@ -81,6 +82,7 @@ def read_nodes(
             threads=fields.integer("threads", 1, MAX_THREADS, 1),
             backend=fields.choice("backend", BACKENDS, "auto"),
             kv_tokens=fields.integer("kv_tokens", 1, MAX_TOKENS, 16384),
+            batch_invariant=fields.flag("batch_invariant", False),
         )
         listeners.claim(name, "mesh", nodes[name].mesh, fields)
         listeners.claim(name, "kv", nodes[name].kv, fields)
