@@ -121,6 +121,7 @@ class Agent:
                 threads=node.threads,
                 kv_tokens=node.kv_tokens,
                 context_tokens=model.context_tokens,
+                batch_invariant=node.batch_invariant,
             ),
             kv_host=node.kv.host,
             kv_port=node.kv.port + position if node.kv.port else 0,
