@@ -72,6 +72,8 @@ def _how_it_ended(seen: Observation, windows: list[Window]) -> Verdict | None:
             and window.start_s - LOSS_SLACK_S <= loss.at_s <= window.end_s + LOSS_SLACK_S
             for window in windows
         ):
+            if loss.refused:
+                return Verdict("refused", f"{loss.url}, which was not harmed: {loss.message}")
             return Verdict("cut", f"{loss.url} broke off though it was not harmed: {loss.message}")
     if not seen.complete:
         return Verdict("cut", "the stream ended without its end")

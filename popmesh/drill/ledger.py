@@ -43,7 +43,7 @@ class Answers:
         """One answer that is over."""
         self.verdicts[verdict.kind] += 1
         self.tokens += seen.completion_tokens or 0
-        self.resumed += bool(seen.losses)
+        self.resumed += any(not loss.refused for loss in seen.losses)
         gaps = seen.gaps()
         if gaps:
             self._ttft_s.append(gaps[0][1])
@@ -121,7 +121,7 @@ class Ledger:
     def judged(self, references: dict[int, Observation], end_s: float) -> Answers:
         """All answers, with the pauses laid to their faults."""
         done = [row for row in self._faults.values() if row.done]
-        spans = [FaultSpan(row.number, row.at_s, _end(row, end_s)) for row in done]
+        spans = [FaultSpan(row.number, row.victim, row.at_s, _end(row, end_s)) for row in done]
         windows = [
             Window(row.victim, row.at_s, _end(row, end_s))
             for row in done

@@ -38,11 +38,13 @@ class _Event(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A connection that broke before the answer's end; ``at_s`` on the drill's clock."""
+    """A connection that broke before the answer's end, or (``refused``) a router that answered
+    "not now"; ``at_s`` on the drill's clock."""
 
     at_s: float
     url: str
     message: str
+    refused: bool = False
 
 
 @dataclass(slots=True)

@@ -1,9 +1,9 @@
 """Gaps and pauses in figures. Pure.
 
 A *gap* is each wait for text: from the request to its first text, and between texts. A *pause* is
-the longest gap of an answer that a fault touched (it needed more than one attempt, or its
-connection was lost), among the gaps during which that fault was there. Quantiles are by nearest
-rank.
+the longest gap of an answer that a fault touched, among the gaps during which that fault was there.
+A fault touched an answer that needed more than one attempt or lost its connection, and one that
+stood still for a second while a node that served it was the victim. Quantiles are by nearest rank.
 """
 
 from __future__ import annotations
@@ -31,11 +31,17 @@ class Quantiles(msgspec.Struct, frozen=True):
     max_s: float
 
 
+STOOD_STILL_S = 1.0
+"""No load explains a gap so long in an answer whose node is the victim of a fault. Guess: several
+times the longest gaps of undisturbed answers on two busy cores."""
+
+
 @dataclass(frozen=True, slots=True)
 class FaultSpan:
-    """When a fault was there, on the drill's clock."""
+    """When a fault was there, on the drill's clock, and whom it hit."""
 
     number: int
+    victim: str
     start_s: float
     end_s: float
 
@@ -64,12 +70,17 @@ def quantiles(lengths_s: Iterable[float]) -> Quantiles:
 def pause_of(seen: Observation, faults: Sequence[FaultSpan]) -> Pause | None:
     """The answer's pause, laid to the newest fault that it contains or follows; None if it was not
     touched."""
-    if seen.attempts < 2 and not seen.losses:
-        return None
+    moved = seen.attempts > 1 or bool(seen.losses)
     found: Pause | None = None
     times = [seen.started_s, *seen.arrivals, seen.ended_s]
     for start, end in itertools.pairwise(times):
-        over = [fault for fault in faults if fault.start_s <= end and start <= fault.end_s]
+        over = [
+            fault
+            for fault in faults
+            if fault.start_s <= end
+            and start <= fault.end_s
+            and (moved or (fault.victim in seen.nodes and end - start >= STOOD_STILL_S))
+        ]
         if over and (found is None or end - start > found.length_s):
             newest = max(over, key=lambda fault: fault.start_s)
             found = Pause(newest.number, start, end - start)

@@ -1,8 +1,9 @@
 """One client of a drill: asks, reads the events, and resumes where its router has died.
 
-The only file here that reads answers. A connection that breaks before any event came is asked
-again; one that breaks later is resumed with ``Last-Event-ID``, at the other routers first. What a
-typed error says is final: a client cannot know better.
+The only file here that reads answers. A request whose connection breaks before any event came, or
+that a router refuses for now (503, as one does that has just started), is sent again; an answer
+that breaks later is resumed with ``Last-Event-ID``. Both go to the other routers first. What any
+other typed error says is final: a client cannot know better.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ RESUME_S = 30.0
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 1.0
 """Pauses between tries to resume: a router that is started again needs seconds."""
+
+UNAVAILABLE = 503
 
 Watch = Callable[[Observation, Stage], None]
 """Called when a stream reaches a stage: the request leaves, its first text came, more came."""
@@ -93,7 +96,7 @@ class Caller:
                 seen.url + seen.ask.path, json=body, headers=headers
             ) as response:
                 if response.status != 200:
-                    return _refused(seen, response.status, await response.read())
+                    return self._refused(seen, response.status, await response.read())
                 seen.error = seen.status = None
                 told = response.headers
                 seen.request_id = told.get("x-popmesh-request-id", seen.request_id)
@@ -115,12 +118,21 @@ class Caller:
             for event in parser.feed(chunk):
                 seen.take(event, self._now())
             if len(seen.arrivals) > before:
-                self._watch(seen, "mid-stream" if before else "kv-in-flight")
+                crosses = not before and len(seen.nodes) > 1
+                self._watch(seen, "kv-in-flight" if crosses else "mid-stream")
 
     def _lost(self, seen: Observation, exc: Exception) -> str:
         message = str(exc) or type(exc).__name__
         seen.losses.append(Loss(self._now(), seen.url, message))
         return message
+
+    def _refused(self, seen: Observation, status: int, body: bytes) -> str | None:
+        """Why another try is worth it; None where the refusal is final."""
+        seen.error, seen.status = _said(status, body), status
+        message = ": ".join(seen.error)
+        if status == UNAVAILABLE:
+            seen.losses.append(Loss(self._now(), seen.url, message, refused=True))
+        return message if seen.losses else None
 
 
 def session(api_key: str | None, connections: int) -> aiohttp.ClientSession:
@@ -133,13 +145,11 @@ def session(api_key: str | None, connections: int) -> aiohttp.ClientSession:
     )
 
 
-def _refused(seen: Observation, status: int, body: bytes) -> str | None:
-    """A typed refusal is final, except of a resumption: another router may know the answer."""
+def _said(status: int, body: bytes) -> tuple[str, str]:
+    """(code, message) of a refusal's body."""
     try:
         said: dict[str, Any] = msgspec.json.decode(body)
         error = said["error"]
-        code, message = str(error.get("code")), str(error.get("message"))
+        return str(error.get("code")), str(error.get("message"))
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
-        code, message = f"http_{status}", body[:200].decode(errors="replace")
-    seen.error, seen.status = (code, message), status
-    return f"{code}: {message}" if seen.losses else None
+        return f"http_{status}", body[:200].decode(errors="replace")

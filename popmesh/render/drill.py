@@ -33,13 +33,15 @@ def drill_view(report: Report) -> Group:
 
 
 def _faults(faults: list[FaultRow]) -> Table:
-    table = Table(
-        "Fault", *(Column(name, justify="right") for name in ("Done", "Recovered", "Answers hit"))
-    )
+    columns = ("Done", "Recovered", "Answers hit", "Longest pause, s")
+    table = Table("Fault", *(Column(name, justify="right") for name in columns))
     for kind in dict.fromkeys(row.fault for row in faults):
         rows = [row for row in faults if row.fault == kind and row.done]
         back = sum(row.after_s is not None for row in rows)
-        table.add_row(kind, str(len(rows)), str(back), str(sum(row.touched for row in rows)))
+        touched = sum(row.touched for row in rows)
+        longest_s = max((row.longest_pause_s for row in rows if row.touched), default=None)
+        pause = "-" if longest_s is None else f"{longest_s:.2f}"
+        table.add_row(kind, str(len(rows)), str(back), str(touched), pause)
     return table
 
 

@@ -115,6 +115,9 @@ def test_a_lost_connection_is_fine_only_while_its_router_was_harmed():
     assert verdict(seen, Window("http://r1", 9.0, 20.0))[0] == "right"
     assert verdict(seen, Window("http://r2", 9.0, 20.0))[0] == "cut"
     assert verdict(seen, Window("http://r1", 11.0, 20.0))[0] == "cut"
+    seen.losses = [Loss(10.0, "http://r1", "no_route", refused=True)]
+    assert verdict(seen, Window("http://r1", 9.0, 20.0))[0] == "right"
+    assert verdict(seen)[0] == "refused"
 
 
 def test_an_answer_may_end_by_itself_where_it_was_allowed_to():
@@ -130,11 +133,20 @@ def test_an_answer_may_end_by_itself_where_it_was_allowed_to():
 def test_a_pause_is_the_longest_wait_while_a_fault_was_there():
     seen = Observation(ASK, 0, 0.0, attempts=2, ended_s=9.0)
     seen.arrivals = [1.0, 1.1, 4.0, 4.1, 8.9]
-    faults = [FaultSpan(1, 1.05, 3.0), FaultSpan(2, 2.0, 3.5), FaultSpan(3, 20.0, 30.0)]
+    faults = [
+        FaultSpan(1, "a", 1.05, 3.0),
+        FaultSpan(2, "b", 2.0, 3.5),
+        FaultSpan(3, "c", 20.0, 30.0),
+    ]
     pause = pause_of(seen, faults)
     assert pause is not None
     assert (pause.fault, pause.start_s, round(pause.length_s, 6)) == (2, 1.1, 2.9)
     assert pause_of(replace(seen, attempts=1), faults) is None
+    stood_still = pause_of(replace(seen, attempts=1, nodes=("z", "a")), faults)
+    assert stood_still is not None
+    assert (stood_still.fault, stood_still.start_s) == (1, 1.1)
+    short = replace(seen, attempts=1, nodes=("a",), arrivals=[0.5, 1.0, 1.9, 2.8, 3.1, 9.0])
+    assert pause_of(short, faults[:1]) is None, "nothing that a load does not explain"
     assert pause_of(seen, faults[2:]) is None
 
 

@@ -90,12 +90,24 @@ class _Forgetful(dict):
 
 async def test_a_refusal_is_final():
     async def busy(request: web.Request) -> web.Response:
-        return web.json_response({"error": {"message": "busy", "code": "overloaded"}}, status=503)
+        error = {"message": "busy", "code": "too_many_requests"}
+        return web.json_response({"error": error}, status=429)
 
     async with serving(busy) as url:
         seen = await ask([url])
-    assert (seen.error, seen.status) == (("overloaded", "busy"), 503)
+    assert (seen.error, seen.status) == (("too_many_requests", "busy"), 429)
     assert seen.losses == []
+
+
+async def test_a_router_that_has_no_route_yet_is_passed_over():
+    async def starting(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": "none", "code": "no_route"}}, status=503)
+
+    async with serving(starting) as url, doors(FakeMesh()) as urls:
+        seen = await ask([url, *urls])
+    assert seen.text == text_of(ASK)
+    assert [(loss.url, loss.refused) for loss in seen.losses] == [(url, True)]
+    assert (seen.error, seen.status) == (None, None)
 
 
 async def test_an_error_event_is_final():
