@@ -109,10 +109,12 @@ class Shaper:
 
     async def _dial(self, accepted: Accepted) -> None:
         there, back = accepted.outgoing.direction, accepted.incoming.direction
-        while not (there.up.is_set() and back.up.is_set()):
+        while True:
             await there.up.wait()
             await back.up.wait()
-        await asyncio.sleep(there.handshake_s())
+            await asyncio.sleep(there.handshake_s())
+            if there.up.is_set() and back.up.is_set():
+                break
         host, number = parse_address(accepted.port.target)
         try:
             await asyncio.get_running_loop().create_connection(

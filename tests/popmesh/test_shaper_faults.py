@@ -165,6 +165,22 @@ async def test_a_new_connection_hangs_until_both_ways_are_up(way):
         await close(writer)
 
 
+async def test_a_link_that_dies_during_a_handshake_makes_it_hang():
+    async with bench(rtt_ms=200.0) as here:
+        reader, writer = await here.connect()
+        writer.write(b"hello")
+        async with asyncio.timeout(BOUND_S):
+            while not here.shaper._open:  # noqa: ASYNC110 - a set tells nobody
+                await asyncio.sleep(0.001)
+        here.faults(*both_ways("AMS", "NYC", down=True))
+        assert await silent(reader)
+        assert here.accepted.empty()
+        here.faults()
+        far_reader, _ = await asyncio.wait_for(here.accepted.get(), BOUND_S)
+        await exactly(far_reader, b"hello")
+        await close(writer)
+
+
 @pytest.mark.parametrize("how", ["close", "reset"])
 async def test_a_client_that_gives_up_hanging_was_never_heard_of(how):
     async with bench() as here:
