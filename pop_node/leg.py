@@ -139,9 +139,11 @@ class Leg:
             return [ev.Over()]
         submit, sampling = self.submit, self.submit.sampling
         self._text = event.text
-        if submit.forced_ids:
-            event.text.push(submit.forced_ids)  # already read by the client
         self._prompt_tokens = len(event.prompt_ids)
+        if submit.forced_ids:
+            stopped = event.text.push(submit.forced_ids).stopped  # already read by the client
+            if stopped or (not sampling.ignore_eos and submit.forced_ids[-1] in self._stop_ids):
+                return self._complete_already()
         self.state, self._in_engine = "queued", True
         add = engine.Add(
             seq=self.seq,
@@ -166,6 +168,13 @@ class Leg:
                 else ev.ExpectTransfer(self._given)
             )
         return effects
+
+    def _complete_already(self) -> list[ev.Effect]:
+        """The forced ids are the whole answer: an earlier attempt lost only its finish."""
+        self.state, self._reason = "ended", "stop"
+        accepted = Accepted(self.submit.stream, self._prompt_tokens, 0)
+        said = [ev.Say(accepted), ev.Say(self._finished("stop", None))]
+        return [*self._stop_waiting(), *said, ev.Over()]
 
     def _prepare_failed(self, error: MeshError) -> list[ev.Effect]:
         if self.state not in ("preparing", "closing"):

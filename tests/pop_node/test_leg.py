@@ -98,6 +98,18 @@ def test_a_stop_string_drops_the_sequence():
     assert leg.handle(engine.Token(1, 1, 8, "")) == []
 
 
+@pytest.mark.parametrize("kind", ["both", "prefill", "decode"])
+@pytest.mark.parametrize("forced", [[40, EOS], [40, 7]])
+def test_an_answer_that_lost_only_its_finish_is_not_computed(kind, forced):
+    leg = make_leg(kind, forced)
+    effects = leg.handle(prepared())
+    assert said(effects) == [Accepted(5, 3, 0), Finished(5, "stop", 2, 0.0, 0.0, None)]
+    assert effects[-1] == ev.Over()
+    assert not [e for e in effects if isinstance(e, ev.ToEngine | ev.OpenTransfer)]
+    assert leg.answer().reason == "stop"
+    assert leg.handle(ev.Cancelled()) == []
+
+
 def test_prefill_hands_over():
     leg = make_leg("prefill")
     effects = leg.handle(prepared())

@@ -64,6 +64,13 @@ def test_everything_listens_on_loopback_and_nothing_twice():
     assert all(address.port for address in listeners)
 
 
+def test_only_nodes_are_started_for_drills_and_only_when_asked():
+    assert not [child for child in plan().children if "--drills" in child.arguments]
+    children = plan(drills=True).children
+    assert {c.kind for c in children if "--drills" in c.arguments} == {"node"}
+    assert all("--drills" in c.arguments for c in children if c.kind == "node")
+
+
 def test_a_loopback_address_of_the_file_is_kept_a_remote_one_is_not():
     nodes = plan().topology.nodes
     assert str(nodes["both"].kv) == "127.0.0.1:7300"
