@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSUL := .cache/consul/consul
 STORE := .cache/store
+SOAK_KILLS ?= 200
 NATIVE_SOURCES := $(wildcard kernels/native/*.c kernels/native/*.h kernels/native/*.py)
 SETUP_INPUTS := pyproject.toml constraints.txt scripts/setup.sh
 CHECKED := popmesh router pop_node registry kernels topology wire tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check soak format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +30,9 @@ check: setup ## lint, format, types, and who may import whom
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+soak: setup ## hundreds of kills under load, report in build/soak; SOAK_KILLS=N changes how many
+	$(BIN)/python -m tests.e2e.soak --kills $(SOAK_KILLS) --report build/soak --store $(STORE)
 
 format: setup ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -35,6 +35,9 @@ STOOD_STILL_S = 1.0
 """No load explains a gap so long in an answer whose node is the victim of a fault. Guess: several
 times the longest gaps of undisturbed answers on two busy cores."""
 
+BUFFERED_S = 0.2
+"""Text that left before the blow comes so much after it: a round trip across an ocean."""
+
 
 @dataclass(frozen=True, slots=True)
 class FaultSpan:
@@ -68,8 +71,10 @@ def quantiles(lengths_s: Iterable[float]) -> Quantiles:
 
 
 def pause_of(seen: Observation, faults: Sequence[FaultSpan]) -> Pause | None:
-    """The answer's pause, laid to the newest fault that it contains or follows; None if it was not
-    touched."""
+    """The answer's pause; None if it was not touched.
+
+    It is laid to the newest fault that was there when it began, else to the first that came.
+    """
     moved = seen.attempts > 1 or bool(seen.losses)
     found: Pause | None = None
     times = [seen.started_s, *seen.arrivals, seen.ended_s]
@@ -82,6 +87,11 @@ def pause_of(seen: Observation, faults: Sequence[FaultSpan]) -> Pause | None:
             and (moved or (fault.victim in seen.nodes and end - start >= STOOD_STILL_S))
         ]
         if over and (found is None or end - start > found.length_s):
-            newest = max(over, key=lambda fault: fault.start_s)
-            found = Pause(newest.number, start, end - start)
+            begun = [fault for fault in over if fault.start_s <= start + BUFFERED_S]
+            cause = max(begun, key=_start) if begun else min(over, key=_start)
+            found = Pause(cause.number, start, end - start)
     return found
+
+
+def _start(fault: FaultSpan) -> float:
+    return fault.start_s

@@ -24,6 +24,7 @@ h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 32px 0 8px; }
 p { margin: 4px 0; } .soft, .axis { color: var(--soft); }
 .passed { color: var(--good); } .failed { color: var(--bad); }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: 8px; }
+.fit { width: fit-content; max-width: 100%; box-sizing: border-box; }
 table { border-collapse: collapse; } th, td { padding: 3px 12px 3px 0; text-align: left;
   border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
@@ -164,4 +165,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable
         return f"<tr>{''.join(cell(tag, at, text) for at, text in enumerate(texts))}</tr>"
 
     body = "\n".join(line("td", row) for row in rows)
-    return f'<div class="wide"><table>{line("th", head)}\n{body}</table></div>'
+    return f'<div class="wide fit"><table>{line("th", head)}\n{body}</table></div>'

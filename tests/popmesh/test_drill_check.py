@@ -140,7 +140,10 @@ def test_a_pause_is_the_longest_wait_while_a_fault_was_there():
     ]
     pause = pause_of(seen, faults)
     assert pause is not None
-    assert (pause.fault, pause.start_s, round(pause.length_s, 6)) == (2, 1.1, 2.9)
+    assert (pause.fault, pause.start_s, round(pause.length_s, 6)) == (1, 1.1, 2.9)
+    later = pause_of(seen, faults[1:])
+    assert later is not None
+    assert later.fault == 2, "the first that came, where none was there at its beginning"
     assert pause_of(replace(seen, attempts=1), faults) is None
     stood_still = pause_of(replace(seen, attempts=1, nodes=("z", "a")), faults)
     assert stood_still is not None
