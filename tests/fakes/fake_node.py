@@ -2,7 +2,8 @@
 
 The next token is a pure function of the prompt and the ids before it, so a token that is lost,
 repeated or out of order shows in the text. Prefill and decode legs hand over through a ``FakeMesh``
-in memory instead of a KV stream. Faults are set on the node before or while requests run.
+in memory instead of a KV stream; a prefill leg whose hand-over breaks detaches and takes another
+decode node, as real ones do. Faults are set on the node before or while requests run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 import msgspec
 
@@ -26,6 +27,7 @@ from wire.messages import (
     Attached,
     CacheDelta,
     Cancel,
+    Detached,
     Drill,
     DrillStarted,
     EngineLoad,
@@ -40,6 +42,7 @@ from wire.messages import (
     Ping,
     Pong,
     Refused,
+    Retarget,
     Role,
     RouterMessage,
     Step,
@@ -86,15 +89,34 @@ def escape(text: str) -> bytes:
     return msgspec.json.encode(text)[1:-1]
 
 
+class HandOver:
+    """One transfer: the prefill leg commits ids, the decode leg takes them, or either breaks it."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.committed: asyncio.Future[list[int]] = loop.create_future()
+        self.taken: asyncio.Future[bool] = loop.create_future()  # False: it broke
+
+    def commit(self, ids: list[int]) -> None:
+        """The prefill leg is done; no ids: its answer ended before the hand-over."""
+        if not self.committed.done():
+            self.committed.set_result(ids)
+
+    def end(self, taken: bool) -> None:
+        """The decode leg has everything, or will never have it."""
+        if not self.taken.done():
+            self.taken.set_result(taken)
+
+
 class FakeMesh:
     """Where fake prefill legs meet fake decode legs, by transfer id."""
 
     def __init__(self) -> None:
-        self._commits: dict[bytes, asyncio.Future[list[int]]] = {}
+        self._transfers: dict[bytes, HandOver] = {}
 
-    def commit(self, transfer: bytes) -> asyncio.Future[list[int]]:
-        """Resolves to the ids so far once the prefill leg has handed over."""
-        return self._commits.setdefault(transfer, asyncio.get_running_loop().create_future())
+    def transfer(self, number: bytes) -> HandOver:
+        """The transfer, known to whichever side comes first."""
+        return self._transfers.setdefault(number, HandOver())
 
 
 @dataclass(slots=True)
@@ -102,14 +124,16 @@ class Faults:
     """What goes wrong. ``leg`` limits it to one kind of leg (None: all).
 
     ``refuse`` (code, retryable) answers a Submit; ``fail_after`` / ``drop_after`` give up the
-    stream or the whole connection once that many tokens were sent by the leg; ``times`` limits
-    how often.
+    stream or the whole connection once that many tokens were sent by the leg; ``in_flight`` does so
+    in a decode leg that still waits for its hand-over ("detach" breaks only the hand-over).
+    ``times`` limits how often.
     """
 
     leg: str | None = None
     refuse: tuple[str, bool] | None = None
     fail_after: int | None = None
     drop_after: int | None = None
+    in_flight: Literal["fail", "drop", "detach"] | None = None
     times: int = 1_000_000
 
 
@@ -124,11 +148,13 @@ class Spoken:
 
 @dataclass(slots=True)
 class FakeNode:
-    """One fake node. ``go`` gates every token; ``submits``, ``cancels``, ``drills`` and
-    ``attaches`` are what routers said; ``drill_error`` is what it answers to a drill.
+    """One fake node. ``go`` gates every token; ``submits``, ``cancels``, ``retargets``, ``drills``
+    and ``attaches`` are what routers said; ``drill_error`` is what it answers to a drill.
 
     ``rtt_s`` is how long a ping takes, as if the node were that far away; ``padding`` adds that
-    many bytes to every token's text.
+    many bytes to every token's text. ``max_version`` is the newest of the wire that it knows.
+    ``kept`` tokens are what a decode leg keeps of a hand-over that did not come. ``starts`` counts
+    its incarnations.
     """
 
     name: str
@@ -143,9 +169,12 @@ class FakeNode:
     faults: Faults = field(default_factory=Faults)
     rtt_s: float = 0.0
     padding: int = 0
+    kept: int = 0
+    starts: int = 0
     load: EngineLoad | None = None
     submits: list[Submit] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
+    retargets: list[Retarget] = field(default_factory=list)
     drills: list[Drill] = field(default_factory=list)
     drill_error: str = ""
     attaches: list[Attach] = field(default_factory=list)
@@ -158,10 +187,14 @@ class FakeNode:
     _server: asyncio.Server | None = None
 
     async def start(self, tls: ssl.SSLContext | None = None) -> None:
-        """Listen on a free loopback port."""
+        """A new incarnation: listen on a free loopback port, or where it listened before."""
+        self.starts += 1
         self.go.set()
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, ssl=tls)
+        port = int(self.address.rpartition(":")[2] or 0)
+        self._server = await loop.create_server(
+            lambda: _Connection(self), "127.0.0.1", port, ssl=tls, reuse_address=True
+        )
         self.address = format_address(*self._server.sockets[0].getsockname()[:2])
 
     async def stop(self) -> None:
@@ -172,6 +205,11 @@ class FakeNode:
             connection.drop()
         await asyncio.sleep(0)
 
+    @property
+    def incarnation(self) -> str:
+        """Which start this is."""
+        return f"{self.name}-{self.starts}"
+
     def hello(self) -> Hello:
         """The greeting."""
         return Hello(
@@ -181,7 +219,7 @@ class FakeNode:
             kind="node",
             name=self.name,
             site=self.site,
-            incarnation=f"{self.name}-1",
+            incarnation=self.incarnation,
             roles=list(self.roles),
             models=[
                 ModelOffer(
@@ -251,6 +289,8 @@ class _Connection(asyncio.Protocol):
         self._reader = node_side_reader()
         self._writer = FrameWriter()
         self._transport: asyncio.Transport | None = None
+        self._incoming: set[int] = set()  # decode legs that wait for their hand-over
+        self._outgoing: dict[int, asyncio.Future[Retarget]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
@@ -290,6 +330,8 @@ class _Connection(asyncio.Protocol):
                 loop.call_later(self.node.rtt_s, self.say, Pong(nonce))
             case Submit():
                 self.node.submits.append(message)
+                if message.leg == "prefill":
+                    self._outgoing[message.stream] = asyncio.Future()
                 leg = asyncio.ensure_future(self._run(message))
                 self.legs[message.stream] = leg
                 leg.add_done_callback(lambda _: self._forget(message.stream))
@@ -298,7 +340,16 @@ class _Connection(asyncio.Protocol):
                 running = self.legs.get(stream)
                 if running is not None:
                     running.cancel()
-                    self.say(Finished(stream, "cancelled", 0, 0.0, 0.0, None))
+                    kept = self.node.kept if stream in self._incoming else 0
+                    self.say(Finished(stream, "cancelled", 0, 0.0, 0.0, None, kept))
+            case Retarget(stream):
+                assert self.node.max_version >= 2, "a word of version 2 on a link of version 1"
+                self.node.retargets.append(message)
+                waiting = self._outgoing.get(stream)
+                if waiting is not None:
+                    if waiting.done():  # and not looked at yet
+                        waiting = self._outgoing[stream] = asyncio.Future()
+                    waiting.set_result(message)
             case Drill():
                 self.node.drills.append(message)
                 self.say(DrillStarted(message.number, self.node.drill_error))
@@ -330,6 +381,8 @@ class _Connection(asyncio.Protocol):
 
     def _forget(self, stream: int) -> None:
         self.legs.pop(stream, None)
+        self._incoming.discard(stream)
+        self._outgoing.pop(stream, None)
         asyncio.ensure_future(self.node.note())  # noqa: RUF006
 
     # ---- one leg ------------------------------------------------------------------------------
@@ -339,6 +392,8 @@ class _Connection(asyncio.Protocol):
         node, faults = self.node, self._faults(submit)
         if faults is not None and faults.refuse is not None:
             code, retryable = faults.refuse
+            if submit.leg == "decode" and submit.transfer is not None:
+                node.mesh.transfer(submit.transfer.id).end(taken=False)
             self.say(Refused(submit.stream, code, f"told to refuse: {code}", retryable, 0))
             return
         if prompt_tokens(submit.input) > node.context_tokens:
@@ -348,14 +403,63 @@ class _Connection(asyncio.Protocol):
         self.say(Accepted(submit.stream, prompt_tokens(submit.input), 0))
         ids = list(submit.forced_ids)
         if submit.leg == "decode":
-            assert submit.transfer is not None
-            handed = await node.mesh.commit(submit.transfer.id)
-            if not handed:  # the answer ended before the hand-over
-                self.say(Failed(submit.stream, "answer_complete", "complete", False))
+            handed = await self._take_over(submit, faults)
+            if handed is None:
                 return
             assert handed[: len(ids)] == ids, "the hand-over does not continue the forced ids"
             ids = list(handed)
         await self._generate(submit, ids, faults)
+
+    async def _take_over(self, submit: Submit, faults: Faults | None) -> list[int] | None:
+        """The ids that the prefill leg hands over; None: there is nothing to decode here."""
+        assert submit.transfer is not None
+        stream, hand_over = submit.stream, self.node.mesh.transfer(submit.transfer.id)
+        self._incoming.add(stream)
+        try:
+            if faults is not None and faults.in_flight is not None:
+                await self.node.go.wait()
+                hand_over.end(taken=False)
+                if faults.in_flight == "drop":
+                    self.drop()
+                elif faults.in_flight == "fail":
+                    text = "told to fail"
+                    self.say(Failed(stream, "engine_died", text, True, self.node.kept))
+                else:
+                    await asyncio.Event().wait()  # until cancelled
+                return None
+            handed = await hand_over.committed
+            hand_over.end(taken=True)
+        finally:
+            hand_over.end(taken=False)
+        self._incoming.discard(stream)
+        if not handed:  # the answer ended before the hand-over
+            self.say(Failed(stream, "answer_complete", "complete", False))
+            return None
+        return handed
+
+    async def _hand_over(self, submit: Submit, ids: list[int]) -> None:
+        """Commit to the decode node; to another one when that breaks and the router names it."""
+        assert submit.transfer is not None
+        node, stream, attempt = self.node, submit.stream, submit.attempt
+        number = submit.transfer.id
+        while True:
+            told = self._outgoing[stream]
+            hand_over = node.mesh.transfer(number)
+            hand_over.commit(list(ids))
+            await asyncio.wait((hand_over.taken, told), return_when=asyncio.FIRST_COMPLETED)
+            if hand_over.taken.done() and hand_over.taken.result():
+                report = TransferReport(1000, 1000, 900, 10.0, 11.0, 1.0, 0.1)
+                self.say(Finished(stream, "handoff", len(ids), 1.0, 10.0, report))
+                return
+            if not told.done():
+                if node.max_version < 2:
+                    self.say(Failed(stream, "transfer_failed", "it broke", True))
+                    return
+                self.say(Detached(stream, attempt, "transfer_failed", "it broke"))
+                await told
+            if self._outgoing[stream] is told:
+                self._outgoing[stream] = asyncio.Future()
+            attempt, number = told.result().attempt, told.result().transfer.id
 
     async def _generate(self, submit: Submit, ids: list[int], faults: Faults | None) -> None:
         node, stream = self.node, submit.stream
@@ -388,19 +492,12 @@ class _Connection(asyncio.Protocol):
             ids.append(token)
             sent += 1
             if submit.leg == "prefill" and len(ids) < limit:
-                assert submit.transfer is not None
-                commit = node.mesh.commit(submit.transfer.id)
-                if not commit.done():
-                    commit.set_result(list(ids))
-                report = TransferReport(1000, 1000, 900, 10.0, 11.0, 1.0, 0.1)
-                self.say(Finished(stream, "handoff", len(ids), 1.0, 10.0, report))
+                await self._hand_over(submit, ids)
                 return
             await asyncio.sleep(0)
         if submit.leg == "prefill":
             assert submit.transfer is not None
-            commit = node.mesh.commit(submit.transfer.id)
-            if not commit.done():
-                commit.set_result([])
+            node.mesh.transfer(submit.transfer.id).commit([])
         complete = submit.sampling.max_tokens == limit
         spoken.reason = "length" if complete else "stop"
         self.say(Finished(stream, "length" if complete else "stop", len(ids), 1.0, 10.0, None))

@@ -173,7 +173,8 @@ async def test_error_in_stream_when_every_attempt_is_in_vain(mesh: RouterMesh) -
     fra, lhr = mesh.nodes["fra-1"], mesh.nodes["lhr-1"]
     lhr.go.clear()
     response = await mesh.chat(stream=True)
-    await lhr.wait_until(lambda: lhr.active == 1 and fra.active == 0)
+    await lhr.wait_until(lambda: lhr.active == 1)
+    await fra.wait_until(lambda: fra.active == 0)
     for node in mesh.nodes.values():
         node.faults = Faults(refuse=("engine_died", True))
     lhr.tell(Failed(lhr.submits[0].stream, "engine_died", "told to fail", True))
