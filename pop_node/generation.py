@@ -129,8 +129,10 @@ class Generation:
 
     # ---- from the KV endpoint (KvEvents) -------------------------------------------------------
 
-    def on_stage_from(self, transfer: bytes, have_tokens: int) -> None:
-        self.client.send(engine.StageFrom(transfer, have_tokens))
+    def on_stage_from(
+        self, transfer: bytes, have_tokens: int, arrived: list[int], resume: int
+    ) -> None:
+        self.client.send(engine.StageFrom(transfer, have_tokens, arrived, resume))
 
     def on_slot_free(self, slot: int) -> None:
         self.client.send(engine.SlotFree(slot))

@@ -252,7 +252,9 @@ class ModelHost:
                     message.token_lo,
                     message.token_hi,
                 )
-                generation.endpoint.staged(message.transfer, message.slot, piece, message.nbytes)
+                generation.endpoint.staged(
+                    message.transfer, message.slot, piece, message.nbytes, message.resume
+                )
             case engine.Imported(transfer, slot):
                 generation.endpoint.imported(transfer, slot)
             case engine.Ready():

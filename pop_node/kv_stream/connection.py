@@ -47,6 +47,10 @@ UNSENT_BYTES = 256 * 1024
 link busy while we wake up, and a control frame never queues behind more. Guess."""
 
 
+LINK_VERSION = 2
+"""First version of the KV stream that numbers links."""
+
+
 @dataclass(frozen=True, slots=True)
 class PieceFrame:
     """A data frame ready to be written: its head and the staging slot with its payload."""
@@ -91,7 +95,8 @@ class Owner(Protocol[M]):
 
 
 class Connection(asyncio.BufferedProtocol, Generic[M]):
-    """See the module's docstring. ``number`` is unique within the endpoint."""
+    """See the module's docstring. ``number`` is unique within the endpoint; ``version`` is the one
+    spoken, 0 before the peer's ``Hello``."""
 
     def __init__(
         self,
@@ -102,6 +107,7 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
     ) -> None:
         self.number = number
         self.peer: Hello | None = None
+        self.version = 0
         self.keepalive = Keepalive(time.monotonic())
         self._owner = owner
         self._hello = hello
@@ -123,6 +129,16 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
             return None
         found: ssl.SSLObject | None = self._transport.get_extra_info("ssl_object")
         return found
+
+    @property
+    def link(self) -> int:
+        """The number of the peer's link; 0 when it numbers none."""
+        return self.peer.link if self.peer is not None and self.version >= LINK_VERSION else 0
+
+    @property
+    def payload_filled(self) -> int:
+        """Bytes of the payload under way that have arrived."""
+        return self._reader.payload_filled
 
     def is_closing(self) -> bool:
         """True once the connection is ending or gone."""
@@ -268,7 +284,7 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
     def _meet(self, hello: Hello) -> None:
         if self.peer is not None:
             raise violation("a second Hello")
-        negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
+        self.version = negotiate(MIN_VERSION, MAX_VERSION, hello.min_version, hello.max_version)
         if hello.mesh != self._hello.mesh:
             raise PeerError(
                 f"{hello.name} belongs to mesh {hello.mesh!r}, not {self._hello.mesh!r}",

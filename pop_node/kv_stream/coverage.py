@@ -7,6 +7,7 @@ W, and ``state`` only the snapshot after the last token, which counts as that to
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pop_node.kv_stream.spec import KvGroup, KvSpec, Piece
@@ -128,20 +129,41 @@ class Coverage:
     def contiguous(self, have_tokens: int) -> list[int]:
         """Per group, component and layer: how many tokens at the beginning are there without a
         hole, counting ``have_tokens`` that need not come."""
-        return [
-            layer.end_of_run(have_tokens)
-            for components in self._sets
-            for layers in components
-            for layer in layers
+        return [layer.end_of_run(have_tokens) for layer in self._layers()]
+
+    def beginning(self, have_tokens: int, counts: Sequence[int]) -> Coverage | None:
+        """The part of this from ``have_tokens`` up to ``counts``, as ``contiguous`` orders them;
+        None when they claim more than is here, or are not of the spec's shape."""
+        part = Coverage(self._spec)
+        if len(counts) != self._spec.places:
+            return None
+        at = iter(counts)
+        for mine, theirs in zip(self._layers(), part._layers(), strict=True):
+            upto = next(at)
+            if upto < have_tokens or upto > mine.end_of_run(have_tokens):
+                return None
+            if upto > have_tokens:
+                theirs.add(have_tokens, upto)
+        return part
+
+    def nbytes(self) -> int:
+        """Bytes of all pieces here."""
+        components = [
+            c for group in self._spec.groups for c in group.components for _ in group.layers
         ]
+        return sum(
+            component.token_bytes * (sum(layer.ends) - sum(layer.starts))
+            for component, layer in zip(components, self._layers(), strict=True)
+        )
 
     def trim(self, have_tokens: int) -> None:
         """Forget what lies behind a hole: it will be sent again."""
-        for components in self._sets:
-            for layers in components:
-                for layer in layers:
-                    layer.keep(have_tokens, layer.end_of_run(have_tokens))
+        for layer in self._layers():
+            layer.keep(have_tokens, layer.end_of_run(have_tokens))
 
     def complete(self, have_tokens: int, total_tokens: int) -> bool:
         """True when nothing is missing."""
         return not self.missing(have_tokens, total_tokens)
+
+    def _layers(self) -> Iterator[IntervalSet]:
+        return (layer for components in self._sets for layers in components for layer in layers)

@@ -21,7 +21,8 @@ from pop_node.kv_stream.connection import Connection
 from pop_node.kv_stream.frames import MAX_VERSION, MIN_VERSION, FromReceiver, FromSender, Hello
 from pop_node.kv_stream.intake import Intake
 from pop_node.kv_stream.interface import KvEvents
-from pop_node.kv_stream.link import Authorize, PeerLink
+from pop_node.kv_stream.link import Authorize
+from pop_node.kv_stream.links import Links, link_key
 from pop_node.kv_stream.liveness import MIN_WAIT_S
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.sender import Sender
@@ -56,15 +57,11 @@ class KvEndpoint:
             MIN_VERSION, MAX_VERSION, mesh, name, site, incarnation, layout.slot_bytes
         )
         self._staging = staging
-        self._dialer = dialer
         self._server_ssl = server_ssl
-        self._client_ssl = client_ssl
         self._authorize = authorize
         self._events = events
         self._sender = Sender()
         self._receiver = Receiver(layout.export_slots, layout.import_slots, layout.slot_bytes)
-        self._links: dict[str, PeerLink] = {}
-        self._rates: dict[str, LinkRate] = {}  # of links that are gone, by peer
         self._pending: deque[Callable[[], None]] = deque()  # empty between calls
         self._draining = False
         self._must_arm = False
@@ -73,7 +70,17 @@ class KvEndpoint:
         self._wake_at: float | None = None
         self._numbers = itertools.count()
         self._stop = asyncio.Event()
-        self._dials: set[asyncio.Task[None]] = set()
+        self._links = Links(
+            self._hello,
+            staging,
+            dialer,
+            client_ssl,
+            authorize,
+            self._to_sender,
+            self._sender.is_open,
+            self._numbers.__next__,
+            self._arm,
+        )
         self._runner: asyncio.Task[None] | None = None
 
     # ---- life ----------------------------------------------------------------------------------
@@ -125,8 +132,7 @@ class KvEndpoint:
             self.cancel(transfer, "draining", gone.message)
         self._server.close()
         connections = self._connections()
-        for link in list(self._links.values()):
-            link.close(gone)
+        self._links.close(gone)
         self._intake.close(gone)
         self._stop.set()
         for conn in connections:
@@ -141,8 +147,7 @@ class KvEndpoint:
         async with asyncio.TaskGroup() as self._tasks:
             started.set()
             await self._stop.wait()
-            for dial in self._dials:
-                dial.cancel()
+            self._links.stop_dialling()
 
     # ---- prefill side --------------------------------------------------------------------------
 
@@ -163,14 +168,13 @@ class KvEndpoint:
 
         Raises ``ValueError`` when the id is in use.
         """
-        key = f"{peer} {address}"  # a new node at an old address is another link
         deadline = time.monotonic() + deadline_s
         self._to_sender(
             ev.Opened(
                 transfer_id,
                 attempt,
                 peer,
-                key,
+                link_key(peer, address),
                 model,
                 identity,
                 spec,
@@ -188,9 +192,12 @@ class KvEndpoint:
         """The engine finished the last layer of the last prompt token."""
         self._to_sender(ev.ComputeEnded(transfer))
 
-    def staged(self, transfer: bytes, slot: int, piece: Piece, nbytes: int) -> None:
-        """The engine filled an export slot; ``on_slot_free`` gives it back."""
-        self._to_sender(ev.Staged(transfer, slot, piece, nbytes))
+    def staged(
+        self, transfer: bytes, slot: int, piece: Piece, nbytes: int, resume: int = 0
+    ) -> None:
+        """The engine filled an export slot, for the ``on_stage_from`` of this ``resume``;
+        ``on_slot_free`` gives it back."""
+        self._to_sender(ev.Staged(transfer, slot, piece, nbytes, resume))
 
     def commit(self, transfer: bytes, ids: list[int]) -> None:
         """The output tokens before the hand-off are ``ids`` (at least one)."""
@@ -261,14 +268,11 @@ class KvEndpoint:
 
     def link_rates(self) -> list[LinkRate]:
         """Measured links from here, one per peer."""
-        rates = dict(self._rates)
-        rates |= {link.peer: link.rate for link in self._links.values() if link.is_up}
-        return list(rates.values())
+        return self._links.rates()
 
     def statistics(self) -> KvStatistics:
         """Gauges and totals of this moment."""
-        dialled = sum(len(link.connections) for link in self._links.values())
-        return statistics(self._sender, self._receiver, dialled + len(self._intake.connections))
+        return statistics(self._sender, self._receiver, len(self._connections()))
 
     # ---- events in, effects out ----------------------------------------------------------------
 
@@ -305,21 +309,17 @@ class KvEndpoint:
 
     def _step_sender(self, event: ev.SenderEvent, now: float) -> None:
         if isinstance(event, ev.LinkDown):
-            link = self._links.pop(event.address)
-            if link.is_up:  # else nothing is known of it, and perhaps it does not exist
-                self._rates[link.peer] = link.rate
-            log.info("KV link to %s is down: %s", link.peer, event.error)
+            self._links.gone(event.address, event.error)
         for effect in self._sender.handle(event, now):
             match effect:
                 case ev.Connect(key, peer):
-                    self._connect(key, peer)
+                    self._links.connect(key, peer, self._tasks)
                 case ev.Tell(key, message):
-                    if key in self._links:
-                        self._links[key].tell(message)
-                case ev.SendPiece(key):
-                    self._links[key].send_piece(effect)
-                case ev.StageFrom(transfer, have_tokens):
-                    self._events.on_stage_from(transfer, have_tokens)
+                    self._links.tell(key, message)
+                case ev.SendPiece():
+                    self._links.send_piece(effect)
+                case ev.StageFrom(transfer, have_tokens, arrived, resume):
+                    self._events.on_stage_from(transfer, have_tokens, list(arrived), resume)
                 case ev.SlotFree(slot):
                     self._events.on_slot_free(slot)
                 case ev.Delivered(transfer, report):
@@ -347,41 +347,10 @@ class KvEndpoint:
                 case _:
                     assert_never(effect)
 
-    def _connect(self, key: str, peer: str) -> None:
-        """Dial unless the link exists; a new link answers with an event from its own task."""
-        if key in self._links:
-            return
-        link = PeerLink(
-            key,
-            peer,
-            self._hello,
-            self._staging,
-            self._to_sender,
-            self._sender.is_open,
-            self._authorize,
-            self._arm,
-        )
-        self._links[key] = link
-        dial = self._tasks.create_task(self._dial(link, key.rpartition(" ")[2]))
-        self._dials.add(dial)
-        dial.add_done_callback(self._dials.discard)
-
-    async def _dial(self, link: PeerLink, address: str) -> None:
-        try:
-            host, port = self._dialer.resolve(address)
-        except ConfigError as exc:
-            link.close(PeerError(f"{link.peer} gave a bad address: {exc}"))
-            return
-        if self._client_ssl is None and not is_loopback(host):
-            link.close(PeerError(f"no TLS for {link.peer} at {address}", retryable=False))
-            return
-        await link.dial(host, port, self._client_ssl, self._numbers.__next__)
-
     # ---- the timer -----------------------------------------------------------------------------
 
     def _connections(self) -> list[Connection[FromReceiver] | Connection[FromSender]]:
-        dialled = [conn for link in self._links.values() for conn in link.connections]
-        return [*dialled, *self._intake.connections.values()]
+        return [*self._links.connections(), *self._intake.connections.values()]
 
     def _arm(self) -> None:
         """One timer for the earliest deadline of both machines and all connections."""
@@ -403,5 +372,6 @@ class KvEndpoint:
         now = time.monotonic()
         for conn in self._connections():
             conn.tick(now)
+        self._intake.report_progress()
         self._to_sender(ev.Tick())
         self._to_receiver(ev.Tick())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pop_node.kv_stream.frames import Data, ToReceiver, ToSender
+from pop_node.kv_stream.frames import MIN_VERSION, Data, ToReceiver, ToSender
 from pop_node.kv_stream.spec import KvSpec, Piece
 from wire.errors import MeshError
 from wire.messages import TransferReport
@@ -58,10 +58,15 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class LinkUp:
-    """The link is ready; the peer takes payloads of at most ``slot_bytes``."""
+    """The link is ready; the peer takes payloads of at most ``slot_bytes``.
+
+    ``incarnation`` is the peer's; ``version`` the one spoken on the link.
+    """
 
     address: str
     slot_bytes: int
+    version: int = MIN_VERSION
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +93,14 @@ class FromPeer:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """The engine filled export slot ``slot`` with ``nbytes`` bytes of a piece."""
+    """The engine filled export slot ``slot`` with ``nbytes`` bytes of a piece, for the
+    ``StageFrom`` of this ``resume``."""
 
     transfer: bytes
     slot: int
     piece: Piece
     nbytes: int
+    resume: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +189,16 @@ class SendPiece:
 
 @dataclass(frozen=True, slots=True)
 class StageFrom:
-    """The engine shall stage everything but tokens [0, have_tokens)."""
+    """The engine shall stage everything but tokens [0, have_tokens).
+
+    With each newer ``resume`` it starts again, at ``arrived`` tokens per group, component and layer
+    if they are given.
+    """
 
     transfer: bytes
     have_tokens: int
+    arrived: tuple[int, ...] = ()
+    resume: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,11 +260,13 @@ class Allocated:
 
 @dataclass(frozen=True, slots=True)
 class FrameIn:
-    """``peer`` (as authenticated) said something about a transfer on connection ``conn``."""
+    """``peer`` (as authenticated) said something about a transfer on connection ``conn``, which
+    belongs to its link number ``link``; 0 when the peer numbers none (version 1)."""
 
     conn: int
     peer: str
     message: ToReceiver
+    link: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +276,16 @@ class DataBegins:
     conn: int
     peer: str
     data: Data
+    nbytes: int
+    link: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DataMoved:
+    """So far ``nbytes`` of the payload that comes into ``slot`` have arrived: on a link where a
+    slot takes seconds, this is all the progress there is to see."""
+
+    slot: int
     nbytes: int
 
 
@@ -298,6 +323,7 @@ ReceiverEvent = (
     | Allocated
     | FrameIn
     | DataBegins
+    | DataMoved
     | DataEnded
     | Imported
     | ConnRtt

@@ -21,13 +21,20 @@ from pop_node.kv_stream.spec import Piece
 from wire.errors import PeerError
 
 MIN_VERSION = 1
-MAX_VERSION = 1
+MAX_VERSION = 2
+"""Version 2 resumes transfers whose connection broke: ``Hello.link``, ``Open.resumed``,
+``Grant.arrived``. With a peer of version 1 they fail."""
 
 MAX_HEADER_BYTES = 64 * 1024
-"""Largest header: a ``Commit`` with ``MAX_COMMIT_IDS`` ids; all others stay below 4 KiB."""
+"""Largest header: a ``Commit`` with ``MAX_COMMIT_IDS`` ids. All others but a ``Grant`` that resumes
+stay below 4 KiB."""
 
 MAX_COMMIT_IDS = 12_000
 """Five bytes each in the worst case, so that a ``Commit`` fits ``MAX_HEADER_BYTES``."""
+
+MAX_PLACES = 8192
+"""Places (group, component, layer) of a cache: 40 KiB in a ``Grant``, and ten times the largest
+models of today."""
 
 CODEC_RAW = "raw"
 """Payload bytes as they lie in the cache, ``[layer, token, *component.shape]``."""
@@ -53,7 +60,11 @@ class _Frame(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Hello(_Frame, frozen=True, tag=1):
-    """First frame of each side. ``slot_bytes`` is the largest payload this side can receive."""
+    """First frame of each side. ``slot_bytes`` is the largest payload this side can receive.
+
+    ``link`` numbers the links that a dialling side made to this peer, from 1 on; connections of one
+    link share it (version 2). An accepting side leaves it 0.
+    """
 
     min_version: U32
     max_version: U32
@@ -62,6 +73,7 @@ class Hello(_Frame, frozen=True, tag=1):
     site: Name
     incarnation: Name
     slot_bytes: U32
+    link: U32 = 0
 
 
 class Goodbye(_Frame, frozen=True, tag=2):
@@ -82,7 +94,11 @@ class Pong(_Frame, frozen=True, tag=4):
 
 
 class Open(_Frame, frozen=True, tag=16):
-    """P -> D: this transfer begins here. Everything but ``codecs`` must equal what D was told."""
+    """P -> D: this transfer begins here. Everything but ``codecs`` must equal what D was told.
+
+    Said again over a new link, it takes the transfer up where it was; ``resumed`` says that it was
+    granted before, so that a D which does not know it need not wait to be told (version 2).
+    """
 
     transfer: TransferId
     attempt: U32
@@ -92,6 +108,7 @@ class Open(_Frame, frozen=True, tag=16):
     prompt_tokens: U32
     prompt_digest: Digest
     codecs: Annotated[list[Code], Meta(max_length=8)]
+    resumed: bool = False
 
 
 class Data(_Frame, frozen=True, tag=17):
@@ -134,7 +151,11 @@ class Grant(_Frame, frozen=True, tag=32):
     """D -> P: blocks are allocated, tokens [0, have_tokens) are here already, send the rest.
 
     One ``Data`` frame uses ``Hello.slot_bytes`` of credit, however short its payload: credit is
-    staging slots times their size, so a frame within its credit always finds a slot.
+    staging slots times their size, so a frame within its credit always finds a slot. Credit and
+    ``Ack.received_bytes`` count from this ``Grant`` on.
+
+    ``arrived``, when the transfer was granted before: per group, component and layer of the
+    ``KvSpec``, in this order, how many tokens at the beginning are here (version 2).
     """
 
     transfer: TransferId
@@ -142,6 +163,7 @@ class Grant(_Frame, frozen=True, tag=32):
     credit_bytes: U63
     have_tokens: U32
     codec: Code
+    arrived: Annotated[list[U32], Meta(max_length=MAX_PLACES)] = []
 
 
 class Deny(_Frame, frozen=True, tag=33):
@@ -155,7 +177,8 @@ class Deny(_Frame, frozen=True, tag=33):
 
 
 class Ack(_Frame, frozen=True, tag=34):
-    """D -> P: ``received_bytes`` payload bytes in all have arrived; more credit, or none."""
+    """D -> P: ``received_bytes`` payload bytes in all have arrived, parts of pieces counted; more
+    credit, or none."""
 
     transfer: TransferId
     attempt: U32
@@ -273,6 +296,11 @@ class FrameReader(Generic[M]):
                 if message is not None:
                     yield message
             yield from self._finish_payload()
+
+    @property
+    def payload_filled(self) -> int:
+        """Bytes of the payload under way that have arrived; 0 between payloads."""
+        return self._filled if self._message is not None else 0
 
     def drop_target(self) -> None:
         """Let go of the payload memory; the connection is closed."""

@@ -1,5 +1,4 @@
-"""One transfer as the decode node sees it: what was agreed and what has arrived; and the slots in
-use. Pure."""
+"""One transfer as the decode node sees it: what was agreed and what has arrived. Pure."""
 
 from __future__ import annotations
 
@@ -9,31 +8,75 @@ from pop_node.kv_stream.coverage import Coverage, validate_piece
 from pop_node.kv_stream.events import Expected
 from pop_node.kv_stream.faults import violation
 from pop_node.kv_stream.frames import CODEC_RAW, Commit, Data, Open
+from pop_node.kv_stream.liveness import wait_limit_s
+from pop_node.kv_stream.spec import Piece
 from wire.errors import MeshError, PeerError, TransferError
+
+IMPORT_WAIT_S = 30.0
+"""Longest import of a piece. Guess: several of the longest engine steps of a slow CPU."""
+
+
+@dataclass(slots=True)
+class Landed:
+    """A piece whose bytes come in, ``nbytes`` of them so far."""
+
+    piece: Piece
+    nbytes: int = 0
 
 
 @dataclass(slots=True)
 class Incoming:
     """State of one expected transfer.
 
-    ``conn`` is where its ``Open`` came from, ``have_tokens`` is set once blocks are allocated.
+    ``conn`` is where its ``Open`` came from, over link ``link``; None before the first and while it
+    is *detached*: its connection broke and the peer may say ``Open`` again. ``have_tokens`` is set
+    once blocks are allocated. ``coverage`` holds the verified pieces, which the engine has or is
+    importing; ``landing`` those whose bytes come in over this link, by slot. ``granted`` and
+    ``received_bytes`` are of this link too.
     """
 
     expected: Expected
     last_progress: float
     coverage: Coverage = field(init=False)
-    arrived: Coverage = field(init=False)
     conn: int | None = None
+    link: int = 0
+    rtt_s: float = 0.0
     have_tokens: int | None = None
     granted: bool = False
-    receiving: int = 0
+    grants: int = 0
+    landing: dict[int, Landed] = field(default_factory=dict)
     importing: int = 0
     received_bytes: int = 0
     ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.coverage = Coverage(self.expected.spec)
-        self.arrived = Coverage(self.expected.spec)
+
+    def attach(self, conn: int, link: int, now: float) -> None:
+        """The peer opened the transfer here, or took it up again after its connection broke.
+
+        What lies behind a hole is forgotten: the peer sends each place from its first missing token
+        on. So is a ``Commit``, which the peer will repeat.
+        """
+        if self.have_tokens is not None:
+            self.coverage.trim(self.have_tokens)
+        self.landing.clear()
+        self.received_bytes, self.ids = 0, None
+        self.conn, self.link, self.last_progress = conn, link, now
+
+    def detach(self, now: float) -> None:
+        """The connection broke; what is verified stays."""
+        self.conn, self.granted, self.last_progress = None, False, now
+
+    def arrived(self) -> list[int]:
+        """Per place, the tokens at the beginning that are here: what a repeated ``Grant`` says."""
+        assert self.have_tokens is not None
+        return self.coverage.contiguous(self.have_tokens) if self.grants else []
+
+    @property
+    def bytes_seen(self) -> int:
+        """Payload bytes that arrived over this link, those of unfinished pieces too."""
+        return self.received_bytes + sum(landed.nbytes for landed in self.landing.values())
 
     @property
     def most_tokens(self) -> int:
@@ -48,15 +91,24 @@ class Incoming:
             return 0
         if any(group.kind != "tokens" for group in self.expected.spec.groups):
             return 0
-        return min(self.arrived.contiguous(self.have_tokens))
+        return min(self.coverage.contiguous(self.have_tokens))
 
     @property
     def is_whole(self) -> bool:
         """The ``Commit`` is here, every piece that it needs too, and the engine has them all."""
-        if self.ids is None or self.have_tokens is None or self.receiving or self.importing:
+        if self.ids is None or self.have_tokens is None or self.landing or self.importing:
             return False
         total = self.expected.prompt_tokens + len(self.ids) - 1
         return self.coverage.complete(self.have_tokens, total)
+
+    def deadline(self, rtt_s: float) -> float:
+        """The earlier of the request's deadline and the end of the wait for progress."""
+        deadline = self.expected.deadline
+        if self.importing:
+            return min(deadline, self.last_progress + IMPORT_WAIT_S)
+        if self.conn is None or self.ids is not None:
+            return min(deadline, self.last_progress + wait_limit_s(rtt_s))
+        return deadline
 
     def refuse_open(self, peer: str, message: Open) -> MeshError | None:
         """Why the peer's ``Open`` is not the transfer we were told of; None when it is."""
@@ -102,7 +154,9 @@ class Incoming:
                 f"Data for tokens [{piece.token_lo}, {piece.token_hi}), wanted are "
                 f"[{self.have_tokens}, {self.most_tokens})"
             )
-        if self.coverage.overlaps(piece):
+        if self.coverage.overlaps(piece) or any(
+            landed.piece.overlaps(piece) for landed in self.landing.values()
+        ):
             return violation("Data for tokens that were sent before")
         return None
 
@@ -117,24 +171,6 @@ class Incoming:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Receiving:
-    """An import slot that bytes come into from connection ``conn``."""
-
-    data: Data
-    nbytes: int
-    conn: int
-
-
-@dataclass(frozen=True, slots=True)
-class Importing:
-    """An import slot that the engine reads."""
-
-    transfer: bytes
-    attempt: int
-    model: str
-
-
 @dataclass(slots=True)
 class ReceiverCounts:
     """Totals since the start."""
@@ -143,6 +179,7 @@ class ReceiverCounts:
     committed: int = 0
     failed: int = 0
     denied: int = 0
+    resumed: int = 0
     late_frames: int = 0
     bad_checksums: int = 0
     received_bytes: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import assert_never
 
 from pop_node.kv_stream.connection import Connection, PieceFrame
@@ -11,6 +12,7 @@ from pop_node.kv_stream.events import (
     ConnRtt,
     DataBegins,
     DataEnded,
+    DataMoved,
     FrameIn,
     ReceiverEvent,
 )
@@ -36,6 +38,15 @@ MAX_CONNECTIONS = 1024
 """Accepted at once; two from each of 500 nodes."""
 
 
+@dataclass(slots=True)
+class _Payload:
+    """The slot that a connection's bytes go into, and how many of them were reported."""
+
+    slot: int
+    nbytes: int
+    reported: int = 0
+
+
 class Intake:
     """Owner of all accepted connections of one endpoint."""
 
@@ -57,7 +68,7 @@ class Intake:
         self._authorize = authorize
         self._number = number
         self._watch = watch
-        self._slots: dict[int, tuple[int, int]] = {}  # connection -> slot, bytes being received
+        self._payloads: dict[int, _Payload] = {}  # under way, by connection
         self._closed_by: MeshError | None = None
 
     def accept(self) -> Connection[FromSender]:
@@ -69,6 +80,14 @@ class Intake:
         self._closed_by = error
         for conn in list(self.connections.values()):
             conn.fail(error)
+
+    def report_progress(self) -> None:
+        """Say how much of the payloads under way has arrived; asked at every ping."""
+        for number, payload in list(self._payloads.items()):
+            filled = self.connections[number].payload_filled
+            if filled > payload.reported:
+                payload.reported = filled
+                self._emit(DataMoved(payload.slot, filled))
 
     def on_made(self, conn: Connection[FromSender]) -> None:
         self.connections[conn.number] = conn
@@ -84,7 +103,7 @@ class Intake:
     def on_message(self, conn: Connection[FromSender], message: FromSender) -> None:
         match message:
             case Open() | Commit() | Abort():
-                self._emit(FrameIn(conn.number, _peer(conn), message))
+                self._emit(FrameIn(conn.number, _peer(conn), message, conn.link))
             case Data():
                 self._data_ended(conn, message)
             case Hello() | Goodbye() | Ping() | Pong():
@@ -95,10 +114,10 @@ class Intake:
     def destination(
         self, conn: Connection[FromSender], data: Data, nbytes: int
     ) -> memoryview | None:
-        slot = self._begin(DataBegins(conn.number, _peer(conn), data, nbytes))
+        slot = self._begin(DataBegins(conn.number, _peer(conn), data, nbytes, conn.link))
         if slot is None:
             return None
-        self._slots[conn.number] = (slot, nbytes)
+        self._payloads[conn.number] = _Payload(slot, nbytes)
         return self._staging.slot(slot)
 
     def on_rtt(self, conn: Connection[FromSender], rtt_s: float) -> None:
@@ -115,17 +134,16 @@ class Intake:
 
     def on_lost(self, conn: Connection[FromSender], error: MeshError) -> None:
         self.connections.pop(conn.number, None)
-        self._slots.pop(conn.number, None)
+        self._payloads.pop(conn.number, None)
         self._emit(ConnLost(conn.number, error))
 
     def _data_ended(self, conn: Connection[FromSender], data: Data) -> None:
-        held = self._slots.pop(conn.number, None)
+        held = self._payloads.pop(conn.number, None)
         if held is None:
             return  # it was skipped
-        slot, nbytes = held
-        payload = self._staging.slot(slot)[:nbytes]
+        payload = self._staging.slot(held.slot)[: held.nbytes]
         checksum = data_checksum(data.transfer, data.attempt, data.piece, data.codec, payload)
-        self._emit(DataEnded(slot, checksum))
+        self._emit(DataEnded(held.slot, checksum))
 
 
 def _peer(conn: Connection[FromSender]) -> str:

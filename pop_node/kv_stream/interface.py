@@ -17,8 +17,14 @@ class KvEvents(Protocol):
     safe.
     """
 
-    def on_stage_from(self, transfer: bytes, have_tokens: int) -> None:
-        """Prefill side: granted; stage all tokens but [0, have_tokens)."""
+    def on_stage_from(
+        self, transfer: bytes, have_tokens: int, arrived: list[int], resume: int
+    ) -> None:
+        """Prefill side: granted; stage all tokens but [0, have_tokens).
+
+        Called again with the next ``resume`` when the transfer goes on after its connection broke:
+        stage what comes after ``arrived`` tokens per group, component and layer, if they are given.
+        """
 
     def on_slot_free(self, slot: int) -> None:
         """Prefill side: the export slot may be overwritten; once for every ``staged``."""

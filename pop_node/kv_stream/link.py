@@ -2,7 +2,7 @@
 
 Pieces of all transfers wait in one queue; whichever connection can write takes the next one, so the
 faster stripe carries more. Control frames go over the first connection. When one connection is lost
-the link is lost: what was in flight on it is unknown. The next transfer makes a new link.
+the link is lost: what was in flight on it is unknown. Those transfers go on over a new link.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ Authorize = Callable[[str, ssl.SSLObject | None], None]
 
 
 class PeerLink:
-    """Owner of the connections to ``peer``; ``key`` is the link's name in the sender's events."""
+    """Owner of the connections to ``peer``; ``key`` is the link's name in the sender's events, and
+    ``hello`` carries its number."""
 
     def __init__(
         self,
@@ -217,4 +218,6 @@ class PeerLink:
             self.close(PeerError(f"{self.peer} restarted while it was dialled"))
             return
         self.is_up = True
-        self._emit(LinkUp(self.key, min(peer.slot_bytes for peer in peers)))
+        version = min(conn.version for conn in self.connections)
+        slot_bytes = min(peer.slot_bytes for peer in peers)
+        self._emit(LinkUp(self.key, slot_bytes, version, peers[0].incarnation))

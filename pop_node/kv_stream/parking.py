@@ -19,11 +19,12 @@ MAX_CLOSED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """An ``Open`` that came before its decode leg."""
+    """An ``Open``, where it came from, and until when it may wait for its decode leg."""
 
     open: Open
     conn: int
     peer: str
+    link: int
     until: float
 
 
@@ -32,7 +33,7 @@ class Parking:
 
     def __init__(self) -> None:
         self._parked: dict[bytes, Parked] = {}
-        self._closed: OrderedDict[bytes, int] = OrderedDict()  # transfer -> attempt
+        self._closed: OrderedDict[bytes, tuple[int, bool]] = OrderedDict()  # attempt, committed
 
     def __len__(self) -> int:
         return len(self._parked)
@@ -44,9 +45,9 @@ class Parking:
     def get(self, transfer: bytes) -> Parked | None:
         return self._parked.get(transfer)
 
-    def park(self, message: Open, conn: int, peer: str, now: float) -> None:
-        """Keep an ``Open`` for ``PARK_S``; it replaces one of an older attempt."""
-        self._parked[message.transfer] = Parked(message, conn, peer, now + PARK_S)
+    def park(self, caller: Parked) -> None:
+        """Keep an ``Open``; it replaces one of an older attempt or link."""
+        self._parked[caller.open.transfer] = caller
 
     def take(self, transfer: bytes) -> Parked | None:
         """The parked ``Open`` of a transfer, which leaves."""
@@ -66,13 +67,17 @@ class Parking:
     def next_deadline(self) -> float | None:
         return min((p.until for p in self._parked.values()), default=None)
 
-    def close(self, transfer: bytes, attempt: int) -> None:
-        """Remember that this attempt is over."""
-        self._closed[transfer] = attempt
+    def close(self, transfer: bytes, attempt: int, *, committed: bool = False) -> None:
+        """Remember that this attempt is over, and whether it ended well."""
+        self._closed[transfer] = attempt, committed
         self._closed.move_to_end(transfer)
         if len(self._closed) > MAX_CLOSED:
             self._closed.popitem(last=False)
 
     def is_closed(self, transfer: bytes, attempt: int) -> bool:
         """True when this attempt or a newer one is over."""
-        return self._closed.get(transfer, -1) >= attempt
+        return self._closed.get(transfer, (-1, False))[0] >= attempt
+
+    def is_committed(self, transfer: bytes, attempt: int) -> bool:
+        """True when this attempt ended well."""
+        return self._closed.get(transfer) == (attempt, True)

@@ -3,43 +3,43 @@
 One transfer: ``Expected`` (our decode leg) and ``Open`` (the prefill node) in either order, then
 ``Allocated`` -> ``Grant`` -> pieces come in, are checked and imported -> ``Commit`` ->
 ``Committed`` and ``Done`` once every needed piece is in the engine's blocks. It ends exactly
-once, by ``Committed`` or ``Failed``. An import slot that is being received or imported stays
-taken when its transfer ends, until its bytes are in or its connection is gone, and the engine let
-go of it: late bytes can never land in a slot that has a new owner. Frames of ended transfers and
-older attempts are dropped and counted.
+once, by ``Committed`` or ``Failed``. Slots in use are ``landing``'s. Frames of ended transfers,
+older attempts and older links are dropped and counted.
+
+When the connection breaks the transfer is detached: what arrived stays, the peer says ``Open``
+again over a new link and hears in the ``Grant`` where to go on. A transfer that was committed in
+the meantime is answered with ``Done``.
 
 Who waits for what: the machine itself bounds how long an ``Open`` is parked, the wait for the
-``Open``, the import of a piece, and the pieces that are missing after the ``Commit``. A prefill
-node that queues or computes is waited for as long as its connection answers pings (the shell
-reports ``ConnLost`` when it does not), and never past the request's deadline.
+``Open`` (the first, or again), the import of a piece, and the pieces that are missing after the
+``Commit``. A prefill node that queues or computes is waited for as long as its connection answers
+pings (the shell reports ``ConnLost`` when it does not), and never past the request's deadline.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 
 from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.credit import SlotPool
 from pop_node.kv_stream.faults import as_text, expired, reported, timed_out
 from pop_node.kv_stream.frames import (
-    CODEC_RAW,
     Abort,
-    Ack,
     Commit,
     Data,
     Deny,
     Done,
-    Grant,
     Open,
 )
-from pop_node.kv_stream.incoming import Importing, Incoming, ReceiverCounts, Receiving
-from pop_node.kv_stream.liveness import wait_limit_s
-from pop_node.kv_stream.parking import Parking
+from pop_node.kv_stream.grants import Grants
+from pop_node.kv_stream.incoming import Incoming, Landed, ReceiverCounts
+from pop_node.kv_stream.landing import Importing, Landing, Receiving
+from pop_node.kv_stream.parking import PARK_S, Parked, Parking
 from wire.errors import MeshError, PeerError, TransferError, error_from_code
 
-IMPORT_WAIT_S = 30.0
-"""Longest import of a piece. Guess: several of the longest engine steps of a slow CPU."""
+RESUMABLE = frozenset({"link_lost"})
+"""Codes of a connection's end after which its transfers may go on over another one. A peer that
+broke the protocol does not get that chance."""
 
 
 class Receiver:
@@ -51,9 +51,8 @@ class Receiver:
         self._slot_bytes = slot_bytes
         self._incoming: dict[bytes, Incoming] = {}
         self._parking = Parking()
-        self._ungranted: OrderedDict[bytes, None] = OrderedDict()  # waiting for slots, oldest first
-        self._receiving: dict[int, Receiving] = {}
-        self._importing: dict[int, Importing] = {}
+        self._grants = Grants(self.pool, slot_bytes, self._incoming)
+        self._landing = Landing(self.pool)
         self._rtt_s: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -85,16 +84,20 @@ class Receiver:
         Raises ``ValueError`` for an ``Expected`` that repeats a transfer and attempt under way.
         """
         match event:
-            case ev.FrameIn(conn, peer, message):
+            case ev.FrameIn(conn, peer, message, link):
                 match message:
                     case Open():
-                        return self._opened(conn, peer, message, now)
+                        return self._opened(Parked(message, conn, peer, link, now + PARK_S), now)
                     case Data():
                         raise ValueError("Data comes as DataBegins and DataEnded")
-                    case Commit() | Abort():
-                        return self._from_sender(peer, message, now)
-            case ev.DataBegins(conn, peer, data, nbytes):
-                return self._data_begins(conn, peer, data, nbytes, now)
+                    case Commit():
+                        return self._commit(peer, message, link, now)
+                    case Abort():
+                        return self._abort(peer, message, now)
+            case ev.DataBegins():
+                return self._data_begins(event, now)
+            case ev.DataMoved(slot, nbytes):
+                return self._data_moved(slot, nbytes, now)
             case ev.DataEnded(slot, checksum):
                 return self._data_ended(slot, checksum, now)
             case ev.Imported(slot):
@@ -132,44 +135,52 @@ class Receiver:
         self.counts.expected += 1
         parked = self._parking.take(event.transfer)
         if parked is not None:
-            effects += self._match(incoming, parked.conn, parked.peer, parked.open, now)
+            effects += self._match(incoming, parked, now)
         return effects
 
-    def _opened(self, conn: int, peer: str, message: Open, now: float) -> list[ev.ReceiverEffect]:
-        incoming = self._incoming.get(message.transfer)
-        if incoming is not None and message.attempt <= incoming.expected.attempt:
-            if message.attempt < incoming.expected.attempt or incoming.conn is not None:
+    def _opened(self, caller: Parked, now: float) -> list[ev.ReceiverEffect]:
+        transfer, attempt = caller.open.transfer, caller.open.attempt
+        incoming = self._incoming.get(transfer)
+        if incoming is not None and attempt <= incoming.expected.attempt:
+            attached = incoming.conn is not None and caller.link <= incoming.link
+            if attempt < incoming.expected.attempt or attached:
                 self.counts.late_frames += 1
                 return []
-            return self._match(incoming, conn, peer, message, now)
-        if self._parking.is_closed(message.transfer, message.attempt):
+            return self._match(incoming, caller, now)
+        if caller.open.resumed and self._parking.is_committed(transfer, attempt):
+            return [ev.Reply(caller.conn, Done(transfer, attempt))]
+        if self._parking.is_closed(transfer, attempt):
             self.counts.late_frames += 1
-            return [self._deny(conn, message, TransferError("the transfer is over here"))]
-        other = self._parking.get(message.transfer)
-        if other is not None and (other.peer != peer or other.open.attempt >= message.attempt):
+            return [self._deny(caller, TransferError("the transfer is over here"))]
+        if caller.open.resumed:  # it was granted by somebody who is gone
+            return [self._deny(caller, TransferError("the transfer is not known here"))]
+        other = self._parking.get(transfer)
+        if other is not None and (
+            other.peer != caller.peer or (other.open.attempt, other.link) >= (attempt, caller.link)
+        ):
             self.counts.late_frames += 1
             return []
         if other is None and self._parking.is_full:
             full = reported("overloaded", "too many transfers wait for their decode leg")
-            return [self._deny(conn, message, full)]
-        self._parking.park(message, conn, peer, now)
+            return [self._deny(caller, full)]
+        self._parking.park(caller)
         return []
 
-    def _match(
-        self, incoming: Incoming, conn: int, peer: str, message: Open, now: float
-    ) -> list[ev.ReceiverEffect]:
-        if message.attempt < incoming.expected.attempt:
+    def _match(self, incoming: Incoming, caller: Parked, now: float) -> list[ev.ReceiverEffect]:
+        if caller.open.attempt < incoming.expected.attempt:
             self.counts.late_frames += 1
             return []
-        error = incoming.refuse_open(peer, message)
+        error = incoming.refuse_open(caller.peer, caller.open)
         if error is not None:
-            denial = self._deny(conn, message, error)
+            denial = self._deny(caller, error)
             # A stranger who knows the id must not be able to end the transfer of its owner.
-            if peer != incoming.expected.peer:
+            if caller.peer != incoming.expected.peer:
                 return [denial]
             return [denial, *self._end_all([(incoming, error)], now)]
-        incoming.conn = conn
-        incoming.last_progress = now
+        if incoming.conn is not None:  # we have not noticed yet that the older link is gone
+            self._detach(incoming, now)
+        self.counts.resumed += incoming.grants > 0
+        incoming.attach(caller.conn, caller.link, now)
         return self._ready(incoming, now)
 
     def _allocated(self, transfer: bytes, have_tokens: int, now: float) -> list[ev.ReceiverEffect]:
@@ -181,94 +192,70 @@ class Receiver:
         return self._ready(incoming, now)
 
     def _ready(self, incoming: Incoming, now: float) -> list[ev.ReceiverEffect]:
-        """Queue for slots once both the peer and our blocks are there."""
+        """Wait for slots once both the peer and our blocks are there."""
         if incoming.conn is None or incoming.have_tokens is None:
             return []
-        self._ungranted[incoming.expected.transfer] = None
+        self._grants.queue(incoming.expected.transfer)
         return self._share(now)
 
     def _share(self, now: float) -> list[ev.ReceiverEffect]:
-        """Hand free slots out: first to those without a ``Grant``, then to those who hold least."""
-        credits: dict[bytes, int] = {}
-        for transfer in list(self._ungranted):
-            incoming = self._incoming[transfer]
-            have = incoming.have_tokens
-            assert have is not None
-            if have < incoming.most_tokens:
-                credit = self.pool.admit(transfer)
-                if not credit:
-                    break
-                credits[transfer] = credit
-            else:
-                credits[transfer] = 0
-        needy = [
-            transfer
-            for transfer, incoming in self._incoming.items()
-            if (incoming.granted or credits.get(transfer)) and incoming.ids is None
-        ]
-        for transfer, credit in self.pool.top_up(needy).items():
-            credits[transfer] = credits.get(transfer, 0) + credit
-        return [self._give(self._incoming[t], credit, now) for t, credit in credits.items()]
-
-    def _give(self, incoming: Incoming, slots: int, now: float) -> ev.Reply:
-        e, credit_bytes = incoming.expected, slots * self._slot_bytes
-        assert incoming.conn is not None
-        assert incoming.have_tokens is not None
-        if incoming.granted:
-            ack = Ack(e.transfer, e.attempt, credit_bytes, incoming.received_bytes)
-            return ev.Reply(incoming.conn, ack)
-        incoming.granted = True
-        incoming.last_progress = now
-        del self._ungranted[e.transfer]
-        grant = Grant(e.transfer, e.attempt, credit_bytes, incoming.have_tokens, CODEC_RAW)
-        return ev.Reply(incoming.conn, grant)
+        return [*self._grants.share(now)]
 
     # ---- pieces --------------------------------------------------------------------------------
 
-    def _data_begins(
-        self, conn: int, peer: str, data: Data, nbytes: int, now: float
-    ) -> list[ev.ReceiverEffect]:
-        incoming = self._live(peer, data.transfer, data.attempt)
+    def _data_begins(self, event: ev.DataBegins, now: float) -> list[ev.ReceiverEffect]:
+        data = event.data
+        incoming = self._live(event.peer, data.transfer, data.attempt, event.link)
         if incoming is None:
             return []
-        error = incoming.refuse_data(data, nbytes, self._slot_bytes)
-        slot = self.pool.use(data.transfer) if error is None else None
+        error = incoming.refuse_data(data, event.nbytes, self._slot_bytes)
+        slot = None
+        if error is None:
+            receiving = Receiving(data, event.nbytes, event.conn, event.link)
+            slot = self._landing.begin(receiving)
         if slot is None:
             error = error or PeerError("Data beyond the credit", code="protocol_error")
             return self._end_all([(incoming, error)], now)
-        incoming.coverage.add(data.piece)
-        incoming.receiving += 1
-        self._receiving[slot] = Receiving(data, nbytes, conn)
+        incoming.landing[slot] = Landed(data.piece)
         return [ev.ReceiveInto(slot)]
 
+    def _data_moved(self, slot: int, nbytes: int, now: float) -> list[ev.ReceiverEffect]:
+        incoming = self._receiver_of(self._landing.coming_into(slot))
+        if incoming is None or incoming.conn is None:
+            return []
+        incoming.landing[slot].nbytes = nbytes
+        incoming.last_progress = now
+        return [self._grants.give(incoming, 0, now)]
+
     def _data_ended(self, slot: int, checksum: bytes, now: float) -> list[ev.ReceiverEffect]:
-        held = self._receiving.pop(slot)
-        data = held.data
-        incoming = self._incoming.get(data.transfer)
-        if incoming is None or incoming.expected.attempt != data.attempt:
+        held = self._landing.coming_into(slot)
+        incoming = self._receiver_of(held)
+        if incoming is None:
             self.counts.late_frames += 1
-            self.pool.release(slot)
+            self._landing.end(slot, None)
             return self._share(now)
-        incoming.receiving -= 1
-        if checksum != data.checksum:
+        del incoming.landing[slot]
+        if checksum != held.data.checksum:
             self.counts.bad_checksums += 1
-            self.pool.release(slot)
+            self._landing.end(slot, None)
             error = TransferError("a KV piece arrived damaged", code="checksum_mismatch")
             return self._end_all([(incoming, error)], now)
         e = incoming.expected
-        incoming.arrived.add(data.piece)
+        self._landing.end(slot, Importing(e.transfer, e.attempt, e.model))
+        incoming.coverage.add(held.data.piece)
         incoming.importing += 1
         incoming.received_bytes += held.nbytes
         incoming.last_progress = now
         self.counts.received_bytes += held.nbytes
-        self._importing[slot] = Importing(e.transfer, e.attempt, e.model)
-        return [ev.Import(e.transfer, slot, data.piece), self._give(incoming, 0, now)]
+        effects: list[ev.ReceiverEffect] = [ev.Import(e.transfer, slot, held.data.piece)]
+        if incoming.conn is not None:  # else it came over the stripe that was left
+            effects.append(self._grants.give(incoming, 0, now))
+        return effects
 
     def _imported(self, slot: int, now: float) -> list[ev.ReceiverEffect]:
-        held = self._importing.pop(slot, None)
-        if held is None:  # the engine died meanwhile and its slots were taken back
+        held = self._landing.imported(slot)
+        if held is None:
             return []
-        self.pool.release(slot)
         effects: list[ev.ReceiverEffect] = []
         incoming = self._incoming.get(held.transfer)
         if incoming is not None and incoming.expected.attempt == held.attempt:
@@ -279,9 +266,19 @@ class Receiver:
 
     # ---- ending --------------------------------------------------------------------------------
 
-    def _from_sender(
-        self, peer: str, message: Commit | Abort, now: float
-    ) -> list[ev.ReceiverEffect]:
+    def _commit(self, peer: str, message: Commit, link: int, now: float) -> list[ev.ReceiverEffect]:
+        incoming = self._live(peer, message.transfer, message.attempt, link)
+        if incoming is None:
+            return []
+        refusal = incoming.refuse_commit(message)
+        if refusal is not None:
+            return self._end_all([(incoming, refusal)], now)
+        incoming.ids = tuple(message.ids)
+        incoming.last_progress = now
+        return [*self._try_commit(incoming), *self._share(now)]
+
+    def _abort(self, peer: str, message: Abort, now: float) -> list[ev.ReceiverEffect]:
+        """The peer gave up, over whichever link it says so."""
         parked = self._parking.get(message.transfer)
         if parked and (parked.peer, parked.open.attempt) == (peer, message.attempt):
             self._parking.take(message.transfer)
@@ -290,60 +287,58 @@ class Receiver:
         incoming = self._live(peer, message.transfer, message.attempt)
         if incoming is None:
             return []
-        if isinstance(message, Abort):
-            error = reported(message.code, message.message)
-            return self._end_all([(incoming, error)], now, tell_peer=False)
-        refusal = incoming.refuse_commit(message)
-        if refusal is not None:
-            return self._end_all([(incoming, refusal)], now)
-        incoming.ids = tuple(message.ids)
-        incoming.last_progress = now
-        return [*self._try_commit(incoming), *self._share(now)]
+        error = reported(message.code, message.message)
+        return self._end_all([(incoming, error)], now, tell_peer=False)
 
     def _try_commit(self, incoming: Incoming) -> list[ev.ReceiverEffect]:
         if not incoming.is_whole:
             return []
         e, ids, conn = incoming.expected, incoming.ids, incoming.conn
         assert ids is not None
-        assert conn is not None
-        self._remove(incoming)
+        self._remove(incoming, committed=True)
         self.counts.committed += 1
-        return [ev.Committed(e.transfer, ids), ev.Reply(conn, Done(e.transfer, e.attempt))]
+        committed = ev.Committed(e.transfer, ids)
+        if conn is None:  # the peer hears it when it opens the transfer again
+            return [committed]
+        return [committed, ev.Reply(conn, Done(e.transfer, e.attempt))]
 
     def _conn_lost(self, conn: int, error: MeshError, now: float) -> list[ev.ReceiverEffect]:
-        self._rtt_s.pop(conn, None)
+        rtt_s = self._rtt_s.pop(conn, 0.0)
         self._parking.drop_conn(conn)
         hit = {t for t, incoming in self._incoming.items() if incoming.conn == conn}
-        for slot, held in list(self._receiving.items()):
-            if held.conn == conn:  # half a payload: its transfer cannot become whole
-                del self._receiving[slot]
-                self.pool.release(slot)
-                if self._live_attempt(held.data):
-                    hit.add(held.data.transfer)
-        return self._end_all([(self._incoming[t], error) for t in sorted(hit)], now)
+        for slot, held in self._landing.conn_lost(conn):
+            incoming = self._receiver_of(held)
+            if incoming is not None:
+                del incoming.landing[slot]
+                hit.add(held.data.transfer)
+        ends: list[tuple[Incoming, MeshError]] = []
+        for transfer in sorted(hit):
+            incoming = self._incoming[transfer]
+            if error.code not in RESUMABLE or not incoming.link:
+                ends.append((incoming, error))
+            elif incoming.conn is not None:
+                incoming.rtt_s = rtt_s
+                self._detach(incoming, now)
+        return self._end_all(ends, now)
+
+    def _detach(self, incoming: Incoming, now: float) -> None:
+        """Wait for the peer to come again; its credit is void."""
+        incoming.detach(now)
+        self._grants.withdraw(incoming.expected.transfer)
 
     def _engine_lost(self, model: str, now: float) -> list[ev.ReceiverEffect]:
-        for slot, held in list(self._importing.items()):
-            if held.model == model:
-                del self._importing[slot]
-                self.pool.release(slot)
+        self._landing.engine_lost(model)
         error = PeerError(f"the engine of {model} died", code="engine_died")
         hit = [t for t in self._incoming.values() if t.expected.model == model]
         return self._end_all([(incoming, error) for incoming in hit], now)
 
     def _deadline(self, incoming: Incoming) -> float:
-        """The earlier of the request's deadline and the end of the wait for progress."""
-        limit = wait_limit_s(self._rtt_s.get(-1 if incoming.conn is None else incoming.conn, 0.0))
-        deadline, progress = incoming.expected.deadline, incoming.last_progress
-        if incoming.importing:
-            return min(deadline, progress + IMPORT_WAIT_S)
-        if incoming.conn is None or incoming.ids is not None:
-            return min(deadline, progress + limit)
-        return deadline
+        conn = incoming.conn
+        return incoming.deadline(incoming.rtt_s if conn is None else self._rtt_s.get(conn, 0.0))
 
     def _tick(self, now: float) -> list[ev.ReceiverEffect]:
         effects: list[ev.ReceiverEffect] = [
-            self._deny(parked.conn, parked.open, timed_out("no decode leg came here"))
+            self._deny(parked, timed_out("no decode leg came here"))
             for parked in self._parking.take_expired(now)
         ]
         ends: list[tuple[Incoming, MeshError]] = []
@@ -351,7 +346,9 @@ class Receiver:
             if now >= incoming.expected.deadline:
                 ends.append((incoming, expired()))
             elif now >= self._deadline(incoming):
-                what = "no Open came" if incoming.conn is None else "the KV transfer stands still"
+                what = "the KV transfer stands still"
+                if incoming.conn is None:
+                    what = "nobody resumed the KV transfer" if incoming.grants else "no Open came"
                 ends.append((incoming, timed_out(f"{what} ({incoming.expected.peer})")))
         return effects + self._end_all(ends, now)
 
@@ -374,26 +371,35 @@ class Receiver:
             effects.insert(0, ev.Reply(incoming.conn, abort))
         return effects
 
-    def _remove(self, incoming: Incoming) -> None:
+    def _remove(self, incoming: Incoming, *, committed: bool = False) -> None:
         transfer = incoming.expected.transfer
         del self._incoming[transfer]
-        self._ungranted.pop(transfer, None)
-        self.pool.forget(transfer)
-        self._parking.close(transfer, incoming.expected.attempt)
+        self._grants.withdraw(transfer)
+        self._parking.close(transfer, incoming.expected.attempt, committed=committed)
 
-    def _live(self, peer: str, transfer: bytes, attempt: int) -> Incoming | None:
-        """The transfer that a frame is for; None (counted) when it is late or a stranger's."""
+    def _live(
+        self, peer: str, transfer: bytes, attempt: int, link: int | None = None
+    ) -> Incoming | None:
+        """The transfer that a frame is for; None (counted) when it is late or a stranger's, or came
+        over another link than the one that the transfer is attached to."""
         incoming = self._incoming.get(transfer)
         if incoming and (incoming.expected.peer, incoming.expected.attempt) == (peer, attempt):
-            return incoming
+            attached = incoming.conn is not None and incoming.link == link
+            if link is None or attached:
+                return incoming
         self.counts.late_frames += 1
         return None
 
-    def _live_attempt(self, data: Data) -> bool:
-        incoming = self._incoming.get(data.transfer)
-        return incoming is not None and incoming.expected.attempt == data.attempt
+    def _receiver_of(self, held: Receiving) -> Incoming | None:
+        """The transfer that still wants this payload."""
+        incoming = self._incoming.get(held.data.transfer)
+        if incoming is None:
+            return None
+        current = incoming.expected.attempt, incoming.link
+        return incoming if current == (held.data.attempt, held.link) else None
 
-    def _deny(self, conn: int, message: Open, error: MeshError) -> ev.Reply:
+    def _deny(self, caller: Parked, error: MeshError) -> ev.Reply:
         self.counts.denied += 1
         code, text = as_text(error)
-        return ev.Reply(conn, Deny(message.transfer, message.attempt, code, text, error.retryable))
+        o = caller.open
+        return ev.Reply(caller.conn, Deny(o.transfer, o.attempt, code, text, error.retryable))

@@ -5,19 +5,18 @@ coverage -> pieces are sent in order within the credit -> ``Commit`` once everyt
 sent and the ids are known -> ``Done``. It ends exactly once, by ``Delivered`` or ``Failed``;
 every staged slot comes back exactly once, by ``SlotFree``.
 
-Who waits for what: the machine itself bounds the link set-up and the wait for acknowledgements of
-bytes that were sent. A decode node that allocates or imports is waited for as long as its
+When the link breaks, a transfer that its decode node knows waits for another one: the machine
+dials again, says ``Open`` again, and the ``Grant`` says from where on the engine has to stage. A
+decode node that was restarted, or does not know the transfer, ends it at once.
+
+Who waits for what: the machine itself bounds the wait for a link and for acknowledgements of bytes
+that were sent. A decode node that allocates or imports is waited for as long as its
 connection answers pings (the shell reports ``LinkDown`` when it does not), and never past the
 request's deadline.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
-from typing import Literal
-
-from pop_node.kv_stream.coverage import Coverage, validate_piece
 from pop_node.kv_stream.events import (
     Cancelled,
     CommitReady,
@@ -45,58 +44,15 @@ from pop_node.kv_stream.events import (
 )
 from pop_node.kv_stream.faults import as_text, expired, reported, timed_out, violation
 from pop_node.kv_stream.frames import (
-    CODEC_RAW,
     MAX_COMMIT_IDS,
     Abort,
     Ack,
-    Commit,
     Deny,
     Done,
     Grant,
-    Open,
 )
-from pop_node.kv_stream.liveness import wait_limit_s
-from pop_node.kv_stream.report import TransferMeter
+from pop_node.kv_stream.outgoing import RESUME_VERSION, Link, Outgoing, SenderCounts
 from wire.errors import MeshError, PeerError, TransferError, error_from_code
-
-State = Literal["connecting", "opening", "granted", "committing"]
-
-
-@dataclass(slots=True)
-class _Link:
-    """What is known of one link; ``slot_bytes`` is 0 until it is up."""
-
-    slot_bytes: int = 0
-    rtt_s: float = 0.0
-    last_ack: float = 0.0
-
-
-@dataclass(slots=True)
-class _Outgoing:
-    opened: Opened
-    coverage: Coverage
-    started: float
-    state: State = "connecting"
-    credit_bytes: int = 0
-    have_tokens: int = 0
-    queue: deque[Staged] = field(default_factory=deque)  # bounded by the export slots
-    ids: tuple[int, ...] | None = None
-    sent_bytes: int = 0
-    acked_bytes: int = 0
-    unacked_since: float = 0.0
-    meter: TransferMeter = field(default_factory=TransferMeter)
-
-
-@dataclass(slots=True)
-class SenderCounts:
-    """Totals since the start."""
-
-    opened: int = 0
-    delivered: int = 0
-    failed: int = 0
-    denied: int = 0
-    late_frames: int = 0
-    sent_bytes: int = 0
 
 
 class Sender:
@@ -104,8 +60,8 @@ class Sender:
 
     def __init__(self) -> None:
         self.counts = SenderCounts()
-        self._transfers: dict[bytes, _Outgoing] = {}
-        self._links: dict[str, _Link] = {}
+        self._transfers: dict[bytes, Outgoing] = {}
+        self._links: dict[str, Link] = {}
         self._writing: set[int] = set()
 
     def __len__(self) -> int:
@@ -126,7 +82,9 @@ class Sender:
 
     def next_deadline(self) -> float | None:
         """When ``Tick`` is due; None when nothing waits."""
-        return min((self._deadline(t) for t in self._transfers.values()), default=None)
+        waits = [self._deadline(transfer) for transfer in self._transfers.values()]
+        waits += [link.redial_at for link in self._links.values() if link.redial_at is not None]
+        return min(waits, default=None)
 
     def handle(self, event: SenderEvent, now: float) -> list[SenderEffect]:
         """Advance by one event.
@@ -136,12 +94,10 @@ class Sender:
         match event:
             case Opened():
                 return self._open(event, now)
-            case LinkUp(address, slot_bytes):
-                return self._link_up(address, slot_bytes, now)
+            case LinkUp():
+                return self._link_up(event, now)
             case LinkDown(address, error):
-                self._links.pop(address, None)
-                gone = [t for t in self._transfers.values() if t.opened.address == address]
-                return [e for t in gone for e in self._fail(t, error, tell_peer=False)]
+                return self._link_down(address, error, now)
             case LinkRtt(address, rtt_s):
                 self._link(address).rtt_s = rtt_s
                 return []
@@ -157,7 +113,7 @@ class Sender:
                 gone = [t for t in self._transfers.values() if t.opened.model == model]
                 return [e for t in gone for e in self._fail(t, error)]
             case Tick():
-                return [e for t in list(self._transfers.values()) for e in self._expire(t, now)]
+                return self._tick(now)
             case _:
                 return self._from_agent(event, now)
 
@@ -194,38 +150,71 @@ class Sender:
     def _open(self, event: Opened, now: float) -> list[SenderEffect]:
         if event.transfer in self._transfers:
             raise ValueError("transfer id in use")
-        transfer = _Outgoing(event, Coverage(event.spec), started=now)
+        transfer = Outgoing(event, waiting_since=now)
         self._transfers[event.transfer] = transfer
         self.counts.opened += 1
-        effects: list[SenderEffect] = [Connect(event.address, event.peer)]
-        if self._link(event.address).slot_bytes:
+        link = self._link(event.address)
+        effects: list[SenderEffect] = [self._dial(event.address, event.peer)]
+        if link.slot_bytes:
             effects.append(self._say_open(transfer))
         return effects
 
-    def _link_up(self, address: str, slot_bytes: int, now: float) -> list[SenderEffect]:
-        link = self._link(address)
-        link.slot_bytes, link.last_ack = slot_bytes, now
-        waiting = [
-            t
-            for t in self._transfers.values()
-            if t.opened.address == address and t.state == "connecting"
-        ]
-        return [self._say_open(transfer) for transfer in waiting]
+    def _dial(self, address: str, peer: str) -> Connect:
+        self._link(address).redial_at = None
+        return Connect(address, peer)
 
-    def _say_open(self, transfer: _Outgoing) -> Tell:
+    def _link_up(self, up: LinkUp, now: float) -> list[SenderEffect]:
+        link = self._link(up.address)
+        link.slot_bytes = up.slot_bytes
+        link.incarnation = up.incarnation if up.version >= RESUME_VERSION else ""
+        link.last_ack = link.up_since = now
+        effects: list[SenderEffect] = []
+        for transfer in self._on(up.address):
+            if transfer.state != "connecting":
+                continue
+            if transfer.incarnation not in ("", link.incarnation):
+                error = TransferError(f"{transfer.opened.peer} was restarted")
+                effects += self._fail(transfer, error)
+                continue
+            effects.append(self._say_open(transfer))
+        return effects
+
+    def _link_down(self, address: str, error: MeshError, now: float) -> list[SenderEffect]:
+        old = self._links.pop(address, Link())
+        effects: list[SenderEffect] = []
+        waiting = False
+        for transfer in self._on(address):
+            if transfer.may_resume(error):
+                waiting = True
+                slots = transfer.break_off(now, was_sound=old.is_sound(now))
+                effects += [SlotFree(slot) for slot in slots]
+            else:
+                effects += self._fail(transfer, error, tell_peer=False)
+        if waiting:
+            self._links[address] = old.successor(now)
+            effects += self._redial(now)
+        return effects
+
+    def _redial(self, now: float) -> list[SenderEffect]:
+        """Dial what is due; forget links that nobody waits for any more."""
+        effects: list[SenderEffect] = []
+        for address, link in list(self._links.items()):
+            if link.redial_at is None or now < link.redial_at:
+                continue
+            peers = [transfer.opened.peer for transfer in self._on(address)]
+            if peers:
+                effects.append(self._dial(address, peers[0]))
+            else:
+                del self._links[address]
+        return effects
+
+    def _on(self, address: str) -> list[Outgoing]:
+        return [t for t in self._transfers.values() if t.opened.address == address]
+
+    def _say_open(self, transfer: Outgoing) -> Tell:
         transfer.state = "opening"
-        o = transfer.opened
-        message = Open(
-            o.transfer,
-            o.attempt,
-            o.model,
-            o.identity,
-            o.spec.digest(),
-            o.prompt_tokens,
-            o.prompt_digest,
-            [CODEC_RAW],
-        )
-        return Tell(o.address, message)
+        transfer.incarnation = self._link(transfer.opened.address).incarnation
+        return Tell(transfer.opened.address, transfer.open_frame())
 
     # ---- what the decode node says -------------------------------------------------------------
 
@@ -253,18 +242,22 @@ class Sender:
             case Done():
                 return self._done(transfer, now)
 
-    def _granted(self, transfer: _Outgoing, grant: Grant, now: float) -> list[SenderEffect]:
+    def _granted(self, transfer: Outgoing, grant: Grant, now: float) -> list[SenderEffect]:
         if transfer.state != "opening":
             return self._fail(transfer, violation("a Grant that nobody waits for"))
-        if grant.codec != CODEC_RAW or grant.have_tokens > transfer.opened.prompt_tokens:
-            return self._fail(transfer, violation("a Grant that does not fit its Open"))
-        transfer.state = "granted"
-        transfer.credit_bytes = grant.credit_bytes
-        transfer.have_tokens = grant.have_tokens
-        effects: list[SenderEffect] = [StageFrom(transfer.opened.transfer, grant.have_tokens)]
-        return effects + self._push(transfer, now)
+        was_granted = transfer.was_granted
+        wrong = transfer.take_grant(grant)
+        if wrong is not None:
+            return self._fail(transfer, violation(wrong))
+        if was_granted:
+            self.counts.resumed += 1
+            rtt_s = self._link(transfer.opened.address).rtt_s
+            transfer.meter.acked(transfer.sure_bytes, rtt_s, now)
+        arrived = tuple(grant.arrived)
+        stage = StageFrom(transfer.opened.transfer, grant.have_tokens, arrived, transfer.resume)
+        return [stage, *self._push(transfer, now)]
 
-    def _acked(self, transfer: _Outgoing, ack: Ack, now: float) -> list[SenderEffect]:
+    def _acked(self, transfer: Outgoing, ack: Ack, now: float) -> list[SenderEffect]:
         if transfer.state not in ("granted", "committing"):
             return self._fail(transfer, violation("an Ack before the Grant"))
         if not transfer.acked_bytes <= ack.received_bytes <= transfer.sent_bytes:
@@ -272,42 +265,42 @@ class Sender:
         link = self._link(transfer.opened.address)
         if ack.received_bytes > transfer.acked_bytes:
             transfer.acked_bytes = ack.received_bytes
-            link.last_ack = now
-            transfer.meter.acked(ack.received_bytes, link.rtt_s, now)
+            link.last_ack, link.failures = now, 0
+            received = transfer.sure_bytes + ack.received_bytes
+            transfer.meter.acked(received, link.rtt_s, now)
         transfer.credit_bytes += ack.credit_bytes_returned
         return self._push(transfer, now)
 
-    def _done(self, transfer: _Outgoing, now: float) -> list[SenderEffect]:
-        if transfer.state != "committing" or transfer.acked_bytes < transfer.sent_bytes:
+    def _done(self, transfer: Outgoing, now: float) -> list[SenderEffect]:
+        # Opened again, it may hear that its Commit had arrived the time before.
+        ended = transfer.state == "opening" and transfer.was_committed
+        acked = transfer.state == "committing" and transfer.acked_bytes == transfer.sent_bytes
+        if not (ended or acked):
             return self._fail(transfer, violation("a Done before the end"))
         del self._transfers[transfer.opened.transfer]
         self.counts.delivered += 1
         rtt_s = self._link(transfer.opened.address).rtt_s
+        if ended:
+            transfer.meter.acked(transfer.coverage.nbytes(), rtt_s, now)
         return [Delivered(transfer.opened.transfer, transfer.meter.report(rtt_s))]
 
     # ---- sending -------------------------------------------------------------------------------
 
-    def _staged(self, transfer: _Outgoing, event: Staged, now: float) -> list[SenderEffect]:
-        opened, piece = transfer.opened, event.piece
-        wrong = validate_piece(opened.spec, piece)
-        if transfer.state != "granted":
-            wrong = "staged before the Grant or after the Commit"
-        elif wrong is None and event.nbytes != piece.nbytes(opened.spec):
-            wrong = f"{event.nbytes} bytes staged for a piece of {piece.nbytes(opened.spec)}"
-        elif wrong is None and piece.token_lo < transfer.have_tokens:
-            wrong = f"token {piece.token_lo} staged; the peer has {transfer.have_tokens}"
-        elif wrong is None and transfer.coverage.overlaps(piece):
-            wrong = "staged twice"
-        elif wrong is None and event.nbytes > self._link(opened.address).slot_bytes:
-            wrong = f"a piece of {event.nbytes} bytes does not fit the peer's staging slots"
+    def _staged(self, transfer: Outgoing, event: Staged, now: float) -> list[SenderEffect]:
+        stale = event.resume != transfer.resume or (
+            transfer.was_granted and transfer.state in ("connecting", "opening")
+        )
+        if stale:  # staged before the link broke, or while it is away; the Grant says what is due
+            return [SlotFree(event.slot)]
+        wrong = transfer.refuse_staged(event, self._link(transfer.opened.address).slot_bytes)
         if wrong is not None:
             error = TransferError(f"cannot send a piece: {wrong}")
             return [SlotFree(event.slot), *self._fail(transfer, error)]
-        transfer.coverage.add(piece)
+        transfer.coverage.add(event.piece)
         transfer.queue.append(event)
         return self._push(transfer, now)
 
-    def _push(self, transfer: _Outgoing, now: float) -> list[SenderEffect]:
+    def _push(self, transfer: Outgoing, now: float) -> list[SenderEffect]:
         """Send what credit allows; commit when everything needed has been sent."""
         effects: list[SenderEffect] = []
         if transfer.state != "granted":
@@ -331,31 +324,22 @@ class Sender:
                     staged.nbytes,
                 )
             )
-        if transfer.ids is not None and not transfer.queue:
-            total = opened.prompt_tokens + len(transfer.ids) - 1
-            if transfer.coverage.complete(transfer.have_tokens, total):
-                transfer.state = "committing"
-                commit = Commit(
-                    opened.transfer, opened.attempt, list(transfer.ids), opened.prompt_digest
-                )
-                effects.append(Tell(opened.address, commit))
+        commit = transfer.commit_frame()
+        if commit is not None:
+            transfer.state, transfer.was_committed = "committing", True
+            effects.append(Tell(opened.address, commit))
         return effects
 
     # ---- ending --------------------------------------------------------------------------------
 
-    def _deadline(self, transfer: _Outgoing) -> float:
-        """The earlier of the request's deadline and the end of the wait for progress."""
-        deadline = transfer.opened.deadline
-        link = self._link(transfer.opened.address)
-        if transfer.state == "connecting":
-            return min(deadline, transfer.started + wait_limit_s(link.rtt_s))
-        if transfer.acked_bytes < transfer.sent_bytes:
-            # Pieces of other transfers share the link: their acknowledgements are progress too.
-            progress = max(transfer.unacked_since, link.last_ack)
-            return min(deadline, progress + wait_limit_s(link.rtt_s))
-        return deadline
+    def _deadline(self, transfer: Outgoing) -> float:
+        return transfer.deadline(self._link(transfer.opened.address))
 
-    def _expire(self, transfer: _Outgoing, now: float) -> list[SenderEffect]:
+    def _tick(self, now: float) -> list[SenderEffect]:
+        effects = [e for t in list(self._transfers.values()) for e in self._expire(t, now)]
+        return effects + self._redial(now)
+
+    def _expire(self, transfer: Outgoing, now: float) -> list[SenderEffect]:
         if now >= transfer.opened.deadline:
             return self._fail(transfer, expired())
         if now >= self._deadline(transfer):
@@ -364,7 +348,7 @@ class Sender:
         return []
 
     def _fail(
-        self, transfer: _Outgoing, error: MeshError, *, tell_peer: bool = True
+        self, transfer: Outgoing, error: MeshError, *, tell_peer: bool = True
     ) -> list[SenderEffect]:
         opened = transfer.opened
         del self._transfers[opened.transfer]
@@ -376,5 +360,5 @@ class Sender:
         effects.append(Failed(opened.transfer, error))
         return effects
 
-    def _link(self, address: str) -> _Link:
-        return self._links.setdefault(address, _Link())
+    def _link(self, address: str) -> Link:
+        return self._links.setdefault(address, Link())

@@ -51,6 +51,11 @@ class KvSpec:
     groups: tuple[KvGroup, ...]
 
     @property
+    def places(self) -> int:
+        """Number of (group, component, layer) triples."""
+        return sum(len(g.layers) * len(g.components) for g in self.groups)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token over all layers and components."""
         return sum(len(g.layers) * c.token_bytes for g in self.groups for c in g.components)
@@ -95,6 +100,16 @@ class Piece:
     layer_hi: int
     token_lo: int
     token_hi: int
+
+    def overlaps(self, other: Piece) -> bool:
+        """Do the two boxes share a token of a layer?"""
+        return (
+            (self.group, self.component) == (other.group, other.component)
+            and self.layer_lo < other.layer_hi
+            and other.layer_lo < self.layer_hi
+            and self.token_lo < other.token_hi
+            and other.token_lo < self.token_hi
+        )
 
     def nbytes(self, spec: KvSpec) -> int:
         """Raw payload size in bytes."""

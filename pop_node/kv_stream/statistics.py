@@ -25,6 +25,7 @@ class KvStatistics:
     failed_outgoing: int
     failed_incoming: int
     denied: int
+    resumed: int
     late_frames: int
     bad_checksums: int
     sent_bytes: int
@@ -48,6 +49,7 @@ def statistics(sender: Sender, receiver: Receiver, connections: int) -> KvStatis
         failed_outgoing=sent.failed,
         failed_incoming=got.failed,
         denied=sent.denied + got.denied,
+        resumed=sent.resumed + got.resumed,
         late_frames=sent.late_frames + got.late_frames,
         bad_checksums=got.bad_checksums,
         sent_bytes=sent.sent_bytes,

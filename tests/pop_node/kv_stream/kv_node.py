@@ -55,6 +55,7 @@ class Node:
         server_ssl: ssl.SSLContext | None = None,
         client_ssl: ssl.SSLContext | None = None,
         mesh: str = "test",
+        incarnation: str = "",
     ) -> None:
         self.name = name
         self.staging = Staging.create(LAYOUT)
@@ -63,7 +64,7 @@ class Node:
             name,
             "AMS",
             mesh,
-            f"{name}-1",
+            incarnation or f"{name}-1",
             self.staging,
             Dialer(),
             server_ssl,
@@ -77,6 +78,7 @@ class Node:
         self.staged_slots: set[int] = set()
         self.ends: dict[bytes, asyncio.Future] = {}
         self.kept: dict[bytes, int] = {}
+        self.resumes: dict[bytes, int] = {}
         self.imports: list[tuple[bytes, int]] = []
         self.imports_held = False
         self.first_import = asyncio.Event()
@@ -138,7 +140,7 @@ class Node:
             raw = np.ascontiguousarray(box).tobytes()
             self.staging.slot(slot)[: len(raw)] = raw
             self.staged_slots.add(slot)
-            self.endpoint.staged(transfer, slot, piece, len(raw))
+            self.endpoint.staged(transfer, slot, piece, len(raw), self.resumes[transfer])
 
     def import_held(self) -> None:
         while self.imports:
@@ -146,14 +148,22 @@ class Node:
 
     # ---- KvEvents ----
 
-    def on_stage_from(self, transfer: bytes, have_tokens: int) -> None:
+    def on_stage_from(
+        self, transfer: bytes, have_tokens: int, arrived: list[int], resume: int
+    ) -> None:
         tokens = self.caches[transfer].shape[2]
-        for lo in range(have_tokens, tokens, CHUNK):
-            for layer in range(LAYERS):
-                for component in range(2):
-                    hi = min(lo + CHUNK, tokens)
-                    piece = Piece(0, component, layer, layer + 1, lo, hi)
-                    self.to_stage.append((transfer, piece))
+        self.resumes[transfer] = resume
+        self.to_stage = deque(item for item in self.to_stage if item[0] != transfer)
+        starts = arrived or [have_tokens] * SPEC.places
+        pieces = [
+            Piece(
+                0, place // LAYERS, place % LAYERS, place % LAYERS + 1, lo, min(lo + CHUNK, tokens)
+            )
+            for place, start in enumerate(starts)
+            for lo in range(start, tokens, CHUNK)
+        ]
+        pieces.sort(key=lambda piece: (piece.token_lo, piece.layer_lo, piece.component))
+        self.to_stage += [(transfer, piece) for piece in pieces]
         self.stage()
 
     def on_slot_free(self, slot: int) -> None:

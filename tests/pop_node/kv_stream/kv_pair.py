@@ -55,6 +55,22 @@ def piece_bytes(seed: bytes, p: Piece) -> bytes:
     )
 
 
+def pieces_after(arrived: tuple[int, ...], total: int) -> list[Piece]:
+    """What is missing when so many tokens of each place have arrived."""
+    places = [
+        (g, c, layer)
+        for g, group in enumerate(SPEC.groups)
+        for c in range(len(group.components))
+        for layer in range(len(group.layers))
+    ]
+    found = [
+        Piece(g, c, layer, layer + 1, lo, min(lo + CHUNK, total))
+        for (g, c, layer), start in zip(places, arrived, strict=True)
+        for lo in range(start, total, CHUNK)
+    ]
+    return sorted(found, key=lambda piece: piece.token_lo)
+
+
 def pieces_from(have: int, total: int) -> list[Piece]:
     """All pieces of a prompt in chunks, both layers of group 0 at once."""
     found = []
@@ -101,6 +117,7 @@ class Pair:
     to_stage: list[tuple[bytes, Piece]] = field(default_factory=list)
     to_import: list[ev.Import] = field(default_factory=list)
     arriving: list[tuple[int, Data, bytes]] = field(default_factory=list)
+    arriving_on: dict[int, int] = field(default_factory=dict)  # slot -> connection
     export: dict[int, bytes | None] = field(
         default_factory=lambda: dict.fromkeys(range(EXPORT_SLOTS))
     )
@@ -112,6 +129,16 @@ class Pair:
     reports: dict = field(default_factory=dict)
     errors_p: dict[bytes, MeshError] = field(default_factory=dict)
     errors_d: dict[bytes, MeshError] = field(default_factory=dict)
+    staged: list[ev.Staged] = field(default_factory=list)  # engine -> agent, of a slow agent
+    is_slow: bool = False
+    resumes: dict[bytes, int] = field(default_factory=dict)
+    version: int = 2
+    incarnation: str = "d1"
+    can_dial: bool = True
+    dials: list[float] = field(default_factory=list)
+    link: int = 0  # number of P's link; its only connection is CONN + link - 1 at D
+    stale: list = field(default_factory=list)  # (message, payload, link) of links that P left
+    unnoticed: list = field(default_factory=list)  # links whose end D has not noticed
     link_is_up: bool = False
     effects_left: int = -1  # fault sweep: the effect that fails; negative: none
     is_lost: bool = False  # ... by not reaching the peer; otherwise ``strike`` follows it
@@ -187,16 +214,22 @@ class Pair:
     def on_p(self, effect) -> None:
         match effect:
             case ev.Connect():
-                if not self.link_is_up:
-                    self.link_is_up = True
-                    self.p(ev.LinkUp(LINK, SLOT_BYTES))
+                self.dials.append(self.now)
+                if not self.link_is_up and self.can_dial:
+                    self.connect()
             case ev.Tell(_, message):
                 self.up.append((message, b""))
             case ev.SendPiece():
                 self.to_write.append(effect)
-            case ev.StageFrom(transfer, have):
+            case ev.StageFrom(transfer, have, arrived, resume):
                 plan = self.plans[transfer]
-                self.to_stage += [(transfer, p) for p in pieces_from(have, plan.total)]
+                assert resume == self.resumes.get(transfer, -1) + 1
+                self.resumes[transfer] = resume
+                self.to_stage = [item for item in self.to_stage if item[0] != transfer]
+                wanted = pieces_from(have, plan.total)
+                if arrived:
+                    wanted = pieces_after(arrived, plan.total)
+                self.to_stage += [(transfer, p) for p in wanted]
             case ev.SlotFree(slot):
                 assert self.export[slot] is not None, "an export slot came back twice"
                 self.export[slot] = None
@@ -209,8 +242,10 @@ class Pair:
 
     def on_d(self, effect) -> None:
         match effect:
-            case ev.Reply(_, message):
-                self.down.append(message)
+            case ev.Reply(conn, message):
+                left = range(CONN, CONN + self.link - self.link_is_up)  # nobody hears it there
+                if conn not in left:
+                    self.down.append(message)
             case ev.Import():
                 self.to_import.append(effect)
             case ev.Committed(transfer, ids):
@@ -233,7 +268,15 @@ class Pair:
             return False
         transfer, piece = self.to_stage.pop(0)
         self.export[free[0]] = piece_bytes(b"kv", piece)
-        self.p(ev.Staged(transfer, free[0], piece, piece.nbytes(SPEC)))
+        resume = self.resumes[transfer]
+        self.staged.append(ev.Staged(transfer, free[0], piece, piece.nbytes(SPEC), resume))
+        return self.is_slow or self.hear_staged()
+
+    def hear_staged(self) -> bool:
+        """The agent hears of a piece that the engine staged."""
+        if not self.staged:
+            return False
+        self.p(self.staged.pop(0))
         return True
 
     def import_one(self, at: int = 0) -> bool:
@@ -286,17 +329,38 @@ class Pair:
     def deliver_up(self, at: int = 0) -> bool:
         if not self.up:
             return False
-        self.arrive(*self.up.pop(at % len(self.up)))
+        self.arrive(*self.up.pop(at % len(self.up)), self.link)
         return True
 
-    def arrive(self, message, payload: bytes) -> None:
+    def deliver_stale(self) -> bool:
+        """Something that P had sent over a link that it left reaches D after all."""
+        if not self.stale:
+            return False
+        self.arrive(*self.stale.pop(0))
+        return True
+
+    def arrive(self, message, payload: bytes, link: int) -> None:
+        number = link if self.version > 1 else 0
+        conn = CONN + max(link, 1) - 1
         if not isinstance(message, Data):
-            self.d(ev.FrameIn(CONN, "p", message))
+            self.d(ev.FrameIn(conn, "p", message, number))
             return
         before = set(self.slots)
-        self.d(ev.DataBegins(CONN, "p", message, len(payload)))
+        self.d(ev.DataBegins(conn, "p", message, len(payload), number))
         for slot in set(self.slots) - before:
             self.arriving.append((slot, message, payload))
+            self.arriving_on[slot] = conn
+
+    @property
+    def conn(self) -> int:
+        """D's number of the connection over which P speaks now."""
+        return CONN + max(self.link, 1) - 1
+
+    def connect(self) -> None:
+        """P has a new link."""
+        self.link_is_up = True
+        self.link += 1
+        self.p(ev.LinkUp(LINK, SLOT_BYTES, self.version, self.incarnation))
 
     def finish_one(self, at: int = 0) -> bool:
         """The rest of a payload arrives."""
@@ -317,20 +381,37 @@ class Pair:
         self.p(ev.FromPeer(LINK, self.down.pop(at % len(self.down))))
         return True
 
-    def break_link(self) -> None:
-        """Both connections are gone, with everything on them."""
+    def break_link(self, *, d_notices: bool = True) -> None:
+        """The connections are gone, with everything on them. A D that does not notice may still
+        hear what was on its way."""
         error = PeerError("gone", code="link_lost")
         self.link_is_up = False
+        link, up = self.link, self.up[:]
         self.up.clear()
         self.down.clear()
         for item in self.to_write:
             self.p(ev.Written(item.slot))
         self.to_write.clear()
+        if d_notices:
+            self.lose(self.conn, error)
+        else:
+            self.stale += [(*frame, link) for frame in up]
+            self.unnoticed.append(self.conn)
         self.p(ev.LinkDown(LINK, error))
-        for slot, _, _ in self.arriving:
-            del self.slots[slot]
-        self.arriving.clear()
-        self.d(ev.ConnLost(CONN, error))
+
+    def notice(self) -> None:
+        """D learns of the end of links that P left long ago; nothing more comes over them."""
+        self.stale.clear()
+        for conn in self.unnoticed:
+            self.lose(conn, PeerError("gone", code="link_lost"))
+        self.unnoticed.clear()
+
+    def lose(self, conn: int, error: MeshError) -> None:
+        """D hears that a connection is gone, with the payloads under way on it."""
+        for item in [item for item in self.arriving if self.arriving_on[item[0]] == conn]:
+            self.arriving.remove(item)
+            del self.slots[item[0]]
+        self.d(ev.ConnLost(conn, error))
 
     # ---- running and checking ----
 
@@ -339,13 +420,29 @@ class Pair:
         while (
             self.struck()
             or self.stage_one()
+            or self.hear_staged()
             or self.write_one()
+            or self.deliver_stale()
             or self.deliver_up()
             or self.finish_one()
             or self.import_one()
             or self.deliver_down()
         ):
             pass
+
+    def run_moves(self, count: int) -> None:
+        """Some of what ``run`` does, but for what D hears of links that P left."""
+        for _ in range(count):
+            if not (self.deliver_up() or self.finish_one(-1) or self.import_one()):
+                break
+
+    def rest_until_dialled(self) -> None:
+        """Let time pass until links that were lost before they carried anything are made again."""
+        for _ in range(20):
+            if not len(self.sender):
+                break
+            self.wait(0.2)
+            self.run()
 
     def struck(self) -> bool:
         """Let the picked fault happen between two events, as in an event loop."""

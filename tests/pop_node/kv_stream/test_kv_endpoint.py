@@ -18,7 +18,8 @@ from kv_node import LAYOUT, SPEC, Authority, Node, cache_of
 from pop_node.kv_stream import liveness
 from pop_node.kv_stream.endpoint import KvEndpoint
 from pop_node.kv_stream.frames import MAX_VERSION, Goodbye, Hello, encode
-from wire.errors import ConfigError, MeshError, OverloadError, PeerError
+from wire.address import parse_address
+from wire.errors import ConfigError, MeshError, OverloadError, PeerError, TransferError
 from wire.messages import TransferReport
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -151,7 +152,62 @@ def test_dial_failure_is_a_peer_error(run: Run) -> None:
 
 
 @pytest.mark.parametrize("victim", ["p", "d"])
-def test_killed_peer_frees_the_other(run: Run, victim: str) -> None:
+@pytest.mark.parametrize("stripes", [[0], [1], [0, 1]])
+def test_a_cut_connection_costs_only_what_was_on_it(
+    run: Run, victim: str, stripes: list[int]
+) -> None:
+    async def main() -> None:
+        async with Node("p") as p, Node("d") as d:
+            d.imports_held = True
+            transfer = os.urandom(16)
+            cache = cache_of(640, 1)
+            d.receive(transfer, "p", 640, None)
+            p.send(transfer, d, cache)
+            await d.first_import.wait()
+            cut = p.endpoint if victim == "p" else d.endpoint
+            connections = cut._connections()
+            for stripe in stripes:
+                connections[stripe]._transport.abort()
+            d.imports_held = False
+            d.import_held()
+            assert await d.ends[transfer] == [42]
+            report = await p.ends[transfer]
+            assert isinstance(report, TransferReport)
+            assert report.kv_bytes == cache.nbytes
+            assert np.array_equal(d.caches[transfer], cache)
+            assert p.endpoint.statistics().resumed == 1
+            assert_at_rest(p, d)
+
+    run(main())
+
+
+def test_a_path_that_breaks_again_and_again(run: Run) -> None:
+    async def main() -> None:
+        async with Node("p") as p, Node("d") as d:
+            transfer = os.urandom(16)
+            cache = cache_of(3000, 1)
+            d.receive(transfer, "p", 3000, None)
+            p.send(transfer, d, cache)
+            for _ in range(4):
+                d.first_import.clear()
+                await d.first_import.wait()
+                for conn in d.endpoint._connections():
+                    conn._transport.abort()
+            assert await d.ends[transfer] == [42]
+            assert isinstance(await p.ends[transfer], TransferReport)
+            assert np.array_equal(d.caches[transfer], cache)
+            assert p.endpoint.statistics().resumed == 4
+            assert_at_rest(p, d)
+
+    run(main())
+
+
+@pytest.mark.parametrize("victim", ["p", "d"])
+def test_killed_peer_frees_the_other(
+    run: Run, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "MIN_WAIT_S", 0.3)
+
     async def main() -> None:
         async with Node("p") as p, Node("d") as d:
             d.imports_held = True
@@ -159,17 +215,45 @@ def test_killed_peer_frees_the_other(run: Run, victim: str) -> None:
             d.receive(transfer, "p", 640, None)
             p.send(transfer, d, cache_of(640, 1))
             await d.first_import.wait()
+            d.imports_held = False
+            d.import_held()
             dead, alive = (p, d) if victim == "p" else (d, p)
+            d.endpoint._server.close()  # nobody finds the other again
             for conn in dead.endpoint._connections():
                 conn._transport.abort()
             error = await alive.ends[transfer]
-            assert isinstance(error, PeerError)
+            assert isinstance(error, TransferError)
+            assert error.code == "transfer_timeout"
             assert isinstance(await dead.ends[transfer], MeshError)
-            d.imports_held = False
-            d.import_held()
             assert_at_rest(p, d)
-            await hand_over(p, d, os.urandom(16), 100)
-            assert_at_rest(p, d)
+
+    run(main())
+
+
+@pytest.mark.parametrize("came_back", ["restarted", "with another engine"])
+def test_a_decode_node_that_came_back_is_not_the_one_that_left(run: Run, came_back: str) -> None:
+    async def main() -> None:
+        async with Node("p") as p:
+            async with Node("d") as d:
+                d.imports_held = True
+                transfer = os.urandom(16)
+                d.receive(transfer, "p", 640, None)
+                p.send(transfer, d, cache_of(640, 1))
+                await d.first_import.wait()
+                host, port = parse_address(d.address)
+                d.endpoint._server.close()
+                again = Node("d", incarnation="d-2" if came_back == "restarted" else "d-1")
+                await again.endpoint.start(host, port)
+                again.address = d.address
+                for conn in d.endpoint._connections():
+                    conn._transport.abort()
+                error = await p.ends[transfer]
+                assert (error.code, error.retryable) == ("transfer_failed", True)
+                await hand_over(p, again, os.urandom(16), 100)
+                await again.__aexit__()
+                d.imports_held = False
+                d.import_held()
+            assert_at_rest(p)
 
     run(main())
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pop_node.kv_stream.frames import (
     MAX_COMMIT_IDS,
     MAX_HEADER_BYTES,
+    MAX_PLACES,
     PREFIX,
     Abort,
     Ack,
@@ -41,7 +42,7 @@ D = bytes(range(16, 32))
 SLOT = 4096 + 100
 
 # What version 1 looks like on the wire. A change here breaks nodes of the version before.
-GOLDEN = [
+GOLDEN_1 = [
     (
         Hello(1, 2, "mesh", "n", "AMS", "i", 65536),
         "160000000000000098010102a46d657368a16ea3414d53a169ce00010000",
@@ -91,11 +92,45 @@ def feed(r: FrameReader, stream: bytes, cuts: list[int]) -> list:
     return messages
 
 
-@pytest.mark.parametrize(("message", "frame"), GOLDEN, ids=lambda m: type(m).__name__)
-def test_golden(message: Message, frame: str) -> None:
-    assert encode(message).hex() == frame
+# Frames that version 2 changed, by appending to them.
+GOLDEN_2 = [
+    (
+        Hello(1, 2, "mesh", "n", "AMS", "i", 65536, 3),
+        "170000000000000099010102a46d657368a16ea3414d53a169ce0001000003",
+    ),
+    (
+        Open(T, 1, "m", "id", D, 9, D, ["raw"], True),
+        "4500000000000000"
+        "9a10c410000102030405060708090a0b0c0d0e0f01a16da26964c410101112131415161718191a1b1c1d1e1f09"
+        "c410101112131415161718191a1b1c1d1e1f91a3726177c3",
+    ),
+    (
+        Grant(T, 1, 65536, 3, "raw", [3, 300]),
+        "24000000000000009720c410000102030405060708090a0b0c0d0e0f01ce0001000003a37261779203cd012c",
+    ),
+]
+
+
+def decoded(message: Message, frame: str) -> list:
     decoder = sender_decoder if isinstance(message, Grant | Deny | Ack | Done) else receiver_decoder
-    assert feed(reader(decoder), bytes.fromhex(frame), [1]) == [message]
+    return feed(reader(decoder), bytes.fromhex(frame), [1])
+
+
+@pytest.mark.parametrize(("message", "frame"), GOLDEN_1, ids=lambda m: type(m).__name__)
+def test_golden_of_version_1(message: Message, frame: str) -> None:
+    assert decoded(message, frame) == [message]
+    if type(message) not in {type(changed) for changed, _ in GOLDEN_2}:
+        assert encode(message).hex() == frame
+
+
+@pytest.mark.parametrize(("message", "frame"), GOLDEN_2, ids=lambda m: type(m).__name__)
+def test_golden_of_version_2(message: Message, frame: str) -> None:
+    assert encode(message).hex() == frame
+    assert decoded(message, frame) == [message]
+
+
+def test_a_grant_for_the_largest_cache_fits() -> None:
+    encode(Grant(T, 1, 1, 1, "raw", [2**32 - 1] * MAX_PLACES))
 
 
 def test_golden_data() -> None:
@@ -164,7 +199,9 @@ def test_garbage_raises_nothing_but_peer_errors(noise: bytes, cuts: list[int]) -
 
 
 @given(
-    st.sampled_from([m for m, _ in GOLDEN if not isinstance(m, Grant | Deny | Ack | Done)]),
+    st.sampled_from(
+        [m for m, _ in GOLDEN_1 + GOLDEN_2 if not isinstance(m, Grant | Deny | Ack | Done)]
+    ),
     st.integers(0, 2**16),
     st.integers(0, 7),
 )

@@ -21,8 +21,8 @@ from kv_pair import (
 
 from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.frames import Abort, Ack, Data, Deny, Done, Grant, Open
+from pop_node.kv_stream.incoming import IMPORT_WAIT_S
 from pop_node.kv_stream.parking import MAX_PARKED, PARK_S
-from pop_node.kv_stream.receiver import IMPORT_WAIT_S
 from pop_node.kv_stream.spec import Piece
 from wire.errors import DeadlineError, TransferError
 
@@ -251,7 +251,7 @@ def test_data_beyond_the_credit_is_a_violation() -> None:
     credit = pair.down[0].credit_bytes // SLOT_BYTES
     for n in range(credit + 1):
         data = Data(T, 1, 0, 0, 0, 1, n, n + 1, "raw", bytes(8))
-        pair.d(ev.DataBegins(CONN, "p", data, 8))
+        pair.d(ev.DataBegins(CONN, "p", data, 8, pair.link))
     assert pair.errors_d[T].code == "protocol_error"
     assert pair.receiver.pool.used == credit
 
@@ -465,7 +465,7 @@ def run_move(pair: Pair, plans: list[Plan], move: int, arg: int, *, faults: bool
                 case 1:
                     pair.d(ev.Cancelled(plan.transfer, "cancelled", ""))
                 case 2:
-                    pair.break_link()
+                    pair.break_link(d_notices=arg % 4 < 2)
                 case 3:
                     pair.wait(arg % 40 / 10)
                 case 4:
@@ -510,16 +510,16 @@ def test_faults_leak_nothing_and_end_once(moves: list[tuple[int, int]], sizes: l
     assert set(pair.reports) <= set(pair.committed)
 
 
-@pytest.mark.parametrize("kind", ["lost", "link", "cancel_p", "cancel_d"])
+@pytest.mark.parametrize("kind", ["lost", "link of version 1", "cancel_p", "cancel_d"])
 def test_fault_sweep(kind: str) -> None:
     """Fail the Nth effect for N = 1, 2, ... until a run meets no fault."""
     for n in range(1000):
-        pair = Pair()
+        pair = Pair(version=1)
         plans = [Plan(bytes([k]) * 16, 6 + k) for k in range(2)]
 
         def strike(pair: Pair = pair) -> None:
             match kind:
-                case "link":
+                case "link of version 1":
                     pair.break_link()
                 case "cancel_p":
                     pair.p(ev.Cancelled(bytes(16), "cancelled", ""))

@@ -1,0 +1,190 @@
+"""One transfer, and one link, as the prefill node sees them. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pop_node.kv_stream.coverage import Coverage, validate_piece
+from pop_node.kv_stream.events import Opened, Staged
+from pop_node.kv_stream.frames import CODEC_RAW, Commit, Grant, Open
+from pop_node.kv_stream.liveness import wait_limit_s
+from pop_node.kv_stream.report import TransferMeter
+from wire.errors import MeshError
+
+State = Literal["connecting", "opening", "granted", "committing"]
+
+RESUME_VERSION = 2
+"""First version of the KV stream whose decode nodes keep what arrived of a broken transfer."""
+
+RESUMABLE = frozenset({"link_lost", "peer_failed"})
+"""Codes of a link's end, or of a vain attempt to make it again, after which its transfers may go on
+over another one. A peer that broke the protocol does not get that chance."""
+
+REDIAL_FIRST_S = 0.1
+REDIAL_MAX_S = 1.0
+"""The first new link is dialled at once: most breaks are a lost connection, not a lost path. Then
+the pause doubles. Guesses: five dials within the shortest wait, whatever the path does."""
+
+
+@dataclass(slots=True)
+class Link:
+    """What is known of one link; ``slot_bytes`` is 0 until it is up, ``incarnation`` is empty when
+    the peer cannot resume transfers.
+
+    ``failures`` counts ends in a row without a byte acknowledged; ``redial_at`` is when the next
+    attempt is due for transfers that wait for it.
+    """
+
+    slot_bytes: int = 0
+    incarnation: str = ""
+    rtt_s: float = 0.0
+    last_ack: float = 0.0
+    up_since: float = 0.0
+    failures: int = 0
+    redial_at: float | None = None
+
+    def is_sound(self, now: float) -> bool:
+        """It was of use: it carried something, or stood as long as we wait for one."""
+        lasted = now - self.up_since >= wait_limit_s(self.rtt_s)
+        return self.slot_bytes > 0 and (self.failures == 0 or lasted)
+
+    def successor(self, now: float) -> Link:
+        """The link to dial after this one ended."""
+        failures = 0 if self.is_sound(now) else self.failures
+        pause_s = min(REDIAL_FIRST_S * 2 ** (failures - 1), REDIAL_MAX_S) if failures else 0.0
+        return Link(rtt_s=self.rtt_s, failures=min(failures + 1, 16), redial_at=now + pause_s)
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """State of one transfer.
+
+    ``sent_bytes`` and ``acked_bytes`` count from the last ``Grant``; ``sure_bytes`` is what was
+    there before it. ``waiting_since`` is the beginning of the wait for a link, ``incarnation`` the
+    decode node's that was told of the transfer.
+    """
+
+    opened: Opened
+    waiting_since: float
+    coverage: Coverage = field(init=False)
+    state: State = "connecting"
+    incarnation: str = ""
+    was_granted: bool = False
+    was_committed: bool = False
+    resume: int = 0
+    credit_bytes: int = 0
+    have_tokens: int = 0
+    queue: deque[Staged] = field(default_factory=deque)  # bounded by the export slots
+    ids: tuple[int, ...] | None = None
+    sure_bytes: int = 0
+    sent_bytes: int = 0
+    acked_bytes: int = 0
+    unacked_since: float = 0.0
+    meter: TransferMeter = field(default_factory=TransferMeter)
+
+    def __post_init__(self) -> None:
+        self.coverage = Coverage(self.opened.spec)
+
+    def open_frame(self) -> Open:
+        """What begins the transfer, or takes it up again."""
+        o = self.opened
+        return Open(
+            o.transfer,
+            o.attempt,
+            o.model,
+            o.identity,
+            o.spec.digest(),
+            o.prompt_tokens,
+            o.prompt_digest,
+            [CODEC_RAW],
+            self.was_granted,
+        )
+
+    def break_off(self, now: float, *, was_sound: bool) -> list[int]:
+        """The link is gone; the slots of pieces that did not leave. ``was_sound`` says that it had
+        carried something: else the wait for a better one goes on."""
+        slots = [staged.slot for staged in self.queue]
+        self.queue.clear()
+        if self.state != "connecting" and was_sound:
+            self.waiting_since = now
+        self.state = "connecting"
+        self.credit_bytes = self.sent_bytes = self.acked_bytes = 0
+        return slots
+
+    def take_grant(self, grant: Grant) -> str | None:
+        """Go on from what the decode node has; what is wrong with its ``Grant``, or None."""
+        opened, spec = self.opened, self.opened.spec
+        if grant.codec != CODEC_RAW or grant.have_tokens > opened.prompt_tokens:
+            return "a Grant that does not fit its Open"
+        if self.was_granted and grant.have_tokens != self.have_tokens:
+            return "a Grant that forgot its cache"
+        arrived: Sequence[int] = grant.arrived or [grant.have_tokens] * spec.places
+        coverage = self.coverage.beginning(grant.have_tokens, arrived)
+        if coverage is None:
+            return "a Grant for what was never sent"
+        self.coverage = coverage
+        self.resume += self.was_granted
+        self.was_granted = True
+        self.state = "granted"
+        self.credit_bytes = grant.credit_bytes
+        self.have_tokens = grant.have_tokens
+        self.sure_bytes = coverage.nbytes()
+        return None
+
+    def refuse_staged(self, event: Staged, slot_bytes: int) -> str | None:
+        """Why a staged piece cannot be sent, or None."""
+        spec, piece = self.opened.spec, event.piece
+        if self.state != "granted":
+            return "staged before the Grant or after the Commit"
+        wrong = validate_piece(spec, piece)
+        if wrong is not None:
+            return wrong
+        if event.nbytes != piece.nbytes(spec):
+            return f"{event.nbytes} bytes staged for a piece of {piece.nbytes(spec)}"
+        if piece.token_lo < self.have_tokens:
+            return f"token {piece.token_lo} staged; the peer has {self.have_tokens}"
+        if self.coverage.overlaps(piece):
+            return "staged twice"
+        if event.nbytes > slot_bytes:
+            return f"a piece of {event.nbytes} bytes does not fit the peer's staging slots"
+        return None
+
+    def commit_frame(self) -> Commit | None:
+        """The ``Commit``, once all that it needs has been sent."""
+        if self.ids is None or self.queue:
+            return None
+        opened = self.opened
+        total = opened.prompt_tokens + len(self.ids) - 1
+        if not self.coverage.complete(self.have_tokens, total):
+            return None
+        return Commit(opened.transfer, opened.attempt, list(self.ids), opened.prompt_digest)
+
+    def may_resume(self, error: MeshError) -> bool:
+        """Can the transfer go on over another link after this end of its link?"""
+        return bool(self.incarnation) and error.code in RESUMABLE
+
+    def deadline(self, link: Link) -> float:
+        """The earlier of the request's deadline and the end of the wait for progress."""
+        limit_s = wait_limit_s(link.rtt_s)
+        if self.state == "connecting":
+            return min(self.opened.deadline, self.waiting_since + limit_s)
+        if self.acked_bytes < self.sent_bytes:
+            # Pieces of other transfers share the link: their acknowledgements are progress too.
+            return min(self.opened.deadline, max(self.unacked_since, link.last_ack) + limit_s)
+        return self.opened.deadline
+
+
+@dataclass(slots=True)
+class SenderCounts:
+    """Totals since the start."""
+
+    opened: int = 0
+    resumed: int = 0
+    delivered: int = 0
+    failed: int = 0
+    denied: int = 0
+    late_frames: int = 0
+    sent_bytes: int = 0
