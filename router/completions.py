@@ -174,7 +174,7 @@ class ModelApi:
         replay = [renderer.text(escaped, upto) for escaped, upto in answer.after(event.upto)]
         sink = SseSink(renderer, answer, _cutter(request))
         place = self._place(request)
-        exchange, plan = None, None
+        exchange = None
         if answer.ended is not None:
             record = RequestRecord(request_id, model, caller.tenant, place.source)
             sink.headers(answer.served.prefill, answer.served.decode)
@@ -185,12 +185,11 @@ class ModelApi:
                 model, caller.tenant, spec.input, spec.sampling.max_tokens
             )
             routing = RouteRequest(work, place.position, caller.regions, pin)
-            plan = self._dispatch.choose(routing)
             record = self._record(spec, place, resumed_from=event.upto)
             spec = replace(spec, chain=chain)
             exchange = Exchange(self._dispatch, spec, record, routing, prompt_bytes, sink)
         sender = Sender(answer, sink, record, exchange)
-        return await send_stream(request, self.resumer, sender, plan, replay)
+        return await send_stream(request, self.resumer, sender, replay=replay)
 
     async def _whole(self, kind: ApiKind, prepared: Prepared, plan: Plan) -> web.Response:
         spec, created_s = self._spec(kind, prepared), int(time.time())

@@ -96,6 +96,17 @@ class Exchange:
         self._dispatch.running.add(self)
         self._feed(self._routed(plan.route))
 
+    def resume(self) -> None:
+        """Go on with an answer that a client has read a part of; while there is no route, wait for
+        one as in the middle of any answer."""
+        self._dispatch.running.add(self)
+        try:
+            plan = self._dispatch.choose(self._routing)
+        except MeshError as exc:
+            self._feed(Unroutable(exc, final=not exc.retryable))
+        else:
+            self._feed(self._routed(plan.route))
+
     @property
     def relayed(self) -> list[int]:
         """Output tokens relayed so far; not to be changed."""

@@ -17,21 +17,23 @@ async def send_stream(
     request: web.Request,
     resumer: Resumer,
     sender: Sender,
-    plan: Plan | None,
+    plan: Plan | None = None,
     replay: Iterable[bytes] | None = None,
 ) -> web.StreamResponse:
-    """Start the sender's exchange, if it has one, with ``plan``; relay until it ends.
+    """Start the sender's exchange and relay until it ends.
 
-    ``replay`` holds the events that a resumed answer begins with; None: it is a new one. Raises
-    ``MeshError`` while no header is out.
+    A new answer comes with its ``plan``, a resumed one with ``replay``: the events that it begins
+    with. Raises ``MeshError`` while no header is out.
     """
     transport, sink, exchange = request.transport, sender.sink, sender.exchange
     if transport is None:
         raise ConnectionResetError("the client left before its answer began")
     resumer.hold(sender)
     try:
-        if exchange is not None and plan is not None:
+        if plan is not None and exchange is not None:
             exchange.start(plan)
+        elif exchange is not None:
+            exchange.resume()
         begun = await sink.begun
         if isinstance(begun, MeshError):
             raise begun

@@ -12,9 +12,9 @@ import aiohttp
 import pytest
 
 import router.app
-from router import resume_book
+from router import resume, resume_book
 from router.app import RouterConfig, serve
-from tests.fakes.fake_node import answer_text
+from tests.fakes.fake_node import answer_text, idle_engine
 from tests.router.router_mesh import (
     ANY_PORT,
     MODEL,
@@ -24,7 +24,7 @@ from tests.router.router_mesh import (
     running_mesh,
 )
 from topology.model import Router, Tenant
-from wire.messages import ChatInput, ChatTurn, Failed, TextInput
+from wire.messages import ChatInput, ChatTurn, Failed, Load, TextInput
 
 HELLO = ChatInput([ChatTurn("user", "hello")])
 TOKENS = 12
@@ -344,6 +344,31 @@ async def test_unknown_expired_and_foreign_answers_look_the_same(monkeypatch):
         assert len({error[2]["message"] for error in errors}) == 1
 
 
+async def until_status(mesh, condition):
+    """Ask the router how it is until that is as wanted."""
+    while True:
+        if condition(await mesh.get_json("/popmesh/status")):
+            return
+        await asyncio.sleep(0.01)
+
+
+async def test_an_answer_that_comes_back_waits_for_a_route(mesh):
+    tickets = hand_out(mesh, 4)
+    first = await (await start(mesh.http)).texts(4)
+    first.response.close()
+    await mesh.wait_idle()
+    not_ready = Load([idle_engine(MODEL, ready=False)], [], False)
+    for node in mesh.nodes.values():
+        node.tell(not_ready)
+    await until_status(mesh, lambda status: not status["routable"])
+    resuming = asyncio.ensure_future(start(mesh.http, last_id=first.last_id))
+    await until_status(mesh, lambda status: status["running"])
+    for node in mesh.nodes.values():
+        node.tell(node.load_message())
+    tickets.add(TOKENS)
+    check_rest(first, await (await resuming).rest())
+
+
 # ---- another router ----------------------------------------------------------------------------
 
 
@@ -447,3 +472,10 @@ async def test_nodes_of_version_1_are_not_asked(monkeypatch):
         status, code, _ = await refused(other.http, last_id=first.last_id)
         assert (status, code) == (404, "stream_unknown")
         assert not any(node.attaches for node in mesh.nodes.values())
+
+
+async def test_searches_among_the_nodes_are_bounded(mesh, monkeypatch):
+    monkeypatch.setattr(resume, "MAX_SEARCHES", 0)
+    async with await ask(mesh.http, last_id=f"chatcmpl-{'f' * 32}:4") as response:
+        assert (response.status, response.headers["Retry-After"]) == (503, "1")
+    assert not any(node.attaches for node in mesh.nodes.values())
