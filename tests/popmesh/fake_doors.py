@@ -111,11 +111,12 @@ class FakeMesh:
                 "mesh": "fakemesh",
                 "in_flight": 0,
                 "routable": [MODEL],
-                "nodes": [self._node(name) for name in self.nodes],
+                "nodes": [self.node(name) for name in self.nodes],
             }
         )
 
-    def _node(self, name: str) -> dict[str, Any]:
+    def node(self, name: str) -> dict[str, Any]:
+        """What a router says of a node."""
         engine = {
             "model": MODEL,
             "ready": name not in self.away,

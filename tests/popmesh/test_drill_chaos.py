@@ -20,21 +20,8 @@ from popmesh.drill import chaos, look, world
 from popmesh.drill.chaos import Chaos, Config
 from popmesh.drill.counters import Growth, parse_metrics
 from popmesh.drill.faults import FAULTS
-from popmesh.drill.ledger import DESCRIPTOR_SLACK, RESIDENT_SLACK_BYTES, leaks
-from popmesh.drill.local import Footprint, LocalMesh, footprint
-from popmesh.drill.report import Report, Rest, write_json
-from popmesh.drill.setup import check_permission, find_model, routers_of
-from popmesh.launcher.ready import (
-    EngineStatus,
-    NodeAddresses,
-    ReadyMesh,
-    ReadyNode,
-    ReadyRouter,
-    ReadyShaper,
-    write_ready_file,
-)
-from popmesh.links.plan import EmulatedLink, LinkPlan
-from popmesh.links.plan import write_json as write_plan
+from popmesh.drill.report import Report, write_json
+from popmesh.drill.setup import find_model
 from popmesh.render.drill import drill_view
 from popmesh.render.drill_page import drill_page
 from tests.popmesh.fake_doors import MODEL, FakeMesh, doors
@@ -274,67 +261,6 @@ def test_counters_grow_across_a_restart():
 def test_metrics_are_parsed():
     text = '# HELP a b\na{x="1,\\"2",y="z"} 3\nb 4.5\nnonsense\nc{x="1"} NaN2\n'
     assert parse_metrics(text) == {("a", ('1,\\"2', "z")): 3.0, ("b", ()): 4.5}
-
-
-def test_leaks_are_more_than_the_slack():
-    before = Rest([], {"agent a": Footprint(1, 10, 10**8), "gone": Footprint(2, 1, 1)})
-    same = Rest(
-        [], {"agent a": Footprint(9, 10 + DESCRIPTOR_SLACK, 10**8), "new": before.processes["gone"]}
-    )
-    assert leaks(before, same) == []
-    more = Footprint(9, 11 + DESCRIPTOR_SLACK, 10**8 + RESIDENT_SLACK_BYTES + 1)
-    assert len(leaks(before, Rest([], {"agent a": more}))) == 2
-
-
-def test_a_process_has_a_footprint():
-    mine = footprint(os.getpid())
-    assert mine is not None
-    assert mine.descriptors >= 3
-    assert mine.resident_bytes > 10**6
-    assert footprint(2**22 + 1) is None
-
-
-@pytest.fixture
-def local(tmp_path) -> LocalMesh:
-    plan = LinkPlan([EmulatedLink("ams", "fra", 10, 100), EmulatedLink("fra", "lhr", 10, 100)], [])
-    write_plan(tmp_path / "links.json", plan)
-
-    def node(name: str, site: str) -> ReadyNode:
-        engines = [EngineStatus(MODEL, 0, os.getpid())]
-        return ReadyNode(name, site, ["decode"], os.getpid(), engines, NodeAddresses("", {}))
-
-    nodes = [node("a", "ams"), node("f1", "fra"), node("f2", "fra"), node("l", "lhr")]
-    routers = [ReadyRouter("r", "ams", "http://127.0.0.1:1", os.getpid())]
-    shaper = ReadyShaper(str(tmp_path / "links.json"), os.getpid())
-    write_ready_file(tmp_path / "ready.json", ReadyMesh("u", "r", nodes, routers, shaper))
-    return LocalMesh(tmp_path / "ready.json")
-
-
-def test_the_ready_file_tells_links_and_processes(local):
-    affected = {link.name: link.affected for link in local.links()}
-    assert affected == {"ams~fra": {"f1", "f2"}, "fra~lhr": set()}
-    assert local.router_pids() == {"http://127.0.0.1:1": os.getpid()}
-    assert "engine f1 fake" in local.footprints()
-
-
-def test_no_ready_file_is_a_refusal(tmp_path):
-    with pytest.raises(ConfigError, match="--ready-file"):
-        LocalMesh(tmp_path / "none.json").read()
-    (tmp_path / "odd.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no ready file"):
-        LocalMesh(tmp_path / "odd.json").read()
-
-
-def test_routers_and_permission(local):
-    assert routers_of(None, None, "http://d") == ("http://d",)
-    assert routers_of(None, local, "http://d") == ("http://127.0.0.1:1",)
-    assert routers_of("http://a/v1, http://b/,http://a", local, "") == ("http://a", "http://b")
-    with pytest.raises(ConfigError, match="no routers"):
-        routers_of("http://a,", None, "")
-    check_permission(["http://127.0.0.1:80", "http://localhost:1", "http://[::1]:2"], None)
-    check_permission(["http://10.0.0.5:80"], "key")
-    with pytest.raises(ConfigError, match="--operator-key"):
-        check_permission(["http://127.0.0.1:80", "http://10.0.0.5:80"], None)
 
 
 async def test_the_model_is_the_first_served_or_the_named_one():
