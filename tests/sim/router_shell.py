@@ -1,0 +1,224 @@
+"""A simulated router: links, view and clients around the real machines.
+
+Stands in for ``router.links`` and ``router.completions``; ``router.dispatch`` and
+``router.exchange`` are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from registry.entries import Snapshot
+from router.admission import Admission, Limits
+from router.dispatch import Dispatch
+from router.exchange import Exchange
+from router.policy import Pin, RouteRequest
+from router.record import RequestRecord
+from router.request_events import RequestSpec
+from router.router_metrics import RouterMetrics
+from router.view_builder import ViewBuilder
+from tests.sim.clock import Process
+from tests.sim.links import End, Network
+from tests.sim.node_shell import MESH, MODEL
+from tests.sim.registry_shell import SimWatcher
+from tests.sim.router_link_end import SimNodeLink
+from topology.model import Topology
+from wire.errors import MeshError
+from wire.messages import (
+    MAX_VERSION,
+    MIN_VERSION,
+    CacheDelta,
+    Hello,
+    Load,
+    Sampling,
+    TokensInput,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client sends: a whole request."""
+
+    request_id: str
+    tenant: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    timeout_s: float
+    pin: Pin
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One event of an answer: text, a finish (``reason``) or an error (``code``)."""
+
+    text: bytes = b""
+    upto: int = 0
+    reason: str = ""
+    completion_tokens: int = 0
+    code: str = ""
+
+
+class SimDispatch(Dispatch):
+    """Transfer ids come from the run's own source of chance."""
+
+    def transfer_id(self) -> bytes:
+        return self.rng.randbytes(16)
+
+
+class SimRouter:
+    """One router process; also the pool of its links."""
+
+    def __init__(
+        self, process: Process, network: Network, topology: Topology, site: str, address: str
+    ) -> None:
+        self.process = process
+        self.network = network
+        self.site = site
+        self.detection_s = topology.detection_s
+        self.builder = ViewBuilder(topology, site)
+        self.links: dict[str, SimNodeLink] = {}
+        self.violations: list[str] = []
+        self.records: list[RequestRecord] = []
+        pool: Any = self
+        admission, rng = Admission(Limits()), process.sim.rng
+        self.dispatch = SimDispatch(
+            self.builder, pool, admission, b"simulated key", rng, RouterMetrics()
+        )
+        self._topology = topology
+        self._listed: dict[str, Mapping[str, str]] = {}
+        self._addresses: dict[str, str] = {}
+        self._incarnations: dict[str, str] = {}
+        network.listen(address, process.host, self)
+        self.watcher = SimWatcher(process, network, self._follow)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def accept(self, end: End) -> None:
+        ClientEnd(self, end)
+
+    def get(self, name: str) -> SimNodeLink | None:
+        """The link to a node, as ``LinkPool``."""
+        return self.links.get(name)
+
+    # ---- the directory (``router.links``) ------------------------------------------------------
+
+    def _follow(self, snapshot: Snapshot) -> None:
+        self._listed = {entry.meta["name"]: entry.meta for entry in snapshot.entries}
+        self._addresses = {e.meta["name"]: f"{e.address}:{e.port}" for e in snapshot.entries}
+        self._reconcile()
+
+    def _reconcile(self) -> None:
+        for name, meta in self._listed.items():
+            link = self.links.get(name)
+            if link is None:
+                self.links[name] = SimNodeLink(self, name, self._addresses[name])
+                continue
+            listed = meta["incarnation"]
+            before, self._incarnations[name] = self._incarnations.get(name), listed
+            if listed != before and link.incarnation in ("", before):
+                link.reborn()
+        for name in [name for name in self.links if name not in self._listed]:
+            if not self.links[name].up:
+                self._incarnations.pop(name, None)
+                self.links.pop(name).stop()
+        self.builder.set_directory(
+            {
+                name: name in self._listed and self._listed[name]["drain"] == "1"
+                for name in self.links
+            }
+        )
+
+    def hello(self) -> Hello:
+        return Hello(
+            MIN_VERSION,
+            MAX_VERSION,
+            MESH,
+            "router",
+            self.process.host,
+            self.site,
+            self.process.name,
+            [],
+            [],
+        )
+
+    def link_up(self, name: str, hello: Hello) -> None:
+        self.builder.link_up(name, hello)
+
+    def link_down(self, name: str) -> None:
+        self.builder.link_down(name)
+        if name not in self._listed:
+            self.process.call_later(0.0, self._reconcile)
+
+    def link_rtt(self, name: str, rtt_ms: float) -> None:
+        self.builder.set_rtt(name, rtt_ms)
+
+    def link_said(self, name: str, message: Any) -> None:
+        if isinstance(message, Load):
+            self.builder.set_load(name, message, self.process.time())
+        elif isinstance(message, CacheDelta):
+            self.builder.apply_cache(name, message)
+        else:
+            self.builder.set_draining(name)
+
+    # ---- requests (``router.completions``) -----------------------------------------------------
+
+    def start(self, ask: Ask, client: ClientEnd) -> None:
+        """Measure, route and begin a request."""
+        dispatch, prompt = self.dispatch, TokensInput(list(ask.prompt))
+        work, chain, prompt_bytes = dispatch.measure(
+            MODEL, ask.tenant, prompt, ask.sampling.max_tokens
+        )
+        position = self._topology.sites[self.site].position
+        routing = RouteRequest(work, position, pin=ask.pin)
+        try:
+            plan = dispatch.choose(routing)
+        except MeshError as error:
+            client.error(error)
+            return
+        dispatch.retry_budget.deposit()
+        record = RequestRecord(ask.request_id, MODEL, ask.tenant, "sim")
+        self.records.append(record)
+        deadline = self.process.time() + ask.timeout_s
+        spec = RequestSpec(ask.request_id, MODEL, ask.tenant, prompt, ask.sampling, chain, deadline)
+        client.exchange = Exchange(dispatch, spec, record, routing, prompt_bytes, client)
+        client.exchange.start(plan)
+
+
+class ClientEnd:
+    """The router's end of a client's connection: one request, and the sink of its answer."""
+
+    def __init__(self, router: SimRouter, end: End) -> None:
+        self.exchange: Exchange | None = None
+        self._router = router
+        self._end = end
+        self._ends = 0
+        end.handler = self
+
+    def on_message(self, message: Ask) -> None:
+        self._router.start(message, self)
+
+    def on_lost(self) -> None:
+        if self.exchange is not None:
+            self.exchange.client_gone()
+
+    def headers(self, prefill: str, decode: str) -> None:
+        """Nobody looks at them here."""
+
+    def text(self, escaped: bytes, upto: int) -> None:
+        self._end.send(Said(text=escaped, upto=upto))
+
+    def finish(self, reason: str, usage: Any) -> None:
+        self._over(Said(reason=reason, completion_tokens=usage.completion_tokens))
+
+    def error(self, error: MeshError) -> None:
+        self._over(Said(code=error.code))
+
+    def _over(self, said: Said) -> None:
+        self._ends += 1
+        if self._ends > 1:
+            self._router.violations.append(f"an answer ended {self._ends} times: {said}")
+        self._end.send(said)
+        self._end.close()

@@ -1,0 +1,229 @@
+"""What a seed stands for: a small mesh, a few requests, and a few faults while they run.
+
+Pure data; ``world`` plays it. Sizes are small on purpose: a fault hits a small run more often.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from router.policy import Pin
+from tests.sim.engine_shell import EngineShape
+from tests.sim.model import VOCABULARY
+from tests.sim.node_shell import NodeShape
+from wire.messages import Role, Sampling
+
+SITES = ("ams", "jfk", "sin")
+WARM_UP_S = 2.0
+"""Engines are loaded, nodes registered and routers linked by then."""
+
+LONG_S = 120.0
+"""A deadline that nothing should ever need: what lasts until then was stuck."""
+
+_BOTH: tuple[Role, ...] = ("prefill", "decode")
+_ROLES: tuple[tuple[tuple[Role, ...], ...], ...] = (
+    (("prefill",), ("decode",), ("decode",)),
+    (("prefill",), ("prefill",), ("decode",), ("decode",)),
+    (_BOTH, ("prefill",), ("decode",)),
+    (_BOTH, _BOTH, ("prefill",), ("decode",)),
+    (_BOTH, _BOTH, _BOTH),
+    (("prefill",), ("prefill",), ("decode",), ("decode",), ("decode",)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One client's request. ``leaves``: "" reads to the end, "close" goes after ``leaves_after_s``,
+    "vanish" goes without a word."""
+
+    number: int
+    at: float
+    site: str
+    router: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    timeout_s: float
+    pin: Pin
+    leaves: str
+    leaves_after_s: float
+
+    @property
+    def request_id(self) -> str:
+        return f"q{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """``kind`` at ``at``, healed ``duration_s`` later; ``a`` and ``b`` are hosts."""
+
+    at: float
+    kind: str
+    a: str
+    b: str = ""
+    duration_s: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Everything that is decided before a run; chance during the run comes from ``seed`` too."""
+
+    seed: int
+    latency_s: dict[tuple[str, str], float]
+    bytes_per_s: float
+    nodes: tuple[NodeShape, ...]
+    router_sites: tuple[str, ...]
+    requests: tuple[Request, ...]
+    faults: tuple[Fault, ...]
+    roomy: bool
+
+    @property
+    def healed_at(self) -> float:
+        """When the last fault is over."""
+        return max((fault.at + fault.duration_s for fault in self.faults), default=0.0)
+
+    @property
+    def undisturbed(self) -> bool:
+        """Nothing here may keep a first attempt from going well."""
+        return self.roomy and all(
+            fault.kind == "mangle" and fault.detail.split()[0] in HARMLESS for fault in self.faults
+        )
+
+
+def make_schedule(seed: int) -> Schedule:
+    """The schedule of a seed."""
+    rng = random.Random(seed)
+    sites = [rng.uniform(0.001, 0.06) for _ in range(3)]
+    latency = {
+        (a, b): 0.0001 if a == b else (sites[i] + sites[j]) / 2
+        for i, a in enumerate(SITES)
+        for j, b in enumerate(SITES)
+    }
+    tiny = rng.random() < 0.25
+    nodes = _nodes(rng, tiny)
+    requests = _requests(rng)
+    names = [node.name for node in nodes]
+    prefills = [node.name for node in nodes if "prefill" in node.roles]
+    count = rng.choice((0, 1, 1, 1, 2, 2, 3, 4))
+    faults = tuple(_fault(rng, names, prefills, rng.choice(requests).at) for _ in range(count))
+    return Schedule(
+        seed,
+        latency,
+        rng.choice((125e6, 125e6, 20e6)),
+        nodes,
+        (rng.choice(SITES), rng.choice(SITES)),
+        requests,
+        tuple(sorted(faults, key=lambda fault: fault.at)),
+        not tiny,
+    )
+
+
+def _nodes(rng: random.Random, tiny: bool) -> tuple[NodeShape, ...]:
+    slow, slow_prefill = rng.random() < 0.3, rng.random() < 0.3
+    nodes = []
+    for number, roles in enumerate(rng.choice(_ROLES)):
+        engine = EngineShape(
+            num_blocks=rng.randint(12, 14) if tiny else 40,
+            token_budget=rng.choice((8, 16, 16)),
+            max_sequences=rng.choice((4, 6)),
+            start_s=rng.uniform(0.3, 0.6),
+            step_s=0.02 if slow else 0.004,
+            token_s=0.008 if slow_prefill else 0.001,
+            measured=slow_prefill or rng.random() < 0.3,
+            export_slots=rng.choice((2, 4, 8)),
+            import_slots=rng.choice((4, 8)),
+        )
+        prepare_s = rng.choice((0.0005, 0.002, 0.03))
+        nodes.append(NodeShape(f"n{number}", SITES[number % 3], roles, engine, prepare_s))
+    return tuple(nodes)
+
+
+def _requests(rng: random.Random) -> tuple[Request, ...]:
+    beginnings = [[rng.randrange(VOCABULARY - 1) for _ in range(16)] for _ in range(2)]
+    at = WARM_UP_S
+    requests = []
+    for number in range(rng.choice((1, 1, 2, 3, 4, 5))):
+        shared = rng.choice(beginnings)[: rng.choice((0, 4, 9, 16))]
+        rest = [rng.randrange(VOCABULARY - 1) for _ in range(rng.randint(1, 8))]
+        stops = rng.choice(((), (), (), ("w3",), ("1 w", "w20 w")))
+        short = rng.random() < 0.08
+        leaves = rng.choices(("", "close", "vanish"), (85, 12, 3))[0]
+        requests.append(
+            Request(
+                number,
+                at,
+                rng.choice(SITES),
+                rng.randrange(2),
+                tuple(shared + rest),
+                Sampling(rng.randint(1, 12), 0.0, 1.0, 7, list(stops), rng.random() < 0.2),
+                rng.uniform(0.02, 1.5) if short else LONG_S,
+                Pin(),
+                leaves,
+                rng.uniform(0.0, 0.5),
+            )
+        )
+        at += rng.choice((0.0, 0.02, rng.uniform(0.0, 0.5), rng.uniform(0.0, 3.0)))
+    return tuple(requests)
+
+
+_KINDS = {
+    "kill_agent": 16,
+    "kill_engine": 12,
+    "kill_router": 5,
+    "freeze_agent": 6,
+    "freeze_engine": 5,
+    "freeze_router": 3,
+    "partition": 12,
+    "one_way": 10,
+    "half_open": 8,
+    "slow": 6,
+    "mangle": 14,
+    "registry_down": 4,
+    "registry_slow": 2,
+    "registry_lost": 2,
+}
+
+MANGLINGS = {
+    "corrupt": 2,
+    "truncate": 1,
+    "repeat": 1,
+    "reorder": 1,
+    "old_attempt": 3,
+    "other_transfer": 2,
+}
+HARMLESS = ("old_attempt", "other_transfer")
+"""Frames besides the true ones, of what is over or was never there: they must leave no trace."""
+
+
+def _fault(rng: random.Random, nodes: list[str], prefills: list[str], near: float) -> Fault:
+    during, around = rng.uniform(-0.02, 0.3), rng.uniform(-0.5, 2.0)
+    at = max(WARM_UP_S - 0.5, near + rng.choice((during, during, around)))
+    kind = rng.choices(list(_KINDS), list(_KINDS.values()))[0]
+    node, router = rng.choice([*nodes, *prefills]), f"r{rng.randrange(2)}"
+    short, long = rng.uniform(0.05, 1.0), rng.uniform(1.0, 10.0)
+    duration = rng.choice((short, long))
+    match kind:
+        case "kill_agent":
+            return Fault(at, kind, node, duration_s=rng.uniform(0.1, 3.0))
+        case "kill_engine":
+            return Fault(at, kind, node)
+        case "kill_router":
+            return Fault(at, kind, router, duration_s=rng.uniform(0.1, 2.0))
+        case "freeze_agent" | "freeze_engine":
+            return Fault(at, kind, node, duration_s=duration)
+        case "freeze_router":
+            return Fault(at, kind, router, duration_s=duration)
+        case "mangle":
+            what = rng.choices(list(MANGLINGS), list(MANGLINGS.values()))[0]
+            detail = f"{what} {rng.randint(1, 6)}"
+            return Fault(WARM_UP_S - 0.1, kind, rng.choice(prefills), detail=detail)
+        case "registry_down" | "registry_lost":
+            return Fault(at, kind, "registry", duration_s=rng.choice((duration, 60.0)))
+        case "registry_slow":
+            return Fault(at, kind, "registry", duration_s=60.0)
+    a, b = rng.sample([*nodes, *nodes, "r0", "r1", "registry"], 2)
+    while a == b or (a[0] == "r" and b[0] == "r"):
+        a, b = rng.sample([*nodes, *nodes, "r0", "r1", "registry"], 2)
+    duration = rng.choice((short, long, rng.uniform(5.0, 25.0)))
+    return Fault(at, kind, a, b, duration_s=0.0 if kind == "half_open" else duration)
