@@ -15,9 +15,7 @@ and gives each back once; free + held + cached = all blocks.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
-from itertools import chain
+from bisect import insort
 from typing import assert_never
 
 from pop_node.engine.block_pool import BlockPool
@@ -46,12 +44,9 @@ from pop_node.engine.schedule import (
 )
 from pop_node.engine.sequence import Sequence
 from pop_node.engine.validate import Limits, problem_with_add, problem_with_commit
+from pop_node.engine.waiting import Waiting, age
 
 Command = Add | Drop | Retarget | Release | Commit
-
-
-def _age(sequence: Sequence) -> int:
-    return sequence.arrival
 
 
 class Scheduler:
@@ -77,10 +72,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._arrivals = 0
         self._sequences: dict[int, Sequence] = {}
-        self._waiting: dict[int, Sequence] = {}  # by age, as dicts keep insertion order
-        self._waiting_decode_legs = 0
-        self._waiting_tokens = 0
-        self._preempted: list[Sequence] = []  # by age; resumed before anyone is admitted
+        self._waiting = Waiting()
         self._running: list[Sequence] = []  # by age
         self._receiving: dict[bytes, Sequence] = {}  # decode legs by transfer, blocks held
         self._exports: dict[bytes, Sequence] = {}  # prefill legs by transfer, from Add to end
@@ -114,19 +106,16 @@ class Scheduler:
             add.seq in self._sequences or (transfers is not None and add.transfer in transfers)
         ):
             problem = "invalid_request", "the sequence or its transfer is known already"
-        if problem is None and len(self._waiting) >= self._max_waiting:
+        if problem is None and self._waiting.num_new >= self._max_waiting:
             problem = "overloaded", f"{self._max_waiting} sequences wait already"
         if problem is not None:
             return [Declined(add.seq, *problem)]
         sequence = Sequence.from_add(add, self._arrivals, now)
         self._arrivals += 1
-        self._sequences[add.seq] = self._waiting[add.seq] = sequence
+        self._sequences[add.seq] = sequence
+        self._waiting.add(sequence)
         if transfers is not None:
             transfers[add.transfer] = sequence
-        if sequence.leg == "decode":
-            self._waiting_decode_legs += 1
-            return []
-        self._waiting_tokens += sequence.remaining
         if sequence.leg == "prefill":
             return [TransferOpened(add.transfer, sequence.given_tokens)]
         return []
@@ -176,7 +165,7 @@ class Scheduler:
             if missing > 0:
                 sequence.blocks.extend(self._pool.allocate(missing))
             sequence.phase = "running"
-            insort(self._running, sequence, key=_age)
+            insort(self._running, sequence, key=age)
         return effects
 
     # ---- one step ------------------------------------------------------------------------------
@@ -274,8 +263,7 @@ class Scheduler:
         self._give_back(sequence)
         sequence.phase = "waiting"
         sequence.computed = 0
-        self._waiting_tokens += sequence.remaining
-        insort(self._preempted, sequence, key=_age)
+        self._waiting.put_back(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)
@@ -297,8 +285,8 @@ class Scheduler:
         seats = self._max_sequences - len(self._running) - len(self._receiving)
         reserved = 0  # blocks that older sequences, which wait only for budget, will take
         admitted: list[Sequence] = []
-        for sequence in chain(self._preempted, self._waiting.values()):
-            if seats == 0 or (budget == 0 and self._waiting_decode_legs == 0):
+        for sequence in self._waiting:
+            if seats == 0 or (budget == 0 and self._waiting.decode_legs == 0):
                 break
             hits, new = self._fit(sequence)
             idle = self._pool.unheld(hits)
@@ -314,13 +302,13 @@ class Scheduler:
             if sequence.kv_source == "compute":
                 budget -= self._chunk(sequence, budget, rows)
         for sequence in admitted:
-            self._leave_queue(sequence)
+            self._waiting.leave(sequence)
             if sequence.kv_source == "transfer":
                 sequence.phase = "receiving"
                 self._receiving[sequence.transfer] = sequence
             else:
                 sequence.phase = "running"
-                insort(self._running, sequence, key=_age)
+                insort(self._running, sequence, key=age)
 
     def _fit(self, sequence: Sequence) -> tuple[list[int], int]:
         """(blocks of the cached beginning, how many new ones are needed besides).
@@ -338,21 +326,16 @@ class Scheduler:
         sequence.blocks.extend(hits)
         sequence.blocks.extend(self._pool.allocate(new))
         cached = len(hits) * self._pool.block_tokens
-        self._waiting_tokens -= sequence.remaining if sequence.kv_source == "compute" else 0
+        if sequence.kv_source == "compute":
+            self._waiting.tokens -= sequence.remaining
         sequence.computed = cached
         sequence.registered = len(hits)
-        if sequence.seq in self._waiting:  # a resumed sequence was announced before
+        if self._waiting.is_new(sequence):  # a resumed sequence was announced before
             effects.append(Allocated(sequence.seq, cached))
         if sequence.leg == "prefill" or sequence.kv_source == "transfer":
             side: Side = "export" if sequence.leg == "prefill" else "import"
             blocks, total = tuple(sequence.blocks), sequence.given_tokens
             effects.append(TransferBound(side, sequence.transfer, blocks, cached, total))
-
-    def _leave_queue(self, sequence: Sequence) -> None:
-        if self._waiting.pop(sequence.seq, None) is None:
-            self._preempted.pop(bisect_left(self._preempted, sequence.arrival, key=_age))
-        elif sequence.kv_source == "transfer":
-            self._waiting_decode_legs -= 1
 
     # ---- ends ----------------------------------------------------------------------------------
 
@@ -360,9 +343,7 @@ class Scheduler:
         """Free everything a sequence holds, whatever its phase."""
         match sequence.phase:
             case "waiting":
-                if sequence.kv_source == "compute":
-                    self._waiting_tokens -= sequence.remaining
-                self._leave_queue(sequence)
+                self._waiting.remove(sequence)
             case "receiving":
                 del self._receiving[sequence.transfer]
             case "running":
@@ -387,9 +368,9 @@ class Scheduler:
         """How busy the engine is now. Linear in the running sequences."""
         prefill = sum(s.remaining for s in self._running if s.remaining > 1)
         return Load(
-            queued_prefill_tokens=self._waiting_tokens + prefill,
+            queued_prefill_tokens=self._waiting.tokens + prefill,
             running=len(self._running),
-            waiting=len(self._waiting) + len(self._preempted),
+            waiting=len(self._waiting),
             free_blocks=self._pool.free,
             cached_blocks=self._pool.cached,
             pinned=self._num_pinned + len(self._receiving),
@@ -403,8 +384,8 @@ class Scheduler:
     def check(self) -> None:
         """Raise ``AssertionError`` if the books disagree with each other. Linear in everything."""
         self._pool.check(s.blocks for s in self._sequences.values())
-        by_phase: dict[str, set[int]] = {"waiting": set(self._waiting), "running": set()}
-        by_phase["waiting"] |= {s.seq for s in self._preempted}
+        self._waiting.check()
+        by_phase: dict[str, set[int]] = {"waiting": {s.seq for s in self._waiting}}
         by_phase["running"] = {s.seq for s in self._running}
         by_phase["receiving"] = {s.seq for s in self._receiving.values()}
         for sequence in self._sequences.values():
@@ -412,14 +393,6 @@ class Scheduler:
                 assert sequence.seq in by_phase[sequence.phase], f"{sequence.seq} is in no queue"
             holds = sequence.phase != "waiting"
             assert holds == bool(sequence.blocks), f"{sequence.phase} with {sequence.blocks}"
-        for queue in (list(self._waiting.values()), self._preempted, self._running):
-            ages = [s.arrival for s in queue]
-            assert ages == sorted(ages), "a queue is out of order"
-        assert self._waiting_tokens == sum(s.remaining for s in self._queued_to_compute())
-        queued = self._waiting.values()
-        assert self._waiting_decode_legs == sum(s.kv_source == "transfer" for s in queued)
+        ages = [age(s) for s in self._running]
+        assert ages == sorted(ages), "running sequences are out of order"
         assert self._num_pinned == sum(s.phase == "pinned" for s in self._sequences.values())
-
-    def _queued_to_compute(self) -> Iterator[Sequence]:
-        queued = chain(self._preempted, self._waiting.values())
-        return (s for s in queued if s.kv_source == "compute")

@@ -30,7 +30,10 @@ T = bytes(range(16))
 EVERY_MESSAGE = [
     m.Add(1, "prefill", [1, 2], [3], 9, 0.5, 1.0, 2**64 - 1, [0], b"salt", T),
     m.Drop(1),
+    m.Drop(1, 32),
     m.StageFrom(T, 12),
+    m.StageFrom(T, 12, [12, 13], 2),
+    m.Retarget(T, bytes(16)),
     m.SlotFree(3),
     m.Release(T),
     m.Import(T, 70, 0, 1, 2, 3, 4, 5),
@@ -42,6 +45,7 @@ EVERY_MESSAGE = [
     m.StepDone([(1, 0, 5, ""), (2, 7, 6, "stop")], 1, 2, 3, 4, 5, 6.0, 7.0, 8),
     m.PrefillDone(1, 0.5, 2.5),
     m.Staged(T, 1, 0, 1, 2, 3, 4, 5, 600),
+    m.Staged(T, 1, 0, 1, 2, 3, 4, 5, 600, 1),
     m.Imported(T, 70),
     m.Ended(1),
     m.Crashed("out of memory"),

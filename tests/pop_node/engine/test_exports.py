@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,9 +58,41 @@ def test_tokens_that_the_other_side_has_stay_here() -> None:
     assert export.next_piece(BIG) is None
 
 
+def test_a_second_grant_counts_only_when_the_transfer_is_resumed_or_goes_elsewhere() -> None:
+    export = Export(SPEC, 10)
+    export.bind((0, 1), 10)
+    export.grant(4)
+    everything = [Piece(0, 0, 0, LAYERS, 4, 10), Piece(0, 1, 0, LAYERS, 4, 10)]
+
+    def drained() -> list[Piece]:
+        pieces = []
+        while (piece := export.next_piece(BIG)) is not None:
+            export.mark_staged(piece)
+            pieces.append(piece)
+        return pieces
+
+    assert drained() == everything
+    export.grant(0)
+    assert drained() == []
+    export.grant(4, [10] * LAYERS + [10, 10, 10, 10, 7], resume=1)
+    assert drained() == [Piece(0, 1, 4, 5, 7, 10)]
+    export.revoke()
+    assert drained() == []
+    export.grant(4)
+    assert drained() == everything
+    with pytest.raises(ValueError, match="3 counts"):
+        export.grant(4, [1, 2, 3], resume=1)
+
+
+def end_of_run(seen: dict[tuple[int, int, int], int], component: int, layer: int, lo: int) -> int:
+    while (component, layer, lo) in seen:
+        lo += 1
+    return lo
+
+
 @given(data=st.data())
 def test_every_byte_leaves_exactly_once_whatever_happens(data: st.DataObject) -> None:
-    """Chunks, preemptions and slot sizes are random; pieces must tile the granted box."""
+    """Chunks, preemptions, breaks and slot sizes are random; pieces must tile the granted box."""
     total = data.draw(st.integers(1, 40))
     slot_bytes = data.draw(st.sampled_from([16, 50, 160, 1000, BIG]))
     granted = data.draw(st.integers(0, total))
@@ -88,6 +121,18 @@ def test_every_byte_leaves_exactly_once_whatever_happens(data: st.DataObject) ->
             drain()
             computed = data.draw(st.integers(0, computed), label="still cached")
             export.bind((1,), computed)
+        if export.granted >= 0 and data.draw(st.booleans(), label="break"):
+            arrived = [
+                data.draw(st.integers(granted, end_of_run(seen, c, la, granted)), label="arrived")
+                for c in (0, 1)
+                for la in range(LAYERS)
+            ]
+            export.grant(granted, arrived, export.resume + 1)
+            places = [(c, la) for c in (0, 1) for la in range(LAYERS)]
+            beginnings = dict(zip(places, arrived, strict=True))
+            for c, la, token in list(seen):
+                if token >= beginnings[c, la]:
+                    del seen[c, la, token]
         computed = data.draw(st.integers(computed, total), label="computed")
         if step > 6:
             computed = total

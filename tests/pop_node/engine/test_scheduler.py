@@ -8,8 +8,24 @@ from typing import Any
 import pytest
 from engine_builders import a_scheduler, an_add
 
-from pop_node.engine.messages import Add, Allocated, Commit, Declined, Drop, Ended, Release, Token
-from pop_node.engine.schedule import Effect, TransferBound, TransferClosed, TransferUnbound
+from pop_node.engine.messages import (
+    Add,
+    Allocated,
+    Commit,
+    Declined,
+    Drop,
+    Ended,
+    Release,
+    Retarget,
+    Token,
+)
+from pop_node.engine.schedule import (
+    Effect,
+    TransferBound,
+    TransferClosed,
+    TransferRenamed,
+    TransferUnbound,
+)
 from tests.fakes.fake_model import VOCABULARY, FakeModel, answer
 
 
@@ -21,7 +37,7 @@ class Engine:
         self.model = FakeModel(num_blocks, block_tokens)
         self.effects: list[Effect] = []
 
-    def tell(self, command: Add | Drop | Release | Commit) -> list[Effect]:
+    def tell(self, command: Add | Drop | Retarget | Release | Commit) -> list[Effect]:
         got = self.scheduler.handle(command, 0.0)
         self.effects += got
         self.scheduler.check()
@@ -336,3 +352,73 @@ def test_load_counts_what_is_left_to_compute() -> None:
     engine.step()
     load = engine.scheduler.load()
     assert (load.queued_prefill_tokens, load.running, load.waiting, load.pinned) == (16, 1, 1, 1)
+
+
+@pytest.mark.parametrize("phase", ["waiting", "running", "preempted", "pinned"])
+def test_a_prefill_leg_is_retargeted_in_any_phase(phase: str) -> None:
+    engine = Engine(num_blocks=9, token_budget=3, max_sequences=2)
+    prompt = [2] * 24
+    if phase == "waiting":  # for seats
+        engine.tell(an_add(8))
+        engine.tell(an_add(9))
+        engine.step()
+    if phase == "preempted":
+        engine.tell(an_add(8, prompt_ids=[1, 1, 1, 1], max_tokens=20))
+        engine.step()
+        engine.step()
+    leg = an_add(1, leg="prefill", prompt_ids=prompt)
+    engine.tell(leg)
+    if phase == "running":
+        engine.step()
+    if phase == "preempted":
+        for _ in range(40):
+            if not engine.said(TransferUnbound):
+                engine.step()
+        assert engine.said(TransferUnbound)
+    if phase == "pinned":
+        engine.finish()
+    old, new = leg.transfer, b"n" * 16
+    assert engine.tell(Retarget(old, new)) == [TransferRenamed(old, new)]
+    assert engine.tell(Retarget(old, b"x" * 16)) == []  # gone under that name
+    assert engine.tell(Release(old)) == []
+    before = len(engine.said(TransferBound))
+    engine.finish()
+    assert engine.tokens(1) == expected(prompt, 1, "handoff")
+    assert all(bound.transfer == new for bound in engine.said(TransferBound)[before:])
+    assert engine.tell(Release(new)) == [TransferClosed("export", new), Ended(1)]
+    engine.finish()
+    assert engine.scheduler.num_sequences == 0
+
+
+def test_a_transfer_is_not_renamed_to_one_in_use() -> None:
+    engine = Engine()
+    first, second = an_add(1, leg="prefill"), an_add(2, leg="prefill")
+    engine.tell(first)
+    engine.tell(second)
+    assert engine.tell(Retarget(first.transfer, second.transfer)) == []
+    engine.finish()
+    assert engine.tell(Release(first.transfer))[-1] == Ended(1)
+
+
+@pytest.mark.parametrize(("kept", "cached"), [(0, 0), (3, 0), (4, 4), (11, 8), (14, 12), (99, 12)])
+def test_full_blocks_of_a_broken_hand_over_stay_cached(kept: int, cached: int) -> None:
+    """Of 14 tokens in blocks of 4, the last two fill no block."""
+    engine = Engine()
+    prompt, forced = list(range(12)), [5, 6]
+    leg = an_add(1, leg="decode", prompt_ids=prompt, forced_ids=forced)
+    bound = receive(engine, leg)
+    engine.model.write(bound.blocks, prompt + forced, 0, 14)
+    engine.tell(Drop(1, kept))
+    assert engine.pool.cached * 4 == cached
+    engine.tell(an_add(2, prompt_ids=prompt + forced + [7], max_tokens=3))
+    engine.finish()
+    assert engine.said(Allocated)[-1] == Allocated(2, cached)
+    assert engine.tokens(2) == expected([*prompt, *forced, 7], 3, "length")
+
+
+def test_a_kept_beginning_says_nothing_about_a_leg_that_computes() -> None:
+    engine = Engine(token_budget=4)
+    engine.tell(an_add(1))
+    engine.step()
+    engine.tell(Drop(1, 8))
+    assert engine.pool.cached == 1

@@ -7,12 +7,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pop_node.engine.messages import Add, Commit, Declined, Drop, Ended, Release, Token
+from pop_node.engine.messages import (
+    Add,
+    Commit,
+    Declined,
+    Drop,
+    Ended,
+    Release,
+    Retarget,
+    Token,
+)
 from pop_node.engine.schedule import (
     Effect,
     TransferBound,
     TransferClosed,
     TransferOpened,
+    TransferRenamed,
     TransferUnbound,
 )
 from tests.fakes.fake_model import FakeModel, answer
@@ -72,8 +82,22 @@ class Machine(RuleBasedStateMachine):
     def drop(self, data: st.DataObject) -> None:
         if self.live:
             seq = data.draw(st.sampled_from(sorted(self.live)))
-            self.carry_out(self.scheduler.handle(Drop(seq), 0.0))
+            bound = self.arriving.get(self.live[seq].transfer)
+            kept = 0
+            if bound is not None:  # its hand-over broke after so many tokens
+                kept = data.draw(st.integers(bound.held_tokens, bound.total_tokens))
+                self.model.write(bound.blocks, self.given[seq], bound.held_tokens, kept)
+            self.carry_out(self.scheduler.handle(Drop(seq, kept), 0.0))
             assert seq not in self.live
+
+    @rule(data=st.data())
+    def retarget(self, data: st.DataObject) -> None:
+        if self.exports:
+            old = data.draw(st.sampled_from(sorted(self.exports)))
+            new = self.next_seq.to_bytes(16, "little")
+            self.next_seq += 1
+            self.carry_out(self.scheduler.handle(Retarget(old, new), 0.0))
+            assert new in self.exports
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -142,6 +166,8 @@ class Machine(RuleBasedStateMachine):
                 case TransferUnbound(transfer):
                     assert self.exports[transfer]
                     self.exports[transfer] = False
+                case TransferRenamed(transfer, new_transfer):
+                    self.exports[new_transfer] = self.exports.pop(transfer)
                 case TransferClosed("export", transfer):
                     del self.exports[transfer]
                 case TransferClosed("import", transfer):
