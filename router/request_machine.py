@@ -19,7 +19,7 @@ first token submits the relayed ids as ``forced_ids``, and nodes answer with hig
 failover in mid-stream needs no second mechanism.
 
 Invariants: indices contiguous; ``EmitFinish`` or ``EmitError`` at most once and never both; nothing
-but ``Done``/``SendCancel``/``CloseStream`` after it; every submitted leg has ended, or was
+but ``Done`` and what lets go of legs after it; every submitted leg has ended, or was
 cancelled, by ``Done``.
 """
 
@@ -358,6 +358,8 @@ class RequestMachine:
     # ---- ends ---------------------------------------------------------------------------------
 
     def _end_in_error(self, error: MeshError, now: float) -> list[Effect]:
+        if self._attempt is not None and self.phase == "running":
+            self._attempt.record.outcome = error.code
         effects = self._drop_attempt()
         self.phase = "done"
         return [*effects, self._answer.fail(error, now), Done()]

@@ -350,6 +350,7 @@ class _Connection(asyncio.Protocol):
                     if waiting.done():  # and not looked at yet
                         waiting = self._outgoing[stream] = asyncio.Future()
                     waiting.set_result(message)
+                asyncio.ensure_future(self.node.note())  # noqa: RUF006
             case Drill():
                 self.node.drills.append(message)
                 self.say(DrillStarted(message.number, self.node.drill_error))

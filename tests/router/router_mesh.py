@@ -18,6 +18,7 @@ from router.app import RouterConfig, serve
 from tests.fakes.fake_node import FakeMesh, FakeNode
 from topology.geography import link_between
 from topology.model import Address, Link, Model, Node, Position, Router, Site, Tenant, Topology
+from wire.messages import MAX_VERSION
 
 MODEL = "fake-model"
 ANY_PORT = Address("127.0.0.1", 0)
@@ -63,7 +64,7 @@ def entry_of(node: FakeNode, drain: bool = False) -> ServiceEntry:
     """The directory's entry of a fake node."""
     host, _, port = node.address.rpartition(":")
     meta = {"mesh": node.mesh_name, "name": node.name, "site": node.site}
-    meta |= {"incarnation": "1", "drain": "1" if drain else "0"}
+    meta |= {"incarnation": node.incarnation, "drain": "1" if drain else "0"}
     return ServiceEntry(node.name, "popmesh-node", host, int(port), meta, "passing")
 
 
@@ -124,6 +125,14 @@ class RouterMesh:
                 return
             await asyncio.sleep(0.01)
 
+    async def wait_status(self, condition: Callable[[dict[str, Any]], bool]) -> None:
+        """Until ``condition`` holds of the engines, by node, that the router knows."""
+        while True:
+            status = await self.get_json("/popmesh/status")
+            if condition({n["name"]: n["engines"][0] for n in status["nodes"] if n["engines"]}):
+                return
+            await asyncio.sleep(0.01)
+
     async def wait_idle(self) -> None:
         """Until no node runs anything and the router holds nothing."""
         for node in self.nodes.values():
@@ -142,9 +151,13 @@ async def running_mesh(
     monkeypatch: pytest.MonkeyPatch,
     topology: Topology | None = None,
     limits: Limits | None = None,
+    max_version: int = MAX_VERSION,
     **config: Any,
 ) -> AsyncIterator[RouterMesh]:
-    """Start fakes for every node of the topology and a router over them."""
+    """Start fakes for every node of the topology and a router over them.
+
+    ``max_version`` is the newest mesh wire that the nodes know.
+    """
     topology = topology or make_topology()
     hand_over = FakeMesh()
     nodes = {
@@ -153,6 +166,7 @@ async def running_mesh(
             node.site,
             hand_over,
             roles=tuple(sorted(node.roles)),
+            max_version=max_version,
             rtt_s=(link_between(topology, "fra", node.site).rtt_ms or 0.0) / 1e3,
         )
         for name, node in topology.nodes.items()

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field
-
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from router.avoidance import NodeStart, Pair
 from router.patience import MAX_ATTEMPTS
 from router.policy import Route
 from router.record import RequestRecord
 from router.request_events import (
-    ClientGone,
     CloseStream,
     Done,
     Effect,
@@ -32,12 +26,10 @@ from router.request_events import (
     SendSubmit,
     Tick,
     Tokens,
-    Unroutable,
 )
 from router.request_machine import SETTLE_S, RequestMachine
 from router.token_relay import MAX_WAITING_ENTRIES
 from tests.fakes.fake_node import answer_ids
-from wire.errors import OverloadError
 from wire.messages import (
     Accepted,
     Failed,
@@ -45,7 +37,6 @@ from wire.messages import (
     Refused,
     Sampling,
     StepEntry,
-    Submit,
     TextInput,
     TransferReport,
 )
@@ -263,160 +254,3 @@ def test_the_deadline_cancels_both_legs() -> None:
     effects = m.handle(Tick(), 100.0)
     assert effects[:2] == [SendCancel("p", 1), SendCancel("d", 1)]
     assert [e.error.code for e in effects if isinstance(e, EmitError)] == ["deadline_exceeded"]
-
-
-# ---- random runs -------------------------------------------------------------------------------
-
-
-@dataclass
-class _Leg:
-    """A simulated leg: it says its messages in order, each at a random moment."""
-
-    node: str
-    submit: Submit
-    said: list[Event] = field(default_factory=list)
-    cancelled: bool = False
-
-
-class Simulation:
-    """Random nodes around one machine; checks every effect as it comes."""
-
-    def __init__(self, seed: int, answer: int, trouble: float, leave: float) -> None:
-        self.rng = random.Random(seed)
-        self.answer = answer
-        self.trouble, self.leave = trouble, leave
-        self.machine = machine(max_tokens=self.rng.choice([None, answer]))
-        self.now = 0.0
-        self.stream = 0
-        self.legs: list[_Leg] = []
-        self.commits: dict[int, int] = {}
-        self.text = b""
-        self.headers = 0
-        self.ends = 0
-        self.done = 0
-        self.gone = False
-
-    def feed(self, event: Event) -> None:
-        queue = [event]
-        while queue:
-            for effect in self.machine.handle(queue.pop(0), self.now):
-                self.check(effect, queue)
-
-    def check(self, effect: Effect, queue: list[Event]) -> None:
-        assert not self.done, f"{effect} after Done"
-        match effect:
-            case SendSubmit(node, message):
-                assert not self.ends
-                self.submitted(node, message)
-            case SendCancel(node, stream):
-                for leg in self.legs:
-                    if leg.node == node and leg.submit.stream == stream:
-                        leg.cancelled = True
-            case CloseStream():
-                pass
-            case Replan():
-                assert not self.ends
-                if self.rng.random() < 0.1:
-                    queue.append(Unroutable(OverloadError("none", code="no_route")))
-                else:
-                    queue.append(self.route())
-            case EmitHeaders():
-                self.headers += 1
-                assert self.headers == 1
-                assert not self.ends
-            case EmitText(text, _):
-                assert self.headers
-                assert not self.ends
-                self.text += text
-            case EmitFinish(_, usage):
-                assert self.headers
-                self.ends += 1
-                assert usage.completion_tokens == self.answer
-                assert self.text == wanted(self.answer)
-            case EmitError():
-                self.ends += 1
-            case Done():
-                self.done += 1
-        assert wanted(len(ANSWER)).startswith(self.text)
-
-    def route(self) -> Routed:
-        self.stream += 1
-        pair = self.rng.choice([("a", "b"), ("a", "a"), ("c", "d")])
-        return routed(self.stream, *pair)
-
-    def submitted(self, node: str, submit: Submit) -> None:
-        """Script what this leg will say."""
-        leg, stream, rng = _Leg(node, submit), submit.stream, self.rng
-        start = len(submit.forced_ids)
-        assert submit.forced_ids == ANSWER[:start]
-        assert wanted(start) == self.text  # forced is exactly what the client has
-        if rng.random() < self.trouble / 3:
-            leg.said = [NodeSaid(node, Refused(stream, "overloaded", "", True, 0))]
-            self.legs.append(leg)
-            return
-        if submit.leg == "prefill":
-            hand = min(self.answer, start + rng.randint(1, 2))
-            self.commits[stream] = hand
-            first, last = start, hand
-        elif submit.leg == "decode":
-            first, last = self.commits.get(stream, self.answer), self.answer
-        else:
-            first, last = start, self.answer
-        leg.said.append(NodeSaid(node, Accepted(stream, 9, 0)))
-        at = first
-        while at < last:
-            count = rng.randint(1, last - at)
-            leg.said.append(Tokens(node, entry(stream, at, count)))
-            at += count
-        if submit.leg == "decode" and first >= self.answer:
-            leg.said = [NodeSaid(node, Failed(stream, "answer_complete", "", True))]
-        elif submit.leg == "prefill" and last < self.answer:
-            leg.said.append(NodeSaid(node, Finished(stream, "handoff", last, 0, 0, REPORT)))
-        else:
-            leg.said.append(NodeSaid(node, Finished(stream, "stop", last, 0, 0, None)))
-        if rng.random() < self.trouble:
-            leg.said = leg.said[: rng.randrange(len(leg.said))]
-            leg.said.append(
-                rng.choice(
-                    [
-                        LinkLost(node),
-                        NodeSaid(node, Failed(stream, "engine_died", "", True)),
-                        NodeSaid(node, Failed(stream, "transfer_failed", "", True)),
-                    ]
-                )
-            )
-        self.legs.append(leg)
-
-    def run(self) -> None:
-        self.feed(self.route())
-        while not self.done:
-            self.now += 0.001
-            talking = [leg for leg in self.legs if leg.said]
-            if talking:
-                self.feed(self.rng.choice(talking).said.pop(0))
-            else:
-                self.now = max(self.now, self.machine.next_deadline())
-            self.feed(Tick())
-            if self.rng.random() < self.leave and not self.gone:
-                self.gone = True
-                self.feed(ClientGone())
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    seed=st.integers(0, 2**32),
-    answer=st.integers(1, len(ANSWER)),
-    trouble=st.sampled_from([0.0, 0.3, 0.8]),
-    leave=st.sampled_from([0.0, 0.05]),
-)
-def test_every_run_ends_once_and_relays_each_index_once(
-    seed: int, answer: int, trouble: float, leave: float
-) -> None:
-    run = Simulation(seed, answer, trouble, leave)
-    run.run()
-    assert run.done == 1
-    assert run.ends == 1 or run.gone
-    if trouble == 0.0 and not run.gone:
-        assert run.text == wanted(answer)
-    final = run.machine.record.attempts[-1]
-    assert final.outcome != "running"
