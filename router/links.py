@@ -113,6 +113,7 @@ class LinkPool:
             else:
                 link.address = address  # used by the next connection
                 self._notice_rebirth(link, entry)
+            self._incarnations[name] = entry.meta.get("incarnation", "")
         for name in [name for name in self._links if name not in self._listed]:
             if not self._links[name].up:
                 del self._links[name]
@@ -131,9 +132,8 @@ class LinkPool:
         A link may be ahead of the directory, so only a change *from* the incarnation that it is
         linked to counts.
         """
-        listed = entry.meta.get("incarnation", "")
-        before, self._incarnations[link.node.name] = self._incarnations.get(link.node.name), listed
-        if listed != before and link.incarnation in ("", before):
+        before = self._incarnations[link.node.name]
+        if entry.meta.get("incarnation", "") != before and link.incarnation in ("", before):
             link.reborn()
 
     def _start(self, name: str, address: str) -> None:

@@ -350,7 +350,6 @@ class _Connection(asyncio.Protocol):
                     if waiting.done():  # and not looked at yet
                         waiting = self._outgoing[stream] = asyncio.Future()
                     waiting.set_result(message)
-                asyncio.ensure_future(self.node.note())  # noqa: RUF006
             case Drill():
                 self.node.drills.append(message)
                 self.say(DrillStarted(message.number, self.node.drill_error))
@@ -361,6 +360,8 @@ class _Connection(asyncio.Protocol):
                 pass
             case _:
                 raise AssertionError(f"a router said {message}")
+        if not isinstance(message, Ping):
+            asyncio.ensure_future(self.node.note())  # noqa: RUF006
 
     def _attached(self, question: Attach) -> Attached | Refused:
         """Stop the answer's legs here, and tell all of it."""

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
 
-import router.node_link
+from router.node_connection import MAX_BULK_BACKLOG, NodeConnection
 from router.node_link import LinkEvents, LinkIdentity, NodeLink, StreamMessage
 from tests.fakes.fake_node import FakeMesh, FakeNode
 from tests.router.router_mesh import make_topology
 from wire.address import Dialer
 from wire.errors import MeshError
 from wire.messages import (
+    MAX_VERSION,
     CacheDelta,
     Cancel,
     Hello,
     Load,
+    Retarget,
     Sampling,
     StepEntry,
     Submit,
     TextInput,
+    Transfer,
 )
 
 
@@ -90,14 +94,13 @@ def events(heard: Heard) -> LinkEvents:
 
 @asynccontextmanager
 async def linked(
-    node: FakeNode, as_identity: LinkIdentity | None = None
+    node: FakeNode, as_identity: LinkIdentity | None = None, detection_s: float = 5.0
 ) -> AsyncIterator[tuple[NodeLink, Heard]]:
     await node.start()
     heard = Heard()
     known = make_topology().nodes["fra-1"]
-    link = NodeLink(
-        known, node.address, as_identity or identity(), events(heard), random.Random(0), 5.0
-    )
+    who = as_identity or identity()
+    link = NodeLink(known, node.address, who, events(heard), random.Random(0), detection_s)
     task = asyncio.ensure_future(link.run())
     try:
         yield link, heard
@@ -168,13 +171,14 @@ async def test_the_wrong_peer_is_refused(node: FakeNode, word: str) -> None:
         assert heard.count("up") == 0
 
 
-async def test_silence_is_death(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router.node_link, "PING_INTERVAL_S", 0.02)
+async def test_silence_is_death_after_the_detection_time() -> None:
     node = fake()
     node.rtt_s = 3600.0
-    async with linked(node) as (link, heard):
-        await heard.wait("down")
-        assert "nothing heard" in (link.last_error or "")
+    async with linked(node, detection_s=0.25) as (link, heard):
+        await heard.wait("up")
+        link.open(1, heard)
+        await heard.wait("link_lost")
+        assert "nothing heard from fra-1 for 0.25 s" in (link.last_error or "")
 
 
 async def test_nothing_listens() -> None:
@@ -212,3 +216,113 @@ async def test_long_messages_arrive_and_are_overtaken() -> None:
         assert node.cancels[0] == 99
         # Nobody listens to stream 7: the router says so when the node accepts it.
         await node.wait_until(lambda: 7 in node.cancels)
+
+
+# ---- frozen nodes ------------------------------------------------------------------------------
+
+
+async def test_a_slow_node_is_not_a_dead_one() -> None:
+    """Anything heard counts, not only answers to pings."""
+    node = fake()
+    async with linked(node, detection_s=0.3) as (link, heard):
+        await heard.wait("rtt")
+        node.rtt_s = 3600.0
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            node.tell(node.load_message())
+        assert link.up
+        await heard.wait("down")
+
+
+async def test_our_own_standstill_is_not_a_nodes_silence() -> None:
+    """A router that was stopped for longer than its detection time keeps its links."""
+    node = fake()
+    async with linked(node, detection_s=0.4) as (link, heard):
+        await heard.wait("rtt")
+        for _ in range(3):
+            time.sleep(1.0)  # noqa: ASYNC251 - the whole process stands still
+            pings = heard.count("rtt")
+            await heard.wait("rtt", pings + 2)
+        assert heard.count("down") == 0
+        assert link.reconnects == 0
+
+
+async def test_a_frozen_node_keeps_no_socket_and_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link to a node that reads nothing ends without waiting for it to read."""
+    closed = asyncio.Event()
+    monkeypatch.setattr(NodeConnection, "connection_lost", lambda self, exc: closed.set())
+    node = fake()
+    node.context_tokens = 10_000_000
+    async with linked(node, detection_s=0.4) as (link, heard):
+        await heard.wait("up")
+        transport = node.connections[0]._transport
+        assert transport is not None
+        transport.pause_reading()
+        for stream in range(1, 4):
+            link.open(stream, heard)
+            link.send(submit(stream, "x" * 9_000_000))
+        await heard.wait("link_lost", 3)
+        async with asyncio.timeout(10):
+            await closed.wait()
+        transport.resume_reading()
+        await heard.wait("up", 2)
+        assert node.submits == []
+
+
+class StuckTransport(asyncio.Transport):
+    """Takes nothing after the first write, like a full socket buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aborted = False
+
+    def write(self, data: bytes | bytearray | memoryview[int]) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+async def test_parts_for_a_stalled_node_are_bounded() -> None:
+    connection = NodeConnection(identity().hello(), lambda _: None, lambda _: None)
+    transport = StuckTransport()
+    connection.connection_made(transport)
+    connection.pause_writing()
+    sent = 0
+    while not connection.closed.done():
+        sent += 10_000_000
+        connection.send(submit(1, "x" * 10_000_000))
+        assert sent <= MAX_BULK_BACKLOG + 20_000_000
+    assert sent > MAX_BULK_BACKLOG
+    assert "reads nothing" in connection.closed.result().message
+    connection.abort()
+    assert transport.aborted
+
+
+async def test_words_of_version_2_have_no_way_to_an_older_node() -> None:
+    node = fake()
+    node.max_version = 1
+    async with linked(node) as (link, heard):
+        await heard.wait("up")
+        assert link.version == 1
+        assert not link.retarget(Retarget(1, 2, Transfer(bytes(16), "lhr-1", "127.0.0.1:1")))
+        link.send(Cancel(3))
+        await node.wait_until(lambda: node.cancels == [3])
+        assert node.retargets == []
+
+
+async def test_the_greeting_agrees_on_a_version() -> None:
+    node = fake()
+    async with linked(node) as (link, heard):
+        assert link.version == 0
+        await heard.wait("up")
+        assert link.version == MAX_VERSION
+        assert link.incarnation == "fra-1-1"
+        assert link.retarget(Retarget(1, 2, Transfer(bytes(16), "lhr-1", "127.0.0.1:1")))
+        await node.wait_until(lambda: len(node.retargets) == 1)

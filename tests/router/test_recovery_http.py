@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from router.patience import MAX_ATTEMPTS
-from tests.fakes.fake_node import Faults, answer_text, idle_engine
+from tests.fakes.fake_node import FakeNode, Faults, answer_text, idle_engine
 from tests.router.router_mesh import MODEL, RouterMesh, entry_of, make_topology, running_mesh
 from wire.messages import ChatInput, ChatTurn, Failed, Load
 
@@ -240,3 +240,41 @@ async def test_a_dead_engine_is_avoided_until_it_is_ready(mesh: RouterMesh) -> N
     lhr.go.set()
     assert (await mesh.chat()).headers["x-popmesh-decode"] == "lhr-1"
     await mesh.wait_idle()
+
+
+# ---- rebirth -----------------------------------------------------------------------------------
+
+
+async def test_a_node_reborn_elsewhere_is_linked_at_once(mesh: RouterMesh) -> None:
+    """Its old process seems alive (its host froze, packets vanish), but the directory knows."""
+    lhr = mesh.nodes["lhr-1"]
+    lhr.go.clear()
+    response = await mesh.chat(stream=True)
+    await lhr.wait_until(lambda: lhr.active == 1)
+    reborn = FakeNode("lhr-1", "lhr", lhr.mesh, roles=("decode",), starts=1)
+    await reborn.start()
+    others = [entry_of(node) for node in mesh.nodes.values() if node is not lhr]
+    mesh.directory.list([*others, entry_of(reborn)])
+    await reborn.wait_until(lambda: bool(reborn.connections))
+    text, last = await read_text(response)
+    assert (text, last[-1]) == (answer_text(HELLO, 8), "[DONE]")
+    await lhr.wait_until(lambda: not lhr.connections)
+    await mesh.wait_idle()
+    await reborn.stop()
+
+
+async def test_a_directory_behind_the_links_cuts_nothing(mesh: RouterMesh) -> None:
+    """The router greeted the node's second start before the directory's first word of it came."""
+    lhr = mesh.nodes["lhr-1"]
+    stale = [entry_of(node) for node in mesh.nodes.values()]
+    await lhr.stop()
+    await lhr.start()
+    await lhr.wait_until(lambda: bool(lhr.connections))
+    lhr.starts += 1  # what the directory says next, about a start after this one
+    ahead = [entry_of(node) for node in mesh.nodes.values()]
+    lhr.starts -= 1
+    (connection,) = lhr.connections
+    mesh.directory.list(stale)
+    mesh.directory.list(ahead)
+    assert (await mesh.chat()).status == 200
+    assert lhr.connections == [connection]
