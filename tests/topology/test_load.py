@@ -59,6 +59,7 @@ def test_every_field_arrives() -> None:
         tenants={"acme": tm.Tenant("acme", ("00" * 31 + "bb",), frozenset({"eu"}))},
         trusted_networks=("10.0.0.0/8",),
         defaults=tm.LinkDefaults(1.5, 1.0, 500.0, 0.1, 9000.0),
+        detection_s=2.5,
     )
     assert read.source == "/etc/mesh/mesh.yaml"
     assert list(read.nodes) == ["fra-1", "iad-1"]
@@ -84,6 +85,7 @@ nodes: {n: {site: fra}}
     assert least.links == {}
     assert least.trusted_networks == tm.TRUSTED_BY_DEFAULT
     assert least.defaults == tm.LinkDefaults()
+    assert least.detection_s == 5.0
 
 
 def test_an_empty_list_of_trusted_networks_trusts_nobody() -> None:
@@ -255,6 +257,7 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
         tenants=tenants,
         trusted_networks=draw(st.sampled_from([(), ("10.0.0.0/8",), ("::1/128", "127.0.0.1")])),
         defaults=tm.LinkDefaults(draw(st.floats(1, 100)), *(draw(amounts) for _ in range(4))),
+        detection_s=draw(st.floats(1, 60)),
     )
 
 

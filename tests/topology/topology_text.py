@@ -60,6 +60,7 @@ defaults:
   bandwidth_mbps: 500
   local_rtt_ms: 0.1
   local_bandwidth_mbps: 9000
+detection_s: 2.5
 """.splitlines()
 
 VALID = "\n".join(LINES) + "\n"
