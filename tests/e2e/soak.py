@@ -1,15 +1,15 @@
 """A drill of a mesh that is made for it: real processes, the real model, hundreds of kills.
 
 ``make soak`` runs it as ``python -m tests.e2e.soak --kills N --report DIR --store DIR``; its exit
-code is the drill's. ``test_e2e_chaos.py`` holds a short one.
+code is the drill's, and the logs of all processes stay in DIR/mesh/logs. ``test_e2e_chaos.py`` holds a short one.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.e2e.mesh import Mesh, start_mesh
@@ -33,13 +33,14 @@ def main() -> int:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True)
     told = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="popmesh-soak-") as directory:
-        mesh = start_mesh(TOPOLOGY, told.store, Path(directory), "--drills")
-        try:
-            options = ("--faults", ",".join(FAULTS), "--streams", "16", "--every", "1s")
-            return hold_drill(mesh, told.report, told.kills, *options, "--exact")
-        finally:
-            mesh.stop()
+    directory = told.report / "mesh"
+    shutil.rmtree(directory, ignore_errors=True)  # of an earlier run: logs are appended to
+    mesh = start_mesh(TOPOLOGY, told.store, directory, "--drills")
+    try:
+        options = ("--faults", ",".join(FAULTS), "--streams", "16", "--every", "1s")
+        return hold_drill(mesh, told.report, told.kills, *options, "--exact")
+    finally:
+        mesh.stop()
 
 
 if __name__ == "__main__":
