@@ -1,7 +1,8 @@
 """A drill of a mesh that is made for it: real processes, the real model, hundreds of kills.
 
 ``make soak`` runs it as ``python -m tests.e2e.soak --kills N --report DIR --store DIR``; its exit
-code is the drill's, and the logs of all processes stay in DIR/mesh/logs. ``test_e2e_chaos.py`` holds a short one.
+code is the drill's, and the logs of all processes stay in DIR/mesh/logs. ``test_e2e_chaos.py``
+holds a short one.
 """
 
 from __future__ import annotations
