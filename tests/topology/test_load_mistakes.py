@@ -137,8 +137,8 @@ MISTAKES = [
     ("key_sha256:", ["regions: [mars]", "key_sha256:"], 0, "there is no region 'mars'"),
     ("trusted", ["trusted_networks: [10.0.0.1/8]"], 0, "(did you mean 10.0.0.0/8?)"),
     ("trusted", ["trusted_networks: [ten]"], 0, "'ten' is no network"),
-    ("detection_s", ["detection_s: 0.5"], 0, "must be at least 1 and at most 60, found the"),,
-    ("detection_s", ["detection_s: 61"], 0, "must be at least 1 and at most 60, found the"),,
+    ("detection_s", ["detection_s: 0.5"], 0, "must be at least 1 and at most 60, found the"),
+    ("detection_s", ["detection_s: 61"], 0, "must be at least 1 and at most 60, found the"),
     ("detection_s", ["detection: 5"], 0, "unknown key 'detection' (did you mean 'detection_s'?)"),
     # YAML as such
     ("mesh: test", ["mesh: !!python/object:os.system test"], 0, "is not read (remove it)"),
