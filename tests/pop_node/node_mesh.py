@@ -24,6 +24,7 @@ from wire.framing import FrameWriter, router_side_reader
 from wire.messages import (
     Accepted,
     Cancel,
+    Detached,
     Failed,
     Finished,
     Goodbye,
@@ -32,6 +33,7 @@ from wire.messages import (
     Load,
     Ping,
     Refused,
+    Retarget,
     RouterMessage,
     Sampling,
     Step,
@@ -137,6 +139,7 @@ class HandRouter:
         self.text: dict[int, bytes] = {}
         self.endings: dict[int, list[Ending]] = {}
         self.accepted: dict[int, Accepted] = {}
+        self.detached: dict[int, Detached] = {}
         self.hello: Hello | None = None
         self.load: Load | None = None
         self.closed = False
@@ -164,6 +167,8 @@ class HandRouter:
                 self.load = message
             case Accepted(stream):
                 self.accepted[stream] = message
+            case Detached(stream):
+                self.detached[stream] = message
             case Finished(stream) | Failed(stream) | Refused(stream):
                 self.endings.setdefault(stream, []).append(message)
             case Step(entries):
@@ -238,7 +243,7 @@ class TinyMesh:
         self._all_routers.append(router)
         self._background.append(self._tasks.create_task(router.read()))
         self._background.append(self._tasks.create_task(router.ping()))
-        router.send(Hello(1, 1, MESH, "router", "hand", "ams", "i1", [], []))
+        router.send(Hello(1, 2, MESH, "router", "hand", "ams", "i1", [], []))
         await router.until(lambda: router.hello and router.load)
         self.routers[name] = router
         return router
@@ -256,6 +261,20 @@ class TinyMesh:
         for node, leg, plan in legs:
             self.routers[node].send(a_submit(stream, leg, transfer=plan, **changes))
         return stream
+
+    def retarget(
+        self, stream: int, prefill: str, decode: str, decode_stream: int = 0, **changes: Any
+    ) -> None:
+        """Give the KV of a running prefill leg to another node, as attempt 2. ``decode_stream`` is
+        the number of its leg, where that node may still know ``stream``."""
+        attempt = 2
+        transfer = (1000 * attempt + stream).to_bytes(16, "big")
+        to_decode = Transfer(transfer, decode, self.nodes[decode].kv_address)
+        from_prefill = Transfer(transfer, prefill, "")
+        decode_stream = decode_stream or stream
+        leg = a_submit(decode_stream, "decode", transfer=from_prefill, attempt=attempt, **changes)
+        self.routers[decode].send(leg)
+        self.routers[prefill].send(Retarget(stream, attempt, to_decode))
 
     def whole(self, node: str, **changes: Any) -> int:
         """Submit a request to one node; returns its stream number."""

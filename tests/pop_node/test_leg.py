@@ -1,77 +1,14 @@
 """A leg tells the router one ending and lets go of engine and transfer once, whatever happens."""
 
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leg_world import EOS, REPORT, FakeText, World, make_leg, prepared, said
 
-from pop_node import leg as legs
 from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
-from wire.errors import PeerError, RequestError, TransferError
-from wire.messages import (
-    Accepted,
-    Failed,
-    Finished,
-    Refused,
-    Sampling,
-    Submit,
-    TextInput,
-    Transfer,
-    TransferReport,
-)
-
-REPORT = TransferReport(100, 100, 50, 1.0, 2.0, 1.0, 0.5)
-EOS = 2
-
-
-@dataclass
-class FakeText:
-    """A fake detokeniser: token n reads "<n>"; the text "<7>" is a stop string."""
-
-    seen: list[int] = field(default_factory=list)
-
-    def push(self, ids):
-        self.seen += ids
-        text = "".join(f"<{i}>" for i in ids if i != 7)
-        return FakeDelta(text, 7 in ids)
-
-    def flush(self):
-        return "!"
-
-
-@dataclass
-class FakeDelta:
-    text: str
-    stopped: bool
-
-
-def make_leg(kind="both", forced=()):
-    transfer = None if kind == "both" else Transfer(b"t" * 16, "peer", "127.0.0.1:1")
-    submit = Submit(
-        stream=5,
-        request_id="r",
-        attempt=1,
-        leg=kind,
-        model="m",
-        tenant="",
-        input=TextInput("hello"),
-        sampling=Sampling(8, 0.0, 1.0, 1, [], False),
-        forced_ids=list(forced),
-        transfer=transfer,
-        chain=[],
-        deadline_remaining_ms=1000,
-    )
-    return legs.Leg(1, submit, frozenset({EOS}), lambda text: text.encode())
-
-
-def said(effects):
-    return [e.message for e in effects if isinstance(e, ev.Say)]
-
-
-def prepared():
-    return ev.Prepared([10, 11, 12], 8, FakeText())
+from wire.errors import PeerError, RequestError
+from wire.messages import Accepted, Failed, Finished, Refused
 
 
 def test_both_runs_to_its_end():
@@ -194,87 +131,11 @@ def test_a_dead_engine_ends_the_leg_at_once():
     assert effects[-1] == ev.Over()
 
 
-class World:
-    """A fake engine and KV stream that answer a leg's effects when the test lets them."""
-
-    def __init__(self, kind: str) -> None:
-        self.leg = make_leg(kind)
-        self.kind = kind
-        self.in_engine = self.over = False
-        self.transfer = "none"
-        self.endings: list[object] = []
-        self.index = 0
-        self.tokenising = True
-        self.finished_by_engine = False
-
-    def feed(self, event) -> None:
-        for effect in self.leg.handle(event):
-            assert not self.over, "an effect after Over"
-            match effect:
-                case ev.ToEngine(engine.Add()):
-                    assert not self.in_engine
-                    self.in_engine = True
-                case ev.ToEngine(engine.Drop() | engine.Release()):
-                    assert self.in_engine
-                    self.finished_by_engine = True
-                case ev.OpenTransfer() | ev.ExpectTransfer():
-                    assert self.transfer == "none"
-                    self.transfer = "open"
-                case ev.CancelTransfer():
-                    assert self.transfer == "open"
-                    self.transfer = "closed"
-                case ev.Say(Refused() | Finished() | Failed() as message):
-                    self.endings.append(message)
-                case ev.Over():
-                    self.over = True
-
-    def choices(self):
-        out = []
-        if self.tokenising:
-            out += [prepared(), ev.PrepareFailed(RequestError("bad"))]
-        if self.in_engine:
-            out += [engine.Allocated(1, 0), engine.PrefillDone(1, 0.0, 1.0)]
-            if self.leg.state == "running" and self.index < 6:
-                can_hand_over = self.kind == "prefill" and self.transfer == "open"
-                finishes = ["handoff", "stop"] if can_hand_over else ["", "stop"]
-                if self.kind != "decode" or self.transfer == "closed":
-                    out += [engine.Token(1, self.index, 40 + self.index, f) for f in finishes]
-            if self.leg.state == "queued":
-                out.append(engine.Declined(1, "overloaded", "full"))
-            if self.finished_by_engine:
-                out.append(engine.Ended(1))
-        if self.transfer == "open":
-            out.append(ev.TransferFailed(TransferError("lost")))
-            if self.kind == "prefill" and self.leg.state == "handoff":
-                out.append(ev.TransferDone(REPORT))
-            if self.kind == "decode" and self.leg.state == "running":
-                out.append(ev.TransferCommitted([40]))
-        out.append(ev.Cancelled())
-        out.append(ev.Broken(PeerError("deadline"), engine_gone=False))
-        return out
-
-    def step(self, event) -> None:
-        match event:
-            case ev.Prepared() | ev.PrepareFailed():
-                self.tokenising = False
-            case engine.Token():
-                self.index += 1
-                self.finished_by_engine |= event.finish == "stop"
-            case engine.Declined() | engine.Ended():
-                self.in_engine = False
-            case ev.TransferFailed() | ev.TransferDone():
-                self.transfer = "closed"
-            case ev.TransferCommitted():
-                self.transfer = "closed"
-                self.index = 1
-        self.feed(event)
-
-
-@settings(max_examples=300)
-@given(st.sampled_from(["both", "prefill", "decode"]), st.data())
-def test_every_leg_ends_exactly_once(kind, data):
-    world = World(kind)
-    for _ in range(data.draw(st.integers(0, 12))):
+@settings(max_examples=400)
+@given(st.sampled_from(["both", "prefill", "decode"]), st.sampled_from([1, 2]), st.data())
+def test_every_leg_ends_exactly_once(kind, version, data):
+    world = World(kind, version)
+    for _ in range(data.draw(st.integers(0, 16))):
         if world.over:
             break
         choices = world.choices()
@@ -289,6 +150,8 @@ def test_every_leg_ends_exactly_once(kind, data):
     assert world.over
     assert len(world.endings) == 1
     assert world.transfer in ("none", "closed")
+    assert not world.waits
+    assert version == 2 or not world.detached
     assert world.leg.handle(ev.Cancelled()) == []
 
 

@@ -29,6 +29,15 @@ def test_longer_spans_stand_for_more_tokens():
     assert directory.take_delta() is None
 
 
+def test_of_a_part_only_the_spans_within_it_are_held():
+    directory = PrefixDirectory("m", 1000)
+    chain = chain_of(b"x" * (SPAN_BYTES * 4))
+    directory.record(chain, SPAN_BYTES * 4, 200, held_tokens=149)
+    assert [tokens for _, tokens in directory.take_delta().added] == [50, 100]
+    directory.record(chain, SPAN_BYTES * 4, 200, held_tokens=49)
+    assert directory.take_delta() is None
+
+
 def test_old_prefixes_leave_when_the_pool_is_full():
     directory = PrefixDirectory("m", 300)
     first, second = (chain_of(letter * SPAN_BYTES * 2) for letter in (b"a", b"b"))
