@@ -15,6 +15,7 @@ from router.completions import ModelApi, peer_of
 from router.costs import Work
 from router.dispatch import Dispatch
 from router.drill import start_drill
+from router.foresight import foresee
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
 from router.policy import MAX_ROUTES, Route, RouteRequest, choose
 from router.record import RequestRecord
@@ -86,7 +87,9 @@ class OperatorApi:
         self._operator(request)
         prepared = await self._models.prepare(request, "chat")
         plan = self._dispatch.choose(prepared.routing, fallbacks=MAX_ROUTES - 1)
-        work = prepared.routing.work
+        work, view = prepared.routing.work, self._dispatch.builder.snapshot()
+        now = asyncio.get_running_loop().time()
+        foreseen = foresee(prepared.routing, plan.route, view, now, self._dispatch.rng)
         return _json(
             {
                 "client": {
@@ -99,6 +102,7 @@ class OperatorApi:
                 "route": _route(plan.route),
                 "fallbacks": [_route(route) for route in plan.fallbacks],
                 "rejected": [{"node": name, "reason": why} for name, why in plan.rejected],
+                "if_lost": [asdict(accident) for accident in foreseen],
             }
         )
 
