@@ -120,8 +120,8 @@ async def test_a_wall_clock_that_steps_is_not_noticed(here):
 
 
 async def test_more_streams_than_blocks_wait_or_are_told_so(here):
-    """24 answers of which a few fit at once: each is whole or refused with a code; none hangs."""
-    prompts = [words(210 + n, 200) for n in range(24)]
+    """16 answers of which a few fit at once: each is whole or refused with a code; none hangs."""
+    prompts = [words(210 + n, 200) for n in range(16)]
 
     async def one(prompt: str) -> Answer | openai.APIStatusError:
         try:
