@@ -40,8 +40,10 @@ class Answer:
         ready = self.relay.add(node, entry, may_wait=attempt.prefill_open())
         if not ready:
             return []
-        texts = (EmitText(item.text, item.index + len(item.ids)) for item in ready if item.text)
-        return [*self._headers(attempt, now), *texts]
+        effects: list[Effect] = [
+            EmitText(item.text, item.index + len(item.ids)) for item in ready if item.text
+        ]
+        return effects if self._headers_sent else self._headers(attempt, now) + effects
 
     def finish(self, attempt: Attempt, reason: ClientFinish, now: float) -> list[Effect]:
         """The answer is complete."""
@@ -51,8 +53,8 @@ class Answer:
             usage = Usage(prompt.prompt_tokens, prompt.cached_tokens, len(self))
         self._record.usage = usage
         self.ended(reason, now)
-        headers = [] if self._headers_sent else self._headers(attempt, None)
-        return [*headers, EmitFinish(reason, usage)]
+        finish = EmitFinish(reason, usage)
+        return [finish] if self._headers_sent else [*self._headers(attempt, None), finish]
 
     def fail(self, error: MeshError, now: float) -> Effect:
         """The answer ends here for this reason."""
@@ -66,8 +68,6 @@ class Answer:
 
     def _headers(self, attempt: Attempt, now: float | None) -> list[Effect]:
         """Headers go out with the first token, whose time is taken, or with a finish without."""
-        if self._headers_sent:
-            return []
         self._headers_sent = True
         if now is not None:
             self._record.ttft_ms = (now - self._started_at) * 1e3

@@ -25,6 +25,9 @@ from router.token_relay import TokenRelay
 from wire.errors import PeerError
 from wire.messages import Finished, Leg, Retarget, Submit, Transfer
 
+ANSWER_COMPLETE = "answer_complete"
+"""Code with which a prefill node cancels a transfer because its token was the last one."""
+
 
 @dataclass(slots=True)
 class Attempt:

@@ -18,9 +18,8 @@ Output indices are relayed in order, each exactly once (``router.answer``). A ne
 first token submits the relayed ids as ``forced_ids``, and nodes answer with higher indices only: a
 failover in mid-stream needs no second mechanism.
 
-Invariants: indices contiguous; ``EmitFinish`` or ``EmitError`` at most once and never both; nothing
-but ``Done`` and what lets go of legs after it; every submitted leg has ended, or was
-cancelled, by ``Done``.
+Invariants: indices contiguous; ``EmitFinish`` or ``EmitError`` once at most, never both; after it
+nothing but ``Done`` and what lets go of legs; by ``Done`` every leg has ended or was told to stop.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import Literal, assert_never
 
 from router.answer import Answer
 from router.api.render import ClientFinish
-from router.attempt import Attempt, begin, hand_on
+from router.attempt import ANSWER_COMPLETE, Attempt, begin, hand_on
 from router.record import RequestRecord
 from router.request_events import (
     ClientGone,
@@ -55,9 +54,6 @@ from wire.messages import Accepted, Detached, Failed, Finished, Refused, StepEnt
 
 SETTLE_S = 5.0
 """How long a complete answer waits for the prefill leg's transfer report before cancelling it."""
-
-ANSWER_COMPLETE = "answer_complete"
-"""Code with which a prefill node cancels a transfer because its token was the last one."""
 
 Phase = Literal["routing", "running", "salvaging", "waiting", "settling", "done"]
 
@@ -145,6 +141,11 @@ class RequestMachine:
         pause = self._setbacks.no_route(len(self._answer), now)
         if pause is None:
             return self._end_in_error(self._setbacks.last_error or error, now)
+        return self._wait_or_look(pause, now)
+
+    def _wait_or_look(self, pause: float, now: float) -> list[Effect]:
+        if pause <= 0.0:
+            return [self._replan(now)]
         self.phase, self._wake_at = "waiting", now + pause
         return []
 
@@ -170,13 +171,14 @@ class RequestMachine:
         if node not in attempt.open_legs or self.phase not in ("running", "routing", "waiting"):
             self.record.stale_messages += 1  # said after its end, or while stopping
             return []
-        relayed = len(self._answer)
+        ids = self._answer.relay.ids
+        relayed = len(ids)
         try:
             effects = self._answer.add(attempt, node, entry, now)
         except PeerError as error:
             return self._fail(node, error, now)
         attempt.spoke(node)
-        if len(self._answer) > relayed:
+        if self._setbacks.last_error is not None and len(ids) > relayed:
             self._setbacks.progress()
         if attempt.finish is not None:
             effects += self._finish_if_complete(attempt, now)
@@ -350,10 +352,7 @@ class RequestMachine:
             return effects + attempt.stop(decode)
         else:
             effects += self._drop_attempt()
-        if pause <= 0.0:
-            return [*effects, self._replan(now)]
-        self.phase, self._wake_at = "waiting", now + pause
-        return effects
+        return effects + self._wait_or_look(pause, now)
 
     # ---- ends ---------------------------------------------------------------------------------
 
@@ -385,10 +384,8 @@ class RequestMachine:
         return self._end_in_error(error, now)
 
     def _close(self) -> list[Effect]:
-        effects = self._drop_attempt()
         self.phase = "done"
-        effects.append(Done())
-        return effects
+        return [*self._drop_attempt(), Done()]
 
     def _drop_attempt(self) -> list[Effect]:
         """Cancel what still runs of the attempt and forget its stream."""
