@@ -63,8 +63,8 @@ class Outgoing:
     """State of one transfer.
 
     ``sent_bytes`` and ``acked_bytes`` count from the last ``Grant``; ``sure_bytes`` is what was
-    there before it. ``waiting_since`` is the beginning of the wait for a link, ``incarnation`` the
-    decode node's that was told of the transfer.
+    there before it. ``waiting_since`` is the beginning of the wait for a link, ``moved_at`` the
+    last step towards the end, ``incarnation`` the decode node's that was told of the transfer.
     """
 
     opened: Opened
@@ -83,6 +83,7 @@ class Outgoing:
     sent_bytes: int = 0
     acked_bytes: int = 0
     unacked_since: float = 0.0
+    moved_at: float = 0.0
     meter: TransferMeter = field(default_factory=TransferMeter)
 
     def __post_init__(self) -> None:
@@ -174,6 +175,10 @@ class Outgoing:
         if self.acked_bytes < self.sent_bytes:
             # Pieces of other transfers share the link: their acknowledgements are progress too.
             return min(self.opened.deadline, max(self.unacked_since, link.last_ack) + limit_s)
+        if self.ids is not None and self.state != "committing":
+            # Computed, so only its blocks are kept from others here: perhaps from the very legs
+            # that hold what the decode node waits for. A lease ends such circles.
+            return min(self.opened.deadline, self.moved_at + limit_s)
         return self.opened.deadline
 
 

@@ -10,9 +10,10 @@ dials again, says ``Open`` again, and the ``Grant`` says from where on the engin
 decode node that was restarted, or does not know the transfer, ends it at once.
 
 Who waits for what: the machine itself bounds the wait for a link and for acknowledgements of bytes
-that were sent. A decode node that allocates or imports is waited for as long as its
-connection answers pings (the shell reports ``LinkDown`` when it does not), and never past the
-request's deadline.
+that were sent, and, once a prompt is computed, for room at the decode node: the blocks that the
+transfer keeps here may be what the decode node's own waits depend on. While it is computed, a
+decode node is waited for as long as its connection answers pings (the shell reports ``LinkDown``
+when it does not), and never past the request's deadline.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Sender:
                 if not 1 <= len(ids) <= MAX_COMMIT_IDS:
                     error = TransferError(f"a Commit of {len(ids)} ids", retryable=False)
                     return self._fail(transfer, error)
-                transfer.ids = ids
+                transfer.ids, transfer.moved_at = ids, now
                 return self._push(transfer, now)
             case ComputeStarted():
                 transfer.meter.compute_started(now)
@@ -156,7 +157,7 @@ class Sender:
         link = self._link(event.address)
         effects: list[SenderEffect] = [self._dial(event.address, event.peer)]
         if link.slot_bytes:
-            effects.append(self._say_open(transfer))
+            effects.append(self._say_open(transfer, now))
         return effects
 
     def _dial(self, address: str, peer: str) -> Connect:
@@ -176,7 +177,7 @@ class Sender:
                 error = TransferError(f"{transfer.opened.peer} was restarted")
                 effects += self._fail(transfer, error)
                 continue
-            effects.append(self._say_open(transfer))
+            effects.append(self._say_open(transfer, now))
         return effects
 
     def _link_down(self, address: str, error: MeshError, now: float) -> list[SenderEffect]:
@@ -211,8 +212,8 @@ class Sender:
     def _on(self, address: str) -> list[Outgoing]:
         return [t for t in self._transfers.values() if t.opened.address == address]
 
-    def _say_open(self, transfer: Outgoing) -> Tell:
-        transfer.state = "opening"
+    def _say_open(self, transfer: Outgoing, now: float) -> Tell:
+        transfer.state, transfer.moved_at = "opening", now
         transfer.incarnation = self._link(transfer.opened.address).incarnation
         return Tell(transfer.opened.address, transfer.open_frame())
 
@@ -245,7 +246,7 @@ class Sender:
     def _granted(self, transfer: Outgoing, grant: Grant, now: float) -> list[SenderEffect]:
         if transfer.state != "opening":
             return self._fail(transfer, violation("a Grant that nobody waits for"))
-        was_granted = transfer.was_granted
+        was_granted, transfer.moved_at = transfer.was_granted, now
         wrong = transfer.take_grant(grant)
         if wrong is not None:
             return self._fail(transfer, violation(wrong))
@@ -269,6 +270,7 @@ class Sender:
             received = transfer.sure_bytes + ack.received_bytes
             transfer.meter.acked(received, link.rtt_s, now)
         transfer.credit_bytes += ack.credit_bytes_returned
+        transfer.moved_at = now
         return self._push(transfer, now)
 
     def _done(self, transfer: Outgoing, now: float) -> list[SenderEffect]:
@@ -343,8 +345,10 @@ class Sender:
         if now >= transfer.opened.deadline:
             return self._fail(transfer, expired())
         if now >= self._deadline(transfer):
-            what = "no link" if transfer.state == "connecting" else "no acknowledgement"
-            return self._fail(transfer, timed_out(f"{what} to {transfer.opened.peer} in time"))
+            what = {"connecting": "no link", "opening": "no grant"}.get(transfer.state, "no room")
+            if transfer.acked_bytes < transfer.sent_bytes:
+                what = "no acknowledgement"
+            return self._fail(transfer, timed_out(f"{what} of {transfer.opened.peer} in time"))
         return []
 
     def _fail(
