@@ -182,6 +182,8 @@ class Agent:
             match effect:
                 case lifecycle.StartEngine(model):
                     self._tasks.create_task(self._start_engine(model))
+                case lifecycle.EndEngine(model):
+                    self._hosts[model].end_engine()
                 case lifecycle.OpenDoors():
                     self._tasks.create_task(self._open_doors())
                 case lifecycle.AnnounceDrain():

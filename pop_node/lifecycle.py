@@ -7,8 +7,9 @@ of a monotonic clock.
         \\--drain------------------------------------------------------------------------/
 
 An engine that exits is started again after a delay that doubles from 0.25 s to 30 s and falls back
-once the engine has stayed up for a minute. A node that drains takes no new work, so its engines
-are not started again.
+once the engine has stayed up for a minute. One that does not become ready in time is ended, and
+started again like any other. A node that drains takes no new work, so its engines are not started
+again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ RESTART_FIRST_S = 0.25
 RESTART_MAX_S = 30.0
 STABLE_AFTER_S = 60.0
 """Guesses: a crash on one request costs a quarter second, a crash loop costs no CPU."""
+
+READY_WITHIN_S = 600.0
+"""Longest start of an engine. Guess: hundreds of gigabytes from a slow disk, kernels compiled; only
+one that hangs takes longer."""
 
 State = Literal["starting", "serving", "draining", "stopped"]
 
@@ -65,6 +70,13 @@ class StartEngine:
 
 
 @dataclass(frozen=True, slots=True)
+class EndEngine:
+    """It did not become ready in time; ``EngineExited`` follows."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class OpenDoors:
     """Listen and register: every engine has produced a token."""
 
@@ -79,7 +91,7 @@ class Shutdown:
     """Deregister, close the doors, stop the engines."""
 
 
-Effect = StartEngine | OpenDoors | AnnounceDrain | Shutdown
+Effect = StartEngine | EndEngine | OpenDoors | AnnounceDrain | Shutdown
 
 
 @dataclass(slots=True)
@@ -88,6 +100,7 @@ class _Engine:
     ready_since: float = 0.0
     failures: int = 0
     restart_at: float | None = None
+    ready_by: float | None = None
 
 
 @dataclass(slots=True)
@@ -108,7 +121,8 @@ class NodeLifecycle:
 
     def next_deadline(self) -> float | None:
         """When the shell must send ``Tick``."""
-        times = [e.restart_at for e in self._engines.values() if e.restart_at is not None]
+        engines = self._engines.values()
+        times = [at for e in engines for at in (e.restart_at, e.ready_by) if at is not None]
         if self._drain_until is not None:
             times.append(self._drain_until)
         return min(times, default=None)
@@ -119,7 +133,7 @@ class NodeLifecycle:
             return []
         match event:
             case Started():
-                return [StartEngine(model) for model in self.models]
+                return [self._start(model, now) for model in self.models]
             case EngineReady(model):
                 return self._engine_ready(self._engines[model], now)
             case EngineExited(model):
@@ -134,8 +148,12 @@ class NodeLifecycle:
             case _:
                 assert_never(event)
 
+    def _start(self, model: str, now: float) -> StartEngine:
+        self._engines[model].ready_by = now + READY_WITHIN_S
+        return StartEngine(model)
+
     def _engine_ready(self, engine: _Engine, now: float) -> list[Effect]:
-        engine.ready, engine.ready_since = True, now
+        engine.ready, engine.ready_since, engine.ready_by = True, now, None
         if self.state == "starting" and all(e.ready for e in self._engines.values()):
             self.state = "serving"
             return [OpenDoors()]
@@ -144,7 +162,7 @@ class NodeLifecycle:
     def _engine_exited(self, engine: _Engine, now: float) -> None:
         if engine.ready and now - engine.ready_since >= STABLE_AFTER_S:
             engine.failures = 0
-        engine.ready = False
+        engine.ready, engine.ready_by = False, None
         delay_s = min(RESTART_FIRST_S * 2**engine.failures, RESTART_MAX_S)
         engine.failures = min(engine.failures + 1, 16)
         if self.state != "draining":
@@ -165,8 +183,9 @@ class NodeLifecycle:
         return [Shutdown()]
 
     def _forget_restarts(self) -> None:
+        """No engine is started or ended any more but by ``Shutdown``."""
         for engine in self._engines.values():
-            engine.restart_at = None
+            engine.restart_at = engine.ready_by = None
 
     def _tick(self, now: float) -> list[Effect]:
         if self._drain_until is not None and now >= self._drain_until:
@@ -175,5 +194,8 @@ class NodeLifecycle:
         for model, engine in self._engines.items():
             if engine.restart_at is not None and now >= engine.restart_at:
                 engine.restart_at = None
-                effects.append(StartEngine(model))
+                effects.append(self._start(model, now))
+            elif engine.ready_by is not None and now >= engine.ready_by:
+                engine.ready_by = None
+                effects.append(EndEngine(model))
         return effects

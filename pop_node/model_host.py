@@ -124,6 +124,12 @@ class ModelHost:
                 await generation.client.stop(timeout_s=STOP_S)
                 await generation.close()
 
+    def end_engine(self) -> None:
+        """The engine took too long to be ready: end it; ``on_exited`` follows."""
+        if self._generation is not None:
+            log.error("engine of %s does not become ready and is ended", self.settings.model)
+            self._generation.client.kill()
+
     @property
     def ready(self) -> bool:
         """Has the current engine produced a token?"""
@@ -259,6 +265,8 @@ class ModelHost:
                 generation.endpoint.imported(transfer, slot)
             case engine.Ready():
                 self._tasks.create_task(self._engine_ready(generation, message))
+            case engine.Alive():
+                generation.alive()
             case engine.Crashed(text):
                 log.error("engine of %s crashed: %s", self.settings.model, text)
             case _:

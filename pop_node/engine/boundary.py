@@ -42,6 +42,7 @@ _TAGS: dict[int, type[Any]] = {
     7: messages.Commit,
     8: messages.Stop,
     9: messages.Retarget,
+    10: messages.Probe,
     32: messages.Ready,
     33: messages.Allocated,
     34: messages.Declined,
@@ -51,6 +52,7 @@ _TAGS: dict[int, type[Any]] = {
     39: messages.Imported,
     40: messages.Ended,
     41: messages.Crashed,
+    42: messages.Alive,
 }
 
 Check = Callable[[Any], bool]

@@ -11,12 +11,14 @@ from typing import assert_never
 
 from pop_node.engine.messages import (
     Add,
+    Alive,
     Allocated,
     Commit,
     Declined,
     Drop,
     Ended,
     PrefillDone,
+    Probe,
     Release,
     Retarget,
     StageFrom,
@@ -108,6 +110,8 @@ class EngineLoop:
             case StageFrom():
                 if self._stager.grant(command):
                     self._port.wake()
+            case Probe():
+                self._port.send(Alive())
             case Stop():
                 raise AssertionError("the caller ends the loop")
             case _:

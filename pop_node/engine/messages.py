@@ -123,6 +123,11 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Does the main loop still turn? Answered by ``Alive`` between two steps."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the process cleanly."""
 
@@ -245,13 +250,29 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """Answer to a ``Probe``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Crashed:
     """Last words of an engine that cannot go on; the process exits afterwards."""
 
     message: str
 
 
-AgentMessage = Add | Drop | Retarget | StageFrom | SlotFree | Release | Import | Commit | Stop
+AgentMessage = (
+    Add | Drop | Retarget | StageFrom | SlotFree | Release | Import | Commit | Probe | Stop
+)
 EngineMessage = (
-    Ready | Allocated | Declined | StepDone | PrefillDone | Staged | Imported | Ended | Crashed
+    Ready
+    | Allocated
+    | Declined
+    | StepDone
+    | PrefillDone
+    | Staged
+    | Imported
+    | Ended
+    | Alive
+    | Crashed
 )

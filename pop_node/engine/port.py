@@ -25,6 +25,7 @@ from pop_node.engine.messages import (
     EngineMessage,
     Import,
     Imported,
+    Probe,
     Release,
     Retarget,
     SlotFree,
@@ -42,7 +43,7 @@ EXIT_STOPPED = 0
 EXIT_PARENT_GONE = 0
 EXIT_CRASHED = 1
 
-Inbox = Add | Drop | Retarget | StageFrom | Release | Commit | Stop
+Inbox = Add | Drop | Retarget | StageFrom | Release | Commit | Probe | Stop
 
 
 class Port:
@@ -131,7 +132,7 @@ class Port:
                 # Unknown: its Add or Retarget may still be in the inbox, so let it queue behind.
                 if not stager.grant(message):
                     self.inbox.put(message)
-            case Add() | Drop() | Retarget() | Release() | Commit() | Stop():
+            case Add() | Drop() | Retarget() | Release() | Commit() | Probe() | Stop():
                 self.inbox.put(message)
             case _:
                 raise ValueError(f"{type(message).__name__} is not for an engine")

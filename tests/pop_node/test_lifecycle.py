@@ -5,11 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pop_node.lifecycle import (
+    READY_WITHIN_S,
     RESTART_FIRST_S,
     RESTART_MAX_S,
     STABLE_AFTER_S,
     AnnounceDrain,
     DrainRequested,
+    EndEngine,
     EngineExited,
     EngineReady,
     NodeLifecycle,
@@ -87,6 +89,36 @@ def test_drain_ends_at_its_timeout():
     node.handle(DrainRequested(30.0), 5.0)
     assert node.next_deadline() == 35.0
     assert node.handle(Tick(), 35.0) == [Shutdown()]
+
+
+def test_an_engine_that_does_not_become_ready_is_ended_and_started_again():
+    node = NodeLifecycle(("a", "b"))
+    node.handle(Started(), 0.0)
+    node.handle(EngineReady("b"), 1.0)
+    assert node.next_deadline() == READY_WITHIN_S
+    assert node.handle(Tick(), READY_WITHIN_S - 1e-6) == []
+    assert node.handle(Tick(), READY_WITHIN_S) == [EndEngine("a")]
+    assert node.handle(Tick(), READY_WITHIN_S + 1) == []  # it is told once
+    node.handle(EngineExited("a"), READY_WITHIN_S + 2)
+    again = READY_WITHIN_S + 2 + RESTART_FIRST_S
+    assert node.handle(Tick(), again) == [StartEngine("a")]
+    assert node.next_deadline() == again + READY_WITHIN_S
+    assert node.handle(EngineReady("a"), again + 5) == [OpenDoors()]
+    assert node.next_deadline() is None
+
+
+def test_a_start_that_fails_again_and_again_backs_off():
+    node = NodeLifecycle(("a",))
+    node.handle(Started(), 0.0)
+    now, waits = 0.0, []
+    for _ in range(4):
+        now = node.next_deadline()
+        assert node.handle(Tick(), now) == [EndEngine("a")]
+        node.handle(EngineExited("a"), now)
+        waits.append(node.next_deadline() - now)
+        now = node.next_deadline()
+        node.handle(Tick(), now)
+    assert waits == [RESTART_FIRST_S * 2**n for n in range(4)]
 
 
 def test_drain_while_starting_stops_at_once():

@@ -39,6 +39,8 @@ EVERY_MESSAGE = [
     m.Import(T, 70, 0, 1, 2, 3, 4, 5),
     m.Commit(T, [1, 2]),
     m.Stop(),
+    m.Probe(),
+    m.Alive(),
     m.Ready(42, 16, 100, 2048, "reference", {"groups": [{"window": None}]}, {"load": 1.5}),
     m.Allocated(1, 16),
     m.Declined(1, "out_of_blocks", "no"),
