@@ -23,6 +23,7 @@ from pop_node.drills import Drills
 from pop_node.engine.config import EngineConfig
 from pop_node.generation import HostSettings
 from pop_node.leg import refusal
+from pop_node.load_push import LoadPush
 from pop_node.model_host import ModelHost
 from pop_node.router_link import RouterLink, link_factory
 from pop_node.status_file import write_status
@@ -40,8 +41,6 @@ from wire.messages import (
     Draining,
     Drill,
     Hello,
-    Load,
-    NodeMessage,
     Retarget,
     Submit,
 )
@@ -53,10 +52,6 @@ log = logging.getLogger(__name__)
 SERVICE = "popmesh-node"
 REGISTRY_TTL_S = 10.0
 DEREGISTER_AFTER_S = 600.0
-LOAD_PERIOD_S = 1.0
-LOAD_MIN_GAP_S = 0.05
-"""At most 20 pushes a second per router, however fast the load changes."""
-
 DRAIN_TIMEOUT_S = 30.0
 TEXT_THREADS = 2
 
@@ -87,16 +82,16 @@ class Agent:
         self._executor = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._links: set[RouterLink] = set()
         self._stopped = asyncio.Event()
-        self._load_wanted = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
         self._mesh_address = ""
         self._registry = registry
         self._keeper: Keeper | None = None
         self._lifecycle = lifecycle.NodeLifecycle(self._node.models)
-        self._hosts = {
-            name: self._make_host(position, name) for position, name in enumerate(self._node.models)
-        }
+        self._hosts: dict[str, ModelHost] = {}
+        self._push = LoadPush(self._hosts, self._links, lambda: self._lifecycle.state == "draining")
+        for position, name in enumerate(self._node.models):
+            self._hosts[name] = self._make_host(position, name)
         self._drills = Drills(config.drills, self._engine_pids, tasks)
         self.on_doors_open: Callable[[str], None] | None = None
 
@@ -136,7 +131,7 @@ class Agent:
             self._executor,
             on_ready=lambda model: self._apply(lifecycle.EngineReady(model)),
             on_exited=lambda model: self._apply(lifecycle.EngineExited(model)),
-            on_load_changed=self._load_wanted.set,
+            on_load_changed=self._push.soon,
             on_legs=self._legs_changed,
         )
 
@@ -144,7 +139,7 @@ class Agent:
 
     async def run(self) -> None:
         """Serve until drained; must run inside the task group it was given."""
-        push = self._tasks.create_task(self._push_loads())
+        push = self._tasks.create_task(self._push.run())
         try:
             self._apply(lifecycle.Started())
             await self._stopped.wait()
@@ -195,7 +190,7 @@ class Agent:
         self._arm_timer(loop)
         self._write_status()
         if isinstance(event, lifecycle.EngineReady):
-            self._load_wanted.set()
+            self._push.soon()
 
     async def _start_engine(self, model: str) -> None:
         await self._hosts[model].start(self._tasks)
@@ -264,39 +259,6 @@ class Agent:
             "drain": "0" if self._lifecycle.state == "serving" else "1",
         }
 
-    # ---- load ----------------------------------------------------------------------------------
-
-    async def _push_loads(self) -> None:
-        """Once a second, and sooner when a host says that its load changed."""
-        loop = asyncio.get_running_loop()
-        while True:
-            next_push = loop.time() + LOAD_PERIOD_S
-            await asyncio.sleep(LOAD_MIN_GAP_S)
-            try:
-                async with asyncio.timeout_at(next_push):
-                    await self._load_wanted.wait()
-            except TimeoutError:
-                pass
-            self._load_wanted.clear()
-            if not self._links:
-                continue
-            self._tell_all(self._load())
-            for host in self._hosts.values():
-                delta = host.facts.directory.take_delta()
-                if delta is not None:
-                    self._tell_all(delta)
-
-    def _load(self) -> Load:
-        return Load(
-            engines=[host.load() for host in self._hosts.values()],
-            links=[rate for host in self._hosts.values() for rate in host.link_rates()],
-            draining=self._lifecycle.state == "draining",
-        )
-
-    def _tell_all(self, message: NodeMessage) -> None:
-        for link in self._links:
-            link.say(message)
-
     def _num_legs(self) -> int:
         return sum(host.num_legs for host in self._hosts.values())
 
@@ -329,7 +291,7 @@ class Agent:
     def router_joined(self, link: RouterLink) -> None:
         """A router is connected: tell it how things stand."""
         self._links.add(link)
-        link.say(self._load())
+        link.say(self._push.load())
         for host in self._hosts.values():
             link.say(host.facts.directory.whole())
         if self._lifecycle.state == "draining":

@@ -12,6 +12,10 @@ from pop_node.kv_stream.liveness import wait_limit_s
 from pop_node.kv_stream.spec import Piece
 from wire.errors import MeshError, PeerError, TransferError
 
+RESUMABLE = frozenset({"link_lost"})
+"""Codes of a connection's end after which its transfers may go on over another one. A peer that
+broke the protocol does not get that chance."""
+
 IMPORT_WAIT_S = 30.0
 """Longest import of a piece. Guess: several of the longest engine steps of a slow CPU."""
 
@@ -67,6 +71,10 @@ class Incoming:
     def detach(self, now: float) -> None:
         """The connection broke; what is verified stays."""
         self.conn, self.granted, self.last_progress = None, False, now
+
+    def may_resume(self, error: MeshError) -> bool:
+        """Can the transfer go on over another link after this end of its connection?"""
+        return self.link > 0 and error.code in RESUMABLE
 
     def arrived(self) -> list[int]:
         """Per place, the tokens at the beginning that are here: what a repeated ``Grant`` says."""

@@ -37,10 +37,6 @@ from pop_node.kv_stream.landing import Importing, Landing, Receiving
 from pop_node.kv_stream.parking import PARK_S, Parked, Parking
 from wire.errors import MeshError, PeerError, TransferError, error_from_code
 
-RESUMABLE = frozenset({"link_lost"})
-"""Codes of a connection's end after which its transfers may go on over another one. A peer that
-broke the protocol does not get that chance."""
-
 
 class Receiver:
     """All incoming transfers of one node, and the import slots ``[first, first + count)``."""
@@ -187,8 +183,7 @@ class Receiver:
         incoming = self._incoming.get(transfer)
         if incoming is None or incoming.have_tokens is not None:
             return []
-        incoming.have_tokens = have_tokens
-        incoming.last_progress = now
+        incoming.have_tokens, incoming.last_progress = have_tokens, now
         return self._ready(incoming, now)
 
     def _ready(self, incoming: Incoming, now: float) -> list[ev.ReceiverEffect]:
@@ -314,7 +309,7 @@ class Receiver:
         ends: list[tuple[Incoming, MeshError]] = []
         for transfer in sorted(hit):
             incoming = self._incoming[transfer]
-            if error.code not in RESUMABLE or not incoming.link:
+            if not incoming.may_resume(error):
                 ends.append((incoming, error))
             elif incoming.conn is not None:
                 incoming.rtt_s = rtt_s
