@@ -169,7 +169,8 @@ class OperatorApi:
 
         def rtts() -> dict[Labels, float]:
             links = dispatch.pool.all()
-            return {(link.node.name,): link.rtt_ms / 1e3 for link in links if link.rtt_ms}
+            measured = [(link.node.name, link.rtt_ms) for link in links]
+            return {(name,): rtt / 1e3 for name, rtt in measured if rtt is not None}
 
         return [
             Gauge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 from pathlib import Path
@@ -16,7 +17,8 @@ import popmesh.signals
 import router.main
 from pop_node import agent
 from popmesh.cli import main
-from tests.router.router_mesh import RouterMesh
+from router.node_connection import NodeConnection
+from tests.router.router_mesh import RouterMesh, running_mesh
 from tests.topology.topology_text import LINES, VALID
 from topology.load import dump_topology, parse_topology
 from wire.errors import ConfigError
@@ -185,3 +187,24 @@ async def test_aibrix_2746_zero_is_a_value_in_requests_too(mesh: RouterMesh) -> 
         refused = await mesh.chat(**nonsense)
         assert refused.status == 400
         assert (await refused.json())["error"]["param"] in nonsense
+
+
+async def test_aibrix_2746_zero_is_a_measurement_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vllm-project/aibrix 2746, in what operators read: a round trip that the clock shows as zero
+    is a measured one, and its series does not come and go."""
+
+    def measure(connection: NodeConnection, rtt_ms: float) -> None:
+        connection.rtt_ms = 0.0
+        connection._on_rtt(0.0)
+
+    monkeypatch.setattr(NodeConnection, "_measure", measure)
+    async with running_mesh(monkeypatch) as mesh, asyncio.timeout(20):
+        nodes = (await mesh.get_json("/popmesh/status"))["nodes"]
+        while not all(node["rtt_measured"] for node in nodes):
+            await asyncio.sleep(0.01)
+            nodes = (await mesh.get_json("/popmesh/status"))["nodes"]
+        text = await (await mesh.http.get("/metrics")).text()
+        for name in mesh.nodes:
+            assert f'popmesh_link_rtt_seconds{{node="{name}"}} 0' in text

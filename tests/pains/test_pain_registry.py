@@ -124,11 +124,14 @@ async def test_dynamo_1424_a_node_that_died_but_stands_in_the_directory_fails_no
     its lease ran out, the router sent it every second one, and 32 of 100 failed."""
     topology = make_topology({"fra-1": BOTH, "fra-2": BOTH})
     async with running_mesh(monkeypatch, topology) as mesh:
-        answers = []
+        answers, dies = [], mesh.nodes["fra-2"]
         for number in range(20):
+            asking = [asyncio.ensure_future(mesh.chat()) for _ in range(5)]
             if number == 6:
-                await mesh.nodes["fra-2"].stop()  # the directory keeps naming it
-            answers += await asyncio.gather(*(mesh.chat() for _ in range(5)))
+                dies.go.clear()
+                await dies.wait_until(lambda: dies.active > 0)
+                await dies.stop()  # with requests on it, and the directory keeps naming it
+            answers += await asyncio.gather(*asking)
         served = {answer.headers["x-popmesh-decode"] for answer in answers}
         assert served == {"fra-1", "fra-2"}
         for answer in answers:
