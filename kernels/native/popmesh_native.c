@@ -24,11 +24,12 @@ enum {
     PM_LINEAR_UNIT = 32768,
     /* Beyond one tile of rows: columns per item at least, so that a block of x is loaded into the
      * first cache for many of them; rows per item, elements of K per block, and bytes of a block of
-     * x, to fit a first cache of 32 KiB. Measured on Zen 5: 400 or 1000 elements are slower. */
-    PM_LINEAR_COLUMNS = 64,
+     * x, to leave room in a first cache of 32 KiB. Measured on Zen 5: 64 and 192 columns, 400 and
+     * 1000 elements, 14 and 28 KiB are slower. */
+    PM_LINEAR_COLUMNS = 96,
     PM_LINEAR_ROWS = 192,
     PM_LINEAR_DEPTH = 768,
-    PM_LINEAR_X_BYTES = 28 * 1024,
+    PM_LINEAR_X_BYTES = 20 * 1024,
     /* Rows (queries x heads of a group) of one attention item. */
     PM_CHUNK_ROWS = 96,
 };
