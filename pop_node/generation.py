@@ -19,7 +19,6 @@ from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
 from pop_node.engine.client import EngineClient
 from pop_node.engine.config import EngineConfig
-from pop_node.engine_watch import PROBE_PERIOD_S, EngineWatch
 from pop_node.kv_stream.endpoint import KvEndpoint
 from pop_node.kv_stream.prompt import prompt_digest
 from pop_node.kv_stream.spec import KvSpec, Piece
@@ -78,8 +77,6 @@ class Generation:
             authorize=settings.authorize_peer,
             events=self,
         )
-        self._watch = EngineWatch()
-        self._watch_timer: asyncio.TimerHandle | None = None
         self.ready: engine.Ready | None = None
         self.spec: KvSpec | None = None
         self.kv_address = ""
@@ -98,28 +95,10 @@ class Generation:
             self.spec = KvSpec.from_dict(ready.kv_spec)
             self.kv_address = format_address(host, port)
             self.ready = ready
-            self._look_after()
             return port
-
-    def alive(self) -> None:
-        """The engine answered."""
-        self._watch.heard()
-
-    def _look_after(self) -> None:
-        if self._watch.tick() == "hung":
-            self.hung()
-            return
-        self.client.send(engine.Probe())
-        loop = asyncio.get_running_loop()
-        self._watch_timer = loop.call_later(PROBE_PERIOD_S, self._look_after)
-
-    def _look_away(self) -> None:
-        if self._watch_timer is not None:
-            self._watch_timer.cancel()
 
     def engine_died(self) -> None:
         """Tell the peers of all transfers at once; ``close`` follows."""
-        self._look_away()
         if self.ready is not None:
             self.endpoint.engine_lost(self.settings.model)
 
@@ -145,7 +124,6 @@ class Generation:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._look_away()
             await self.endpoint.close()
             self.staging.close()
 

@@ -18,6 +18,7 @@ from pop_node import leg_events as ev
 from pop_node.admission import problem_with
 from pop_node.answer_desk import AnswerDesk
 from pop_node.engine import messages as engine
+from pop_node.engine_watch import PROBE_PERIOD_S, EngineWatch
 from pop_node.generation import Generation, HostSettings
 from pop_node.kv_stream.spec import Piece
 from pop_node.live_legs import Live, LiveLegs
@@ -74,6 +75,8 @@ class ModelHost:
         self._on_legs = on_legs
         self._legs = LiveLegs(self.facts.directory, self._leg_over)
         self._generation: Generation | None = None
+        self._watch = EngineWatch()
+        self._watch_timer: asyncio.TimerHandle | None = None
         self._tasks = asyncio.TaskGroup()
         self._next_seq = 1
         self._answers = AnswerDesk(codec, executor)
@@ -117,6 +120,8 @@ class ModelHost:
         self._is_stopping = True
         self._legs.break_all(PeerError("the node is shutting down", code="draining"))
         self._answers.close()
+        if self._watch_timer is not None:
+            self._watch_timer.cancel()
         async with self._starting:
             generation = self._generation
             self._generation = self._legs.generation = None
@@ -266,7 +271,7 @@ class ModelHost:
             case engine.Ready():
                 self._tasks.create_task(self._engine_ready(generation, message))
             case engine.Alive():
-                generation.alive()
+                self._watch.heard()
             case engine.Crashed(text):
                 log.error("engine of %s crashed: %s", self.settings.model, text)
             case _:
@@ -296,7 +301,20 @@ class ModelHost:
         )
         phases = ", ".join(f"{name} {ms:.0f} ms" for name, ms in ready.phases_ms.items())
         log.info("engine of %s ready: %s backend, %s", self.settings.model, ready.backend, phases)
+        self._watch = EngineWatch()
+        self._look_after(generation)
         self._on_ready(self.settings.model)
+
+    def _look_after(self, generation: Generation) -> None:
+        """Ask the engine from time to time whether it still turns."""
+        if generation is not self._generation:
+            return
+        if self._watch.tick() == "hung":
+            generation.hung()
+            return
+        generation.client.send(engine.Probe())
+        loop = asyncio.get_running_loop()
+        self._watch_timer = loop.call_later(PROBE_PERIOD_S, self._look_after, generation)
 
     def _engine_exited(self, generation: Generation, code: int) -> None:
         if generation is not self._generation:
