@@ -97,7 +97,7 @@ class LiveLegs:
     def retarget(self, link: RouterLink, message: Retarget) -> None:
         """The KV of a prefill leg goes elsewhere; unknown streams have ended already."""
         live = self._by_stream.get((link, message.stream))
-        if live is None or live.leg.submit.leg != "prefill" or live.leg.state == "closing":
+        if live is None or live.leg.submit.leg != "prefill":
             return
         error = problem_with_transfer(message.transfer)
         if error is None and message.transfer.id in self._by_transfer:
@@ -158,6 +158,12 @@ class LiveLegs:
         """Give a leg an event and carry out what it decides."""
         for effect in live.leg.handle(event):
             self._carry_out(live, effect)
+        if live.leg.state in ("closing", "ended"):
+            # Its ending is said: the router may use the number for the request's next attempt
+            # here, while the engine still lets go of this one.
+            key = live.link, live.leg.submit.stream
+            if self._by_stream.get(key) is live:
+                del self._by_stream[key]
 
     def _carry_out(self, live: Live, effect: ev.Effect) -> None:
         leg = live.leg
@@ -226,7 +232,6 @@ class LiveLegs:
         self._stop_timer(live)
         self._stop_waiting(live)
         del self._by_seq[leg.seq]
-        del self._by_stream[live.link, leg.submit.stream]
         if leg.transfer_id:
             del self._by_transfer[leg.transfer_id]
         self._on_over(leg)

@@ -262,17 +262,13 @@ class TinyMesh:
             self.routers[node].send(a_submit(stream, leg, transfer=plan, **changes))
         return stream
 
-    def retarget(
-        self, stream: int, prefill: str, decode: str, decode_stream: int = 0, **changes: Any
-    ) -> None:
-        """Give the KV of a running prefill leg to another node, as attempt 2. ``decode_stream`` is
-        the number of its leg, where that node may still know ``stream``."""
+    def retarget(self, stream: int, prefill: str, decode: str, **changes: Any) -> None:
+        """Give the KV of a running prefill leg to another node, as attempt 2."""
         attempt = 2
         transfer = (1000 * attempt + stream).to_bytes(16, "big")
         to_decode = Transfer(transfer, decode, self.nodes[decode].kv_address)
         from_prefill = Transfer(transfer, prefill, "")
-        decode_stream = decode_stream or stream
-        leg = a_submit(decode_stream, "decode", transfer=from_prefill, attempt=attempt, **changes)
+        leg = a_submit(stream, "decode", transfer=from_prefill, attempt=attempt, **changes)
         self.routers[decode].send(leg)
         self.routers[prefill].send(Retarget(stream, attempt, to_decode))
 
