@@ -12,7 +12,8 @@ import asyncio.events
 import heapq
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 Event = list[Any]
@@ -163,11 +164,25 @@ class Process:
         """This process's monotonic clock, seconds."""
         return self._offset + self.sim.now * self._rate
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What happens inside happens in this process, as in its events."""
+        outside = asyncio.events._get_running_loop()
+        _enter(self)
+        try:
+            yield
+        finally:
+            _enter(outside)
+
     def call_at(self, when: float, function: Callable[..., object], *args: Any) -> Timer:
         """A timer on this process's clock."""
         sim = self.sim
         at = (when - self._offset) / self._rate + _ROUNDING_S
         return Timer(sim.at(max(sim.now, at), self, function, *args))
+
+    def call_soon(self, function: Callable[..., object], *args: Any) -> Timer:
+        """As soon as this event is over."""
+        return self.call_later(0.0, function, *args)
 
     def call_later(self, delay_s: float, function: Callable[..., object], *args: Any) -> Timer:
         """A timer ``delay_s`` of this process's seconds from now."""

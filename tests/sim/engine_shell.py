@@ -221,7 +221,9 @@ class SimEngine:
         now = self.process.time()
         while self._inbox:
             command = self._inbox.popleft()
-            if isinstance(command, em.StageFrom):
+            if isinstance(command, em.Probe):
+                self._say(em.Alive())
+            elif isinstance(command, em.StageFrom):
                 self._pump_wanted |= self.stager.grant(command)
             else:
                 self._carry_out(self.scheduler.handle(command, now))

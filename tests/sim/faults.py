@@ -96,7 +96,7 @@ def start(world: World, fault: Fault) -> None:
             sim.at(end, None, world.start_router, a)
         case "freeze_agent":
             _freeze(world, [world.nodes[a].process], end)
-        case "freeze_engine":
+        case "freeze_engine" | "hang_engine":
             generation = world.nodes[a].generation
             if generation is not None:
                 _freeze(world, [generation.engine.process], end)
@@ -107,7 +107,11 @@ def start(world: World, fault: Fault) -> None:
         case "one_way":
             _break(world, [(a, b)], end)
         case "half_open":
-            world.vanish_between(a, b)
+            for connection in world.connections_between(a, b):
+                connection.vanish()
+        case "reset":
+            for connection in world.connections_between(a, b):
+                connection.reset()
         case "slow":
             _slow(world, a, b, end)
         case "mangle":

@@ -80,8 +80,8 @@ def _answer(world: World, client: SimClient) -> list[str]:
             if client.code not in allowed:
                 found.append(f"ended in {client.code}")
         case "lost":
-            if client.router not in world.killed_routers:
-                found.append("its router closed the connection")
+            if not _may_be_lost(world, client):
+                found.append(f"nobody knows its answer from {client.upto} on")
         case "hung" | "reading":
             found.append(f"{client.state} {request.timeout_s} s")
     stuck = client.ended_at - max(request.at, world.schedule.healed_at)
@@ -89,9 +89,17 @@ def _answer(world: World, client: SimClient) -> list[str]:
         found.append(f"ended {stuck:.1f} s after everything was well")
     late = client.ended_at - request.at - request.timeout_s
     frozen = sum(f.duration_s for f in world.schedule.faults if f.kind == "freeze_router")
-    if client.state in ("finished", "error") and late > DETECTION_S + frozen:
+    # Who comes back gets a new deadline.
+    in_one_go = client.state in ("finished", "error") and not client.resumed
+    if in_one_go and late > DETECTION_S + frozen:
         found.append(f"ended {late:.1f} s after its deadline")
     return found
+
+
+def _may_be_lost(world: World, client: SimClient) -> bool:
+    """It had no event yet to come back with, or the router that sent its answer was killed, and
+    then it is up to the nodes, which may be out of reach."""
+    return client.upto == 0 or bool(world.killed_routers & set(client.routers_asked))
 
 
 # ---- rest --------------------------------------------------------------------------------------
@@ -105,6 +113,16 @@ def unrest(world: World) -> list[str]:
     for router in world.routers.values():
         found += [f"{router.process.name}: {what}" for what in _router_unrest(world, router)]
     return found
+
+
+def records(world: World) -> list[str]:
+    """Answers that somebody may still come back for; all are forgotten after a while."""
+    found = [f"{n.incarnation} keeps answers" for n in world.nodes.values() if len(n.desk._book)]
+    return found + [
+        f"{router.process.name} keeps answers"
+        for router in world.routers.values()
+        if len(router.resumer.book)
+    ]
 
 
 def _node_unrest(node: SimNode) -> list[str]:
@@ -130,6 +148,8 @@ def _node_unrest(node: SimNode) -> list[str]:
 def _router_unrest(world: World, router: SimRouter) -> list[str]:
     running = len(router.dispatch.running)
     found = [f"{running} requests run"] if running else []
+    if router.resumer._senders:
+        found.append(f"{len(router.resumer._senders)} answers are being sent")
     if router.builder.reservations():
         found.append(f"{router.builder.reservations()} reservations")
     view = router.watcher.watch.view

@@ -16,6 +16,7 @@ from pop_node import leg_events as lev
 from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.stager import Stager
 from pop_node.kv_stream.credit import SlotPool
+from pop_node.kv_stream.events import ReceiveInto
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.sender import Sender
 from pop_node.leg import Leg
@@ -94,7 +95,7 @@ def _import_slot_is_forgotten() -> Iterator[None]:
 def _old_attempts_are_heard() -> Iterator[None]:
     """The receiver takes frames of any attempt of a transfer."""
 
-    def wrong(self: Any, peer: str, transfer: bytes, attempt: int) -> Any:
+    def wrong(self: Any, peer: str, transfer: bytes, attempt: int, link: int = 0) -> Any:
         return self._incoming.get(transfer)
 
     with patch.object(Receiver, "_live", wrong):
@@ -104,12 +105,23 @@ def _old_attempts_are_heard() -> Iterator[None]:
 @_mutation
 def _checksums_are_not_compared() -> Iterator[None]:
     """Whatever arrives is what was sent."""
-    right = Receiver._data_ended
+    seen: dict[tuple[int, int], bytes] = {}
+    begins, ended = Receiver._data_begins, Receiver._data_ended
+
+    def remember(self: Any, event: Any, now: float) -> Any:
+        effects = begins(self, event, now)
+        for effect in effects:
+            if isinstance(effect, ReceiveInto):
+                seen[id(self), effect.slot] = event.data.checksum
+        return effects
 
     def wrong(self: Any, slot: int, checksum: bytes, now: float) -> Any:
-        return right(self, slot, self._receiving[slot].data.checksum, now)
+        return ended(self, slot, seen[id(self), slot], now)
 
-    with patch.object(Receiver, "_data_ended", wrong):
+    with (
+        patch.object(Receiver, "_data_begins", remember),
+        patch.object(Receiver, "_data_ended", wrong),
+    ):
         yield
 
 

@@ -14,13 +14,17 @@ from pop_node import leg as legs
 from pop_node import leg_events as lev
 from pop_node import lifecycle
 from pop_node.admission import problem_with
+from pop_node.answer_desk import AnswerDesk
+from pop_node.answers import Answer, text_after
 from pop_node.engine import messages as em
+from pop_node.engine_watch import PROBE_PERIOD_S, EngineWatch
 from pop_node.generation import Generation
 from pop_node.kv_stream import frames
 from pop_node.kv_stream.spec import Piece
 from pop_node.kv_stream.statistics import statistics
 from pop_node.live_legs import LiveLegs
 from pop_node.model_facts import ModelFacts
+from pop_node.model_host import TAKEN_OVER
 from pop_node.prompt import prepare
 from pop_node.text.stream import escape_json
 from tests.sim import model as fake
@@ -31,10 +35,12 @@ from tests.sim.kv_shell import SimKvEndpoint
 from tests.sim.links import End, Network
 from tests.sim.node_link_end import SimRouterLink
 from tests.sim.registry_shell import SimKeeper
-from wire.errors import MeshError, OverloadError, PeerError
+from wire.errors import MeshError, OverloadError, PeerError, RequestError
 from wire.messages import (
     MAX_VERSION,
     MIN_VERSION,
+    Attach,
+    Attached,
     Cancel,
     Hello,
     Load,
@@ -131,6 +137,9 @@ class SimNode:
         self.keeper: SimKeeper | None = None
         self.facts = ModelFacts(MODEL, shape.engine.num_blocks * fake.BLOCK_TOKENS)
         self.legs = LiveLegs(self.facts.directory, self._leg_over)
+        nobody: Any = None
+        self.desk = AnswerDesk(CODEC, nobody)
+        self._watch = EngineWatch()
         self._links: dict[SimRouterLink, None] = {}
         self._next_seq = 1
         self._timer: Any = None
@@ -153,6 +162,9 @@ class SimNode:
                     self.generations += 1
                     self.generation = SimGeneration(self, self.generations)
                     self.legs.generation = self.generation
+                case lifecycle.EndEngine():
+                    if self.generation is not None:
+                        self.generation.client.kill()
                 case lifecycle.OpenDoors():
                     self._open_doors()
                 case _:
@@ -242,6 +254,8 @@ class SimNode:
                 self.legs.cancel(link, stream)
             case Retarget():
                 self.legs.retarget(link, message)
+            case Attach():
+                self._attach(link, message)
             case _:
                 raise AssertionError(f"unknown message {message}")
 
@@ -270,7 +284,33 @@ class SimNode:
         self.legs.advance(live, event)
 
     def _leg_over(self, leg: legs.Leg) -> None:
-        """Answers are not kept here: no client of this simulation resumes."""
+        self.desk.keep(leg.answer())
+
+    def _attach(self, link: Any, question: Attach) -> None:
+        """``ModelHost.attach`` and ``Agent.attach``."""
+        live = self.legs.of_request(question.tenant, question.request_id)
+        answer = self.desk.look_up(question, (one.leg.answer() for one in live))
+        if answer is None:
+            error = RequestError("no such answer is known here", code="stream_unknown")
+            link.say(legs.refusal(question.stream, error))
+            return
+        for one in live:
+            self.legs.advance(one, lev.Broken(TAKEN_OVER))
+        self.process.call_later(self.shape.prepare_s, self._tell, link, question, answer)
+
+    @staticmethod
+    def _tell(link: Any, question: Attach, answer: Answer) -> None:
+        link.say(
+            Attached(
+                question.stream,
+                answer.submit,
+                answer.ids,
+                text_after(CODEC, answer, question.from_index),
+                answer.prompt_tokens,
+                answer.cached_tokens,
+                answer.reason,
+            )
+        )
 
     # ---- the engine ----------------------------------------------------------------------------
 
@@ -290,6 +330,8 @@ class SimNode:
                 generation.endpoint.imported(transfer, slot)
             case em.Ready():
                 self._engine_ready(generation, message)
+            case em.Alive():
+                self._watch.heard()
             case _:
                 raise AssertionError(f"unknown message {message}")
 
@@ -320,7 +362,18 @@ class SimNode:
             dtype="float32",
             kv_address=self.shape.kv_address,
         )
+        self._watch = EngineWatch()
+        self._look_after(generation)
         self._apply(lifecycle.EngineReady(MODEL))
+
+    def _look_after(self, generation: SimGeneration) -> None:
+        if generation is not self.generation:
+            return
+        if self._watch.tick() == "hung":
+            generation.hung()
+            return
+        generation.client.send(em.Probe())
+        self.process.call_later(PROBE_PERIOD_S, self._look_after, generation)
 
     def engine_exited(self, generation: SimGeneration) -> None:
         if generation is not self.generation:

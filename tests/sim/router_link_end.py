@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from router.node_connection import RTT_WEIGHT
@@ -13,10 +14,13 @@ from router.node_link import (
     PING_INTERVAL_S,
     PINGS_PER_DETECTION,
 )
+from router.questions import ANSWER_TIMEOUT_S
 from tests.sim.clock import Process, cancel
 from tests.sim.links import Dial, End, Network
 from wire.messages import (
+    MAX_VERSION,
     Accepted,
+    Attached,
     CacheDelta,
     Cancel,
     Draining,
@@ -25,6 +29,7 @@ from wire.messages import (
     Load,
     Ping,
     Pong,
+    Refused,
     Retarget,
     Step,
 )
@@ -73,6 +78,7 @@ class SimNodeLink:
         "_pausing",
         "_pings",
         "_process",
+        "_questions",
         "_timer",
         "address",
         "hello",
@@ -99,6 +105,7 @@ class SimNodeLink:
         self._heard_at = 0.0
         self._nonce = 0
         self._pausing = False
+        self._questions: dict[int, Callable[[str, Any], None]] = {}
         self._due = 0.0
         self._pings: dict[int, float] = {}
         self._timer: Any = None
@@ -107,6 +114,10 @@ class SimNodeLink:
     @property
     def up(self) -> bool:
         return self.hello is not None
+
+    @property
+    def version(self) -> int:
+        return 0 if self.hello is None else min(MAX_VERSION, self.hello.max_version)
 
     @property
     def incarnation(self) -> str:
@@ -126,6 +137,18 @@ class SimNodeLink:
 
     def retarget(self, message: Retarget) -> bool:
         return self.send(message)
+
+    def ask(self, number: int, question: Any, done: Callable[[str, Any], None]) -> None:
+        """A question with one answer; None when none comes in time."""
+        self._questions[number] = done
+        self._process.call_later(ANSWER_TIMEOUT_S, self._answered, number, None)
+        self.send(question)
+
+    def _answered(self, number: int, answer: Any) -> bool:
+        done = self._questions.pop(number, None)
+        if done is not None:
+            done(self.name, answer)
+        return done is not None
 
     def reborn(self) -> None:
         """The directory shows a new incarnation: connect to it at once."""
@@ -167,6 +190,8 @@ class SimNodeLink:
             self.hello = self.rtt_ms = None
             self._pings.clear()
             self._owner.link_down(self.name)
+            for number in list(self._questions):
+                self._answered(number, None)
             streams, self.streams = self.streams, {}
             for listener in streams.values():
                 listener.link_lost(self.name)
@@ -244,10 +269,14 @@ class SimNodeLink:
                 self._down()
             case Load() | CacheDelta() | Draining():
                 self._owner.link_said(self.name, message)
+            case Attached(stream):
+                self._answered(stream, message)
             case _:
                 listener = self.streams.get(message.stream)
                 if listener is not None:
                     listener.said(self.name, message)
+                    return
+                if isinstance(message, Refused) and self._answered(message.stream, message):
                     return
                 self.unknown_stream_messages += 1
                 if isinstance(message, Accepted):

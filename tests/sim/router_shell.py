@@ -1,63 +1,33 @@
-"""A simulated router: links, view and clients around the real machines.
+"""A simulated router: links and view around the real machines; stands in for ``router.links``.
 
-Stands in for ``router.links`` and ``router.completions``; ``router.dispatch`` and
-``router.exchange`` are the real ones.
+``router.dispatch`` is the real one; clients are served by ``router_clients``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from registry.entries import Snapshot
 from router.admission import Admission, Limits
 from router.dispatch import Dispatch
-from router.exchange import Exchange
-from router.policy import Pin, RouteRequest
 from router.record import RequestRecord
-from router.request_events import RequestSpec
 from router.router_metrics import RouterMetrics
 from router.view_builder import ViewBuilder
 from tests.sim.clock import Process
 from tests.sim.links import End, Network
-from tests.sim.node_shell import MESH, MODEL
+from tests.sim.node_shell import MESH
 from tests.sim.registry_shell import SimWatcher
+from tests.sim.router_clients import ClientEnd, SimResumer
 from tests.sim.router_link_end import SimNodeLink
 from topology.model import Topology
-from wire.errors import MeshError
 from wire.messages import (
     MAX_VERSION,
     MIN_VERSION,
     CacheDelta,
     Hello,
     Load,
-    Sampling,
-    TokensInput,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What a client sends: a whole request."""
-
-    request_id: str
-    tenant: str
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    timeout_s: float
-    pin: Pin
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """One event of an answer: text, a finish (``reason``) or an error (``code``)."""
-
-    text: bytes = b""
-    upto: int = 0
-    reason: str = ""
-    completion_tokens: int = 0
-    code: str = ""
 
 
 class SimDispatch(Dispatch):
@@ -86,7 +56,8 @@ class SimRouter:
         self.dispatch = SimDispatch(
             self.builder, pool, admission, b"simulated key", rng, RouterMetrics()
         )
-        self._topology = topology
+        self.topology = topology
+        self.resumer = SimResumer(self.dispatch)
         self._listed: dict[str, Mapping[str, str]] = {}
         self._addresses: dict[str, str] = {}
         self._incarnations: dict[str, str] = {}
@@ -98,6 +69,10 @@ class SimRouter:
 
     def accept(self, end: End) -> None:
         ClientEnd(self, end)
+
+    def all(self) -> list[SimNodeLink]:
+        """Every link, as ``LinkPool``."""
+        return list(self.links.values())
 
     def get(self, name: str) -> SimNodeLink | None:
         """The link to a node, as ``LinkPool``."""
@@ -162,63 +137,3 @@ class SimRouter:
             self.builder.apply_cache(name, message)
         else:
             self.builder.set_draining(name)
-
-    # ---- requests (``router.completions``) -----------------------------------------------------
-
-    def start(self, ask: Ask, client: ClientEnd) -> None:
-        """Measure, route and begin a request."""
-        dispatch, prompt = self.dispatch, TokensInput(list(ask.prompt))
-        work, chain, prompt_bytes = dispatch.measure(
-            MODEL, ask.tenant, prompt, ask.sampling.max_tokens
-        )
-        position = self._topology.sites[self.site].position
-        routing = RouteRequest(work, position, pin=ask.pin)
-        try:
-            plan = dispatch.choose(routing)
-        except MeshError as error:
-            client.error(error)
-            return
-        dispatch.retry_budget.deposit()
-        record = RequestRecord(ask.request_id, MODEL, ask.tenant, "sim")
-        self.records.append(record)
-        deadline = self.process.time() + ask.timeout_s
-        spec = RequestSpec(ask.request_id, MODEL, ask.tenant, prompt, ask.sampling, chain, deadline)
-        client.exchange = Exchange(dispatch, spec, record, routing, prompt_bytes, client)
-        client.exchange.start(plan)
-
-
-class ClientEnd:
-    """The router's end of a client's connection: one request, and the sink of its answer."""
-
-    def __init__(self, router: SimRouter, end: End) -> None:
-        self.exchange: Exchange | None = None
-        self._router = router
-        self._end = end
-        self._ends = 0
-        end.handler = self
-
-    def on_message(self, message: Ask) -> None:
-        self._router.start(message, self)
-
-    def on_lost(self) -> None:
-        if self.exchange is not None:
-            self.exchange.client_gone()
-
-    def headers(self, prefill: str, decode: str) -> None:
-        """Nobody looks at them here."""
-
-    def text(self, escaped: bytes, upto: int) -> None:
-        self._end.send(Said(text=escaped, upto=upto))
-
-    def finish(self, reason: str, usage: Any) -> None:
-        self._over(Said(reason=reason, completion_tokens=usage.completion_tokens))
-
-    def error(self, error: MeshError) -> None:
-        self._over(Said(code=error.code))
-
-    def _over(self, said: Said) -> None:
-        self._ends += 1
-        if self._ends > 1:
-            self._router.violations.append(f"an answer ended {self._ends} times: {said}")
-        self._end.send(said)
-        self._end.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--mutation", choices=MUTATIONS, help="break a machine on purpose")
     parser.add_argument("--part", type=int, nargs=2, metavar=("FIRST", "COUNT"))
     args = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # what shells report is what was done to them
     with MUTATIONS[args.mutation]() if args.mutation else nullcontext():
         failures = _run(args)
     sys.exit(1 if failures else 0)

@@ -28,6 +28,7 @@ _ROLES: tuple[tuple[tuple[Role, ...], ...], ...] = (
     (_BOTH, ("prefill",), ("decode",)),
     (_BOTH, _BOTH, ("prefill",), ("decode",)),
     (_BOTH, _BOTH, _BOTH),
+    (_BOTH, ("decode",), _BOTH),
     (("prefill",), ("prefill",), ("decode",), ("decode",), ("decode",)),
 )
 
@@ -35,7 +36,7 @@ _ROLES: tuple[tuple[tuple[Role, ...], ...], ...] = (
 @dataclass(frozen=True, slots=True)
 class Request:
     """One client's request. ``leaves``: "" reads to the end, "close" goes after ``leaves_after_s``,
-    "vanish" goes without a word."""
+    "vanish" goes without a word; "drop" and "drop_quietly" are the same but come back."""
 
     number: int
     at: float
@@ -67,7 +68,11 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Everything that is decided before a run; chance during the run comes from ``seed`` too."""
+    """Everything that is decided before a run; chance during the run comes from ``seed`` too.
+
+    ``roomy``: nobody waits for blocks. ``patient``: the run goes on until nothing is kept for
+    clients that come back.
+    """
 
     seed: int
     latency_s: dict[tuple[str, str], float]
@@ -77,6 +82,7 @@ class Schedule:
     requests: tuple[Request, ...]
     faults: tuple[Fault, ...]
     roomy: bool
+    patient: bool = False
 
     @property
     def healed_at(self) -> float:
@@ -102,7 +108,7 @@ def make_schedule(seed: int) -> Schedule:
     }
     tiny = rng.random() < 0.25
     nodes = _nodes(rng, tiny)
-    requests = _requests(rng)
+    requests = _requests(rng, nodes, tiny)
     names = [node.name for node in nodes]
     prefills = [node.name for node in nodes if "prefill" in node.roles]
     count = rng.choice((0, 1, 1, 1, 2, 2, 3, 4))
@@ -116,15 +122,16 @@ def make_schedule(seed: int) -> Schedule:
         requests,
         tuple(sorted(faults, key=lambda fault: fault.at)),
         not tiny,
+        rng.random() < 0.03,
     )
 
 
 def _nodes(rng: random.Random, tiny: bool) -> tuple[NodeShape, ...]:
-    slow, slow_prefill = rng.random() < 0.3, rng.random() < 0.3
+    slow, slow_prefill = rng.random() < 0.3, rng.random() < 0.4
     nodes = []
     for number, roles in enumerate(rng.choice(_ROLES)):
         engine = EngineShape(
-            num_blocks=rng.randint(12, 14) if tiny else 40,
+            num_blocks=rng.randint(9, 12) if tiny else 40,
             token_budget=rng.choice((8, 16, 16)),
             max_sequences=rng.choice((4, 6)),
             start_s=rng.uniform(0.3, 0.6),
@@ -132,23 +139,28 @@ def _nodes(rng: random.Random, tiny: bool) -> tuple[NodeShape, ...]:
             token_s=0.008 if slow_prefill else 0.001,
             measured=slow_prefill or rng.random() < 0.3,
             export_slots=rng.choice((2, 4, 8)),
-            import_slots=rng.choice((4, 8)),
+            import_slots=rng.choice((2, 4, 8)),
         )
         prepare_s = rng.choice((0.0005, 0.002, 0.03))
         nodes.append(NodeShape(f"n{number}", SITES[number % 3], roles, engine, prepare_s))
     return tuple(nodes)
 
 
-def _requests(rng: random.Random) -> tuple[Request, ...]:
+def _requests(
+    rng: random.Random, nodes: tuple[NodeShape, ...], crowded: bool
+) -> tuple[Request, ...]:
     beginnings = [[rng.randrange(VOCABULARY - 1) for _ in range(16)] for _ in range(2)]
     at = WARM_UP_S
     requests = []
-    for number in range(rng.choice((1, 1, 2, 3, 4, 5))):
+    # Left alone, a node with both roles keeps its prompts; then nothing would decode beside a
+    # prefill that is handed over.
+    mixed = rng.random() < 0.7
+    for number in range(rng.randint(4, 6) if crowded else rng.choice((1, 1, 2, 3, 4, 5))):
         shared = rng.choice(beginnings)[: rng.choice((0, 4, 9, 16))]
         rest = [rng.randrange(VOCABULARY - 1) for _ in range(rng.randint(1, 8))]
         stops = rng.choice(((), (), (), ("w3",), ("1 w", "w20 w")))
         short = rng.random() < 0.08
-        leaves = rng.choices(("", "close", "vanish"), (85, 12, 3))[0]
+        leaves = rng.choices(list(_LEAVES), list(_LEAVES.values()))[0]
         requests.append(
             Request(
                 number,
@@ -158,14 +170,26 @@ def _requests(rng: random.Random) -> tuple[Request, ...]:
                 tuple(shared + rest),
                 Sampling(rng.randint(1, 12), 0.0, 1.0, 7, list(stops), rng.random() < 0.2),
                 rng.uniform(0.02, 1.5) if short else LONG_S,
-                Pin(),
+                _pin(rng, nodes) if mixed else Pin(),
                 leaves,
-                rng.uniform(0.0, 0.5),
+                rng.uniform(0.03, 0.4),
             )
         )
-        at += rng.choice((0.0, 0.02, rng.uniform(0.0, 0.5), rng.uniform(0.0, 3.0)))
+        pauses = (0.0, 0.02, rng.uniform(0.0, 0.5), rng.uniform(0.0, 3.0))
+        at += rng.choice(pauses[:2] if crowded else pauses)
     return tuple(requests)
 
+
+def _pin(rng: random.Random, nodes: tuple[NodeShape, ...]) -> Pin:
+    """Any pair for half of the requests, but only where nodes have both roles."""
+    if all(len(node.roles) == 1 for node in nodes) or rng.random() < 0.5:
+        return Pin()
+    prefills = [node.name for node in nodes if "prefill" in node.roles]
+    decodes = [node.name for node in nodes if "decode" in node.roles]
+    return Pin(rng.choice(prefills), rng.choice(decodes))
+
+
+_LEAVES = {"": 75, "close": 10, "vanish": 3, "drop": 7, "drop_quietly": 5}
 
 _KINDS = {
     "kill_agent": 16,
@@ -173,10 +197,12 @@ _KINDS = {
     "kill_router": 5,
     "freeze_agent": 6,
     "freeze_engine": 5,
+    "hang_engine": 1,
     "freeze_router": 3,
     "partition": 12,
     "one_way": 10,
     "half_open": 8,
+    "reset": 14,
     "slow": 6,
     "mangle": 14,
     "registry_down": 4,
@@ -212,6 +238,8 @@ def _fault(rng: random.Random, nodes: list[str], prefills: list[str], near: floa
             return Fault(at, kind, router, duration_s=rng.uniform(0.1, 2.0))
         case "freeze_agent" | "freeze_engine":
             return Fault(at, kind, node, duration_s=duration)
+        case "hang_engine":
+            return Fault(at, kind, node, duration_s=60.0)
         case "freeze_router":
             return Fault(at, kind, router, duration_s=duration)
         case "mangle":
@@ -222,8 +250,10 @@ def _fault(rng: random.Random, nodes: list[str], prefills: list[str], near: floa
             return Fault(at, kind, "registry", duration_s=rng.choice((duration, 60.0)))
         case "registry_slow":
             return Fault(at, kind, "registry", duration_s=60.0)
-    a, b = rng.sample([*nodes, *nodes, "r0", "r1", "registry"], 2)
-    while a == b or (a[0] == "r" and b[0] == "r"):
-        a, b = rng.sample([*nodes, *nodes, "r0", "r1", "registry"], 2)
+    a, b = rng.choice(prefills), rng.choice([*nodes, *nodes, "r0", "r1", "registry"])
+    while a == b:
+        b = rng.choice(nodes)
+    if rng.random() < 0.5:
+        a, b = b, a
     duration = rng.choice((short, long, rng.uniform(5.0, 25.0)))
-    return Fault(at, kind, a, b, duration_s=0.0 if kind == "half_open" else duration)
+    return Fault(at, kind, a, b, duration_s=0.0 if kind in ("half_open", "reset") else duration)

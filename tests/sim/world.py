@@ -9,7 +9,7 @@ from registry.state import RegistryState
 from tests.sim import faults, invariants
 from tests.sim.client_shell import SimClient
 from tests.sim.clock import Process, Simulation
-from tests.sim.links import Network
+from tests.sim.links import End, Network
 from tests.sim.node_shell import MESH, MODEL, SimNode
 from tests.sim.registry_shell import SimRegistry
 from tests.sim.router_shell import SimRouter
@@ -105,7 +105,9 @@ class World:
         if node is not None and node.process.alive:
             return
         shape = next(n for n in self.schedule.nodes if n.name == name)
-        self.nodes[name] = SimNode(self._process(name), self.network, shape, self.manglers[name])
+        process = self._process(name)
+        with process.running():
+            self.nodes[name] = SimNode(process, self.network, shape, self.manglers[name])
 
     def kill_node(self, name: str) -> None:
         self.nodes[name].kill()
@@ -116,18 +118,18 @@ class World:
             return
         site = self._sites[name]
         process = self._process(name)
-        self.routers[name] = SimRouter(process, self.network, self.topology, site, f"{name}:1")
+        with process.running():
+            router = SimRouter(process, self.network, self.topology, site, f"{name}:1")
+        self.routers[name] = router
 
     def kill_router(self, name: str) -> None:
         self.killed_routers.add(name)
         self.routers[name].kill()
 
-    def vanish_between(self, a: str, b: str) -> None:
-        """Every connection that is open between two hosts becomes half-open."""
-        for process in self._processes(a):
-            for end in list(process.ends):
-                if end.peer.process.host == b:
-                    end.vanish()
+    def connections_between(self, a: str, b: str) -> list[End]:
+        """One end of every connection that is open between two hosts."""
+        ends = [end for process in self._processes(a) for end in process.ends]
+        return [end for end in ends if end.peer.process.host == b]
 
     def _processes(self, host: str) -> list[Process]:
         if host in self.nodes:
@@ -150,7 +152,7 @@ class World:
 
     def _ask(self, request: Request) -> None:
         process = self._process(f"c{request.number}")
-        client = SimClient(process, self.network, request, f"r{request.router}")
+        client = SimClient(process, self.network, request, len(self.schedule.router_sites))
         self.clients.append(client)
         client.start()
 
@@ -171,12 +173,19 @@ class World:
         while sim.now < last or any(c.state == "reading" for c in self.clients):
             sim.run(sim.now + 0.5)
         self._heal_all()
-        limit = sim.now + REST_LIMIT_S
-        problems = invariants.unrest(self)
-        while problems and sim.now < limit:
-            sim.run(sim.now + 1.0)
-            problems = invariants.unrest(self)
+        problems = self._until_rest(invariants.unrest)
+        if schedule.patient:
+            problems += self._until_rest(invariants.records)
         return [*invariants.outcomes(self), *(f"no rest: {p}" for p in problems)]
+
+    def _until_rest(self, look: Callable[[World], list[str]]) -> list[str]:
+        """Let time pass until ``look`` finds nothing; what it finds at the limit."""
+        limit = self.sim.now + REST_LIMIT_S
+        problems = look(self)
+        while problems and self.sim.now < limit:
+            self.sim.run(self.sim.now + 1.0)
+            problems = look(self)
+        return problems
 
     def _heal_all(self) -> None:
         for heal in list(self._to_heal):
