@@ -10,8 +10,8 @@
  * streams come too late otherwise. Many rows: x in blocks that stay in the first cache, K in blocks
  * between which accumulators wait in scratch.
  *
- * Roofline, bf16 on one Zen 5 core with the shapes of a 135M model: 1 row reads w at 28-33 GB/s, 8
- * rows at 25; 512 rows run at 210 to 235 billion multiply-adds/s (oneDNN in torch 2.13: 220).
+ * Roofline, bf16 on one Zen 5 core with the shapes of a 135M model: 1 row reads w at 30 to 33 GB/s, 8
+ * rows at 30; 512 rows run at 205 to 225 billion multiply-adds/s (oneDNN in torch 2.13: 220).
  */
 
 /* Stores n results of row t from column n0 on, with bias, in the output type of the job. */
