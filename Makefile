@@ -22,8 +22,8 @@ setup: $(VENV)/.stamp-dev $(VENV)/.stamp-native ## everything that developing ne
 demo: $(VENV)/.stamp-gguf $(VENV)/.stamp-native ## a mesh of three sites on this machine; ONCE=1 ends after the sample
 	@$(BIN)/popmesh demo --store $(STORE) $(if $(filter-out 0,$(ONCE)),--once)
 
-test: setup $(CONSUL) ## the tests
-	$(BIN)/pytest $(ARGS)
+test: setup $(CONSUL) ## the tests; ARGS=... hands pytest its arguments
+	$(if $(ARGS),$(BIN)/pytest $(ARGS),scripts/test.sh)
 
 check: setup ## lint, format, types, and who may import whom
 	$(BIN)/ruff check $(CHECKED)
