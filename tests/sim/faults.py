@@ -32,6 +32,10 @@ class WireMangler:
     def arm(self, what: str, nth: int) -> None:
         self._armed.append((what, nth))
 
+    def disarm(self) -> None:
+        """What was not done yet will not be."""
+        self._armed.clear()
+
     def mangle(self, data: Data, content: bytes) -> list[tuple[Data, bytes | None]]:
         """As ``kv_conn.Mangler``."""
         held, self._before = self._before, None

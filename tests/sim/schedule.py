@@ -6,7 +6,7 @@ Pure data; ``world`` plays it. Sizes are small on purpose: a fault hits a small 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from router.policy import Pin
 from tests.sim.engine_shell import EngineShape
@@ -20,6 +20,9 @@ WARM_UP_S = 2.0
 
 LONG_S = 120.0
 """A deadline that nothing should ever need: what lasts until then was stuck."""
+
+ENCORE = 99
+"""Its number."""
 
 _BOTH: tuple[Role, ...] = ("prefill", "decode")
 _ROLES: tuple[tuple[tuple[Role, ...], ...], ...] = (
@@ -71,7 +74,7 @@ class Schedule:
     """Everything that is decided before a run; chance during the run comes from ``seed`` too.
 
     ``roomy``: nobody waits for blocks. ``patient``: the run goes on until nothing is kept for
-    clients that come back.
+    clients that come back. ``encore`` is asked when everything is at rest again.
     """
 
     seed: int
@@ -83,6 +86,7 @@ class Schedule:
     faults: tuple[Fault, ...]
     roomy: bool
     patient: bool = False
+    encore: Request | None = None
 
     @property
     def healed_at(self) -> float:
@@ -123,7 +127,13 @@ def make_schedule(seed: int) -> Schedule:
         tuple(sorted(faults, key=lambda fault: fault.at)),
         not tiny,
         rng.random() < 0.03,
+        _encore(requests[0]) if rng.random() < 0.15 else None,
     )
+
+
+def _encore(first: Request) -> Request:
+    """The first request once more: it must go well at once, and find its prompt cached or not."""
+    return replace(first, number=ENCORE, pin=Pin(), leaves="", timeout_s=LONG_S)
 
 
 def _nodes(rng: random.Random, tiny: bool) -> tuple[NodeShape, ...]:

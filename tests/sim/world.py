@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from registry.state import RegistryState
 from tests.sim import faults, invariants
@@ -20,6 +20,12 @@ REST_LIMIT_S = 60.0
 """After the last fault healed everything must be at rest by then: the longest waits are those of a
 node for a silent router (20 s) and for a hung engine (30 s), one after the other. Half of the
 deadline that most requests have, so that what only a deadline ends is noticed."""
+
+SILENCE_S = 8.0
+"""A half-open connection is noticed by then, on either side that says something."""
+
+ENCORE_S = 3.0
+"""A request takes a few hundred milliseconds when all is well."""
 
 MAX_EVENTS = 200_000
 """A run takes some 2,000; far beyond it something goes round in circles."""
@@ -38,7 +44,8 @@ class World:
         self._sites = {node.name: node.site for node in schedule.nodes}
         self._sites |= {f"r{i}": site for i, site in enumerate(schedule.router_sites)}
         self._sites["registry"] = SITES[0]
-        self._sites |= {f"c{r.number}": r.site for r in schedule.requests}
+        encore = () if schedule.encore is None else (schedule.encore,)
+        self._sites |= {f"c{r.number}": r.site for r in (*schedule.requests, *encore)}
         self.network = Network(self.sim, self._path_of)
         self.topology = self._topology()
         self.manglers = {n.name: faults.WireMangler(self.sim.rng) for n in schedule.nodes}
@@ -174,9 +181,27 @@ class World:
             sim.run(sim.now + 0.5)
         self._heal_all()
         problems = self._until_rest(invariants.unrest)
+        if schedule.encore is not None and not problems:
+            if any(fault.kind == "half_open" for fault in schedule.faults):
+                sim.run(sim.now + SILENCE_S)
+            problems += self._encore(replace(schedule.encore, at=sim.now))
         if schedule.patient:
             problems += self._until_rest(invariants.records)
         return [*invariants.outcomes(self), *(f"no rest: {p}" for p in problems)]
+
+    def _encore(self, request: Request) -> list[str]:
+        """One more request after everything healed; what is wrong with how it went."""
+        before = [len(router.records) for router in self.routers.values()]
+        self._ask(request)
+        self.sim.run(self.sim.now + ENCORE_S)
+        problems = self._until_rest(invariants.unrest)
+        if self.clients[-1].state != "finished":
+            problems.append(f"the encore: {self.clients[-1].state} {self.clients[-1].code}")
+        for router, old in zip(self.routers.values(), before, strict=True):
+            tries = [len(record.attempts) for record in router.records[old:]]
+            if any(count != 1 for count in tries):
+                problems.append(f"the encore took {tries} attempts")
+        return problems
 
     def _until_rest(self, look: Callable[[World], list[str]]) -> list[str]:
         """Let time pass until ``look`` finds nothing; what it finds at the limit."""
@@ -190,6 +215,8 @@ class World:
     def _heal_all(self) -> None:
         for heal in list(self._to_heal):
             self._heal(heal)
+        for mangler in self.manglers.values():
+            mangler.disarm()
         for node in self.nodes.values():
             node.process.thaw()
             if node.generation is not None:
