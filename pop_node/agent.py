@@ -124,6 +124,7 @@ class Agent:
             server_ssl=credentials.server_context() if credentials else None,
             client_ssl=credentials.client_context() if credentials else None,
             authorize_peer=self._authorization.check_node,
+            detection_s=config.topology.detection_s,
         )
         return ModelHost(
             settings,

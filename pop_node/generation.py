@@ -47,6 +47,7 @@ class HostSettings:
     server_ssl: ssl.SSLContext | None
     client_ssl: ssl.SSLContext | None
     authorize_peer: Callable[[str, ssl.SSLObject | None], None]
+    detection_s: float
 
 
 class Generation:
@@ -63,7 +64,7 @@ class Generation:
         self._on_transfer = on_transfer
         self._doors = asyncio.Lock()  # an engine may die while its doors are being opened
         self._is_closed = False
-        self.client = EngineClient()
+        self.client = EngineClient(settings.detection_s)
         self.staging = Staging.create(StagingLayout())
         self.endpoint = KvEndpoint(
             name=settings.node,
@@ -103,8 +104,8 @@ class Generation:
             self.endpoint.engine_lost(self.settings.model)
 
     def hung(self) -> None:
-        """The engine does not answer, or not do what it was told, in time: end it."""
-        log.error("engine of %s does not answer and is ended", self.settings.model)
+        """The engine does not do what it was told in time: end it."""
+        log.error("engine of %s does not do what it was told and is ended", self.settings.model)
         self.client.kill()
 
     def kept_tokens(self, transfer: bytes) -> int:
@@ -119,13 +120,15 @@ class Generation:
         return tokens // block_tokens * block_tokens
 
     async def close(self) -> None:
-        """End all transfers and connections and unmap the memory; the engine is gone already."""
+        """End all transfers and connections, unmap the memory, and see the engine's process off,
+        which is dead or given up already."""
         async with self._doors:
             if self._is_closed:
                 return
             self._is_closed = True
             await self.endpoint.close()
             self.staging.close()
+            await self.client.stop(timeout_s=0.0)
 
     # ---- from the KV endpoint (KvEvents) -------------------------------------------------------
 

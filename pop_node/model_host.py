@@ -18,7 +18,6 @@ from pop_node import leg_events as ev
 from pop_node.admission import problem_with
 from pop_node.answer_desk import AnswerDesk
 from pop_node.engine import messages as engine
-from pop_node.engine_watch import PROBE_PERIOD_S, EngineWatch
 from pop_node.generation import Generation, HostSettings
 from pop_node.kv_stream.spec import Piece
 from pop_node.live_legs import Live, LiveLegs
@@ -75,8 +74,6 @@ class ModelHost:
         self._on_legs = on_legs
         self._legs = LiveLegs(self.facts.directory, self._leg_over)
         self._generation: Generation | None = None
-        self._watch = EngineWatch()
-        self._watch_timer: asyncio.TimerHandle | None = None
         self._tasks = asyncio.TaskGroup()
         self._next_seq = 1
         self._answers = AnswerDesk(codec, executor)
@@ -120,8 +117,6 @@ class ModelHost:
         self._is_stopping = True
         self._legs.break_all(PeerError("the node is shutting down", code="draining"))
         self._answers.close()
-        if self._watch_timer is not None:
-            self._watch_timer.cancel()
         async with self._starting:
             generation = self._generation
             self._generation = self._legs.generation = None
@@ -132,8 +127,7 @@ class ModelHost:
     def end_engine(self) -> None:
         """The engine took too long to be ready: end it; ``on_exited`` follows."""
         if self._generation is not None:
-            log.error("engine of %s does not become ready and is ended", self.settings.model)
-            self._generation.client.kill()
+            self._generation.client.give_up("does not become ready")
 
     @property
     def ready(self) -> bool:
@@ -270,8 +264,6 @@ class ModelHost:
                 generation.endpoint.imported(transfer, slot)
             case engine.Ready():
                 self._tasks.create_task(self._engine_ready(generation, message))
-            case engine.Alive():
-                self._watch.heard()
             case engine.Crashed(text):
                 log.error("engine of %s crashed: %s", self.settings.model, text)
             case _:
@@ -301,20 +293,7 @@ class ModelHost:
         )
         phases = ", ".join(f"{name} {ms:.0f} ms" for name, ms in ready.phases_ms.items())
         log.info("engine of %s ready: %s backend, %s", self.settings.model, ready.backend, phases)
-        self._watch = EngineWatch()
-        self._look_after(generation)
         self._on_ready(self.settings.model)
-
-    def _look_after(self, generation: Generation) -> None:
-        """Ask the engine from time to time whether it still turns."""
-        if generation is not self._generation:
-            return
-        if self._watch.tick() == "hung":
-            generation.hung()
-            return
-        generation.client.send(engine.Probe())
-        loop = asyncio.get_running_loop()
-        self._watch_timer = loop.call_later(PROBE_PERIOD_S, self._look_after, generation)
 
     def _engine_exited(self, generation: Generation, code: int) -> None:
         if generation is not self._generation:

@@ -132,7 +132,7 @@ class LinkDefaults:
 class Topology:
     """A whole mesh. Maps are by name and keep the file's order.
 
-    ``detection_s``: a router gives up a node that says nothing for so long.
+    ``detection_s``: a router gives up a node that says nothing for so long, an agent its engine.
     """
 
     mesh: str

@@ -42,7 +42,6 @@ _TAGS: dict[int, type[Any]] = {
     7: messages.Commit,
     8: messages.Stop,
     9: messages.Retarget,
-    10: messages.Probe,
     32: messages.Ready,
     33: messages.Allocated,
     34: messages.Declined,
@@ -52,7 +51,7 @@ _TAGS: dict[int, type[Any]] = {
     39: messages.Imported,
     40: messages.Ended,
     41: messages.Crashed,
-    42: messages.Alive,
+    42: messages.Beat,
 }
 
 Check = Callable[[Any], bool]
@@ -121,7 +120,7 @@ _BY_TAG = {tag: _Shape(tag, cls) for tag, cls in _TAGS.items()}
 _BY_CLASS = {shape.cls: shape for shape in _BY_TAG.values()}
 
 
-def encode(message: messages.AgentMessage | messages.EngineMessage) -> bytes:
+def encode(message: messages.AgentMessage | messages.EngineMessage | messages.Beat) -> bytes:
     """One frame. Raises ``ValueError`` for a message beyond ``MAX_FRAME_BYTES``."""
     shape = _BY_CLASS[type(message)]
     return _frame((shape.tag, *shape.values(message)))

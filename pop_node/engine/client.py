@@ -1,7 +1,8 @@
 """The agent's handle on one engine process. Asyncio only; never imports torch.
 
-Callbacks run on the event loop: ``on_message`` for everything the engine says, in order, then
-``on_exit`` exactly once. After ``on_exit`` the client is finished; a new engine gets a new one.
+Callbacks run on the event loop: ``on_message`` for everything the engine says but its signs of
+life, in order, then ``on_exit`` exactly once. After ``on_exit`` the client is finished; a new
+engine gets a new one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Literal
 
 from pop_node.engine.boundary import MessageReader, encode, send_setup
 from pop_node.engine.config import EngineConfig
-from pop_node.engine.messages import AgentMessage, EngineMessage, Stop
+from pop_node.engine.messages import AgentMessage, Beat, EngineMessage, Ready, Stop
+from pop_node.engine.watch import EngineWatch
 from pop_node.kv_stream.staging import Staging
 from wire.errors import PeerError
 
@@ -33,18 +35,28 @@ _STDERR = 2
 TERMINATE_WAIT_S = 2.0
 """Between asking by signal and killing. Guess: an engine has nothing to save."""
 
+KILL_WAIT_S = 2.0
+"""For a killed process to be gone. Guess: unmapping tens of gigabytes; one that sleeps in a driver
+is left behind."""
+
 
 class EngineClient:
-    """Starts, talks to and ends one engine process."""
+    """Starts, talks to, looks after and ends one engine process."""
 
-    def __init__(self) -> None:
+    def __init__(self, detection_s: float) -> None:
+        """An engine that is ready and then says nothing for ``detection_s`` is given up."""
+        self._detection_s = detection_s
+        self._warm_ups_per_step = 1.0
+        self._watch: EngineWatch | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._on_message: Callable[[EngineMessage], None] | None = None
         self._on_exit: Callable[[int], None] | None = None
         self._process: asyncio.SubprocessTransport | None = None
         self._socket: asyncio.Transport | None = None
         self._reader = MessageReader()
         self._missing = {"process", "socket"}
-        self._exited = asyncio.Event()
+        self._is_over = False
+        self._gone = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
@@ -64,6 +76,7 @@ class EngineClient:
         can be started.
         """
         self._on_message, self._on_exit = on_message, on_exit
+        self._warm_ups_per_step = config.token_budget / config.block_tokens
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         with theirs:
@@ -107,7 +120,7 @@ class EngineClient:
 
     async def stop(self, timeout_s: float) -> None:
         """End the process: ask, after ``timeout_s`` ask by signal, then kill; returns when it is
-        gone.
+        gone, or cannot be killed.
 
         ``on_exit`` is called as for any other end.
         """
@@ -118,18 +131,30 @@ class EngineClient:
         for wait_s, force in (
             (timeout_s, self._terminate),
             (TERMINATE_WAIT_S, self.kill),
+            (KILL_WAIT_S, lambda: self.give_up("cannot be killed")),
         ):
             try:
                 async with asyncio.timeout(wait_s):
-                    await self._exited.wait()
-                break
+                    await self._gone.wait()
+                return
             except TimeoutError:
                 force()
-        await self._exited.wait()
+        self._process.close()
 
     def kill(self) -> None:
         """End the process at once; ``on_exit`` follows."""
         self._signal(signal.SIGKILL)
+
+    def give_up(self, why: str) -> None:
+        """It is of no use any more: kill it, and call ``on_exit`` without waiting for its end, as a
+        process that waits for a device cannot even be killed."""
+        if self._process is None or self._is_over:
+            return
+        log.error("engine %s %s and is given up", self.pid, why)
+        self.kill()
+        if self._socket is not None:
+            self._socket.abort()
+        self._exit(-signal.SIGKILL)
 
     def _terminate(self) -> None:
         self._signal(signal.SIGTERM)
@@ -150,19 +175,44 @@ class EngineClient:
             self.kill()
             return
         for message in messages:
+            if isinstance(message, Beat):
+                if self._watch is not None:
+                    self._watch.beat(message.busy_s)
+                continue
+            if isinstance(message, Ready):
+                # The warm-up computes a block: longer prompts take less time per token.
+                step_s = message.phases_ms["warm"] / 1000 * self._warm_ups_per_step
+                self._watch = EngineWatch(self._detection_s, step_s)
+                self._look_at(self._watch)
             self._on_message(message)
+
+    def _look_at(self, watch: EngineWatch) -> None:
+        fault = watch.look()
+        if fault is not None:
+            self.give_up(f"is {fault}")
+            return
+        loop = asyncio.get_running_loop()
+        self._look = loop.call_later(watch.period_s, self._look_at, watch)
 
     def _ended(self, what: Literal["process", "socket"]) -> None:
         """Tell the exit once both are gone, so that last words come before it."""
         self._missing.discard(what)
-        if self._missing or self._exited.is_set():
+        if self._missing:
             return
         assert self._process is not None
-        assert self._on_exit is not None
-        self._exited.set()
         code = self._process.get_returncode()
         self._process.close()
-        self._on_exit(-1 if code is None else code)
+        self._gone.set()
+        self._exit(-1 if code is None else code)
+
+    def _exit(self, code: int) -> None:
+        if self._is_over:
+            return
+        assert self._on_exit is not None
+        self._is_over = True
+        if self._look is not None:
+            self._look.cancel()
+        self._on_exit(code)
 
 
 class _Process(asyncio.SubprocessProtocol):

@@ -5,20 +5,17 @@ A thin shell: the scheduler decides, the runner computes, the stager copies. Kno
 
 from __future__ import annotations
 
-import queue
 import time
 from typing import assert_never
 
 from pop_node.engine.messages import (
     Add,
-    Alive,
     Allocated,
     Commit,
     Declined,
     Drop,
     Ended,
     PrefillDone,
-    Probe,
     Release,
     Retarget,
     StageFrom,
@@ -93,15 +90,13 @@ class EngineLoop:
 
     def _take_commands(self, idle: bool) -> bool:
         """Handle all commands that are here, waiting for one when idle; False after ``Stop``."""
-        inbox = self._port.inbox
-        try:
-            command = inbox.get(block=idle)
-            while not isinstance(command, Stop):
-                self._handle(command)
-                command = inbox.get_nowait()
-        except queue.Empty:
-            return True
-        return False
+        command = self._port.take(wait=idle)
+        while command is not None:
+            if isinstance(command, Stop):
+                return False
+            self._handle(command)
+            command = self._port.take(wait=False)
+        return True
 
     def _handle(self, command: Inbox) -> None:
         match command:
@@ -110,8 +105,6 @@ class EngineLoop:
             case StageFrom():
                 if self._stager.grant(command):
                     self._port.wake()
-            case Probe():
-                self._port.send(Alive())
             case Stop():
                 raise AssertionError("the caller ends the loop")
             case _:

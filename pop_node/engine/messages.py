@@ -123,11 +123,6 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """Does the main loop still turn? Answered by ``Alive`` between two steps."""
-
-
-@dataclass(frozen=True, slots=True)
 class Stop:
     """End the process cleanly."""
 
@@ -250,8 +245,11 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Alive:
-    """Answer to a ``Probe``."""
+class Beat:
+    """Sign of life of the thread beside the main loop. That has been at its present turn (a command
+    or a step) for ``busy_s`` seconds; 0.0 while it has nothing to do."""
+
+    busy_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,18 +259,8 @@ class Crashed:
     message: str
 
 
-AgentMessage = (
-    Add | Drop | Retarget | StageFrom | SlotFree | Release | Import | Commit | Probe | Stop
-)
+AgentMessage = Add | Drop | Retarget | StageFrom | SlotFree | Release | Import | Commit | Stop
 EngineMessage = (
-    Ready
-    | Allocated
-    | Declined
-    | StepDone
-    | PrefillDone
-    | Staged
-    | Imported
-    | Ended
-    | Alive
-    | Crashed
+    Ready | Allocated | Declined | StepDone | PrefillDone | Staged | Imported | Ended | Crashed
 )
+"""What an engine has to say. ``Beat`` is none of it: the client keeps it to itself."""

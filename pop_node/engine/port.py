@@ -3,7 +3,8 @@
 A forward pass takes longer than a slot takes to cross a link, so everything that only moves KV is
 handled here, beside the pass: grants, freed slots, imports and exports. All other commands go to
 the main loop's inbox in the order they came; an ``Import`` that came before a ``Commit`` is in its
-blocks before the main loop sees the ``Commit``.
+blocks before the main loop sees the ``Commit``. The thread also tells the agent that the engine
+lives, however long a step takes.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import queue
 import select
 import socket
 import threading
+import time
 import traceback
 
 from pop_node.engine.boundary import RECEIVE_BYTES, MessageReader, encode
 from pop_node.engine.messages import (
     Add,
     AgentMessage,
+    Beat,
     Commit,
     Crashed,
     Drop,
     EngineMessage,
     Import,
     Imported,
-    Probe,
+    Ready,
     Release,
     Retarget,
     SlotFree,
@@ -37,13 +40,16 @@ from pop_node.engine.stager import Stager
 
 INBOX_COMMANDS = 4096
 """Commands between two steps. Guess: every sequence of a full engine added and dropped several
-times; beyond it the socket fills up and the agent is told."""
+times; beyond it the socket fills up, the agent is told, and no sign of life leaves either."""
+
+BEAT_PERIOD_S = 0.25
+"""Signs of life: four within the shortest detection time that a topology may ask for."""
 
 EXIT_STOPPED = 0
 EXIT_PARENT_GONE = 0
 EXIT_CRASHED = 1
 
-Inbox = Add | Drop | Retarget | StageFrom | Release | Commit | Probe | Stop
+Inbox = Add | Drop | Retarget | StageFrom | Release | Commit | Stop
 
 
 class Port:
@@ -54,9 +60,11 @@ class Port:
         self._send_lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stager: Stager | None = None
-        self.inbox: queue.Queue[Inbox] = queue.Queue(INBOX_COMMANDS)
+        self._inbox: queue.Queue[Inbox] = queue.Queue(INBOX_COMMANDS)
+        self._beats = False
+        self._turned_at: float | None = None
 
-    def send(self, message: EngineMessage) -> None:
+    def send(self, message: EngineMessage | Beat) -> None:
         """Say something to the agent, from any thread; ends the process when nobody listens."""
         frame = encode(message)
         try:
@@ -78,6 +86,22 @@ class Port:
         """The model is loaded: from now on commands are taken."""
         self._stager = stager
 
+    def ready(self, message: Ready) -> None:
+        """Tell the agent; a ``Beat`` follows every ``BEAT_PERIOD_S`` from now on."""
+        self.send(message)
+        self._beats = True
+
+    def take(self, *, wait: bool) -> Inbox | None:
+        """The next command of the main loop, for whose turns this is the mark; None when there is
+        none and the main loop does not ``wait``."""
+        self._turned_at = None
+        try:
+            return self._inbox.get(block=wait)
+        except queue.Empty:
+            return None
+        finally:
+            self._turned_at = time.monotonic()
+
     def crash(self, error: BaseException) -> None:
         """Last words, then the end of the process, whichever thread failed."""
         traceback.print_exception(error)
@@ -98,9 +122,14 @@ class Port:
         poll.register(self._sock, select.POLLIN)
         poll.register(self._wake_fd, select.POLLIN)
         staged: Staged | None = None
+        beat_at = 0.0
         while True:
+            now = time.monotonic()
+            if now >= beat_at:
+                beat_at = now + BEAT_PERIOD_S
+                self._beat(now)
             # After a piece look for commands without waiting: there may be another piece.
-            for fd, _ in poll.poll(None if staged is None else 0):
+            for fd, _ in poll.poll((beat_at - now) * 1000 if staged is None else 0):
                 if fd == self._wake_fd:
                     os.eventfd_read(self._wake_fd)
                 else:
@@ -108,6 +137,11 @@ class Port:
             staged = self._stager.stage_one() if self._stager is not None else None
             if staged is not None:
                 self.send(staged)
+
+    def _beat(self, now: float) -> None:
+        turned_at = self._turned_at
+        if self._beats:
+            self.send(Beat(0.0 if turned_at is None else max(0.0, now - turned_at)))
 
     def _read(self, reader: MessageReader) -> None:
         data = self._sock.recv(RECEIVE_BYTES)
@@ -131,8 +165,8 @@ class Port:
             case StageFrom():
                 # Unknown: its Add or Retarget may still be in the inbox, so let it queue behind.
                 if not stager.grant(message):
-                    self.inbox.put(message)
-            case Add() | Drop() | Retarget() | Release() | Commit() | Probe() | Stop():
-                self.inbox.put(message)
+                    self._inbox.put(message)
+            case Add() | Drop() | Retarget() | Release() | Commit() | Stop():
+                self._inbox.put(message)
             case _:
                 raise ValueError(f"{type(message).__name__} is not for an engine")

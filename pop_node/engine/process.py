@@ -43,7 +43,7 @@ def serve(sock: socket.socket, started_at: float) -> int:
         import_ms = (imported_at - started_at) * 1000
         loop, ready = _build(port, config, Staging.attach(fd, layout), import_ms)
         gc.freeze()  # the model lives as long as the process: do not walk it again
-        port.send(ready)
+        port.ready(ready)
         loop.run()
     except Exception as exc:  # noqa: BLE001 - supervisor: tell the agent and exit
         port.crash(exc)

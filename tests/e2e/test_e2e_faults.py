@@ -183,6 +183,33 @@ async def test_a_frozen_decode_node_holds_up_its_own_streams_only_and_not_for_lo
     assert again.finish == "length"
 
 
+async def test_a_frozen_engine_is_replaced_and_its_streams_go_on_elsewhere(mesh):
+    """Its agent lives and answers pings; nobody thaws the engine."""
+    agent, engine = mesh.pids("lhr-1")
+
+    def freeze(_: Answer) -> None:
+        os.kill(engine, signal.SIGSTOP)
+
+    prompts = [words(100 + n, 30) for n in range(3)]
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        others = [
+            tasks.create_task(ask(mesh, prompt, 60, "prefill=ord-1,decode=ord-1"))
+            for prompt in prompts[1:]
+        ]
+        own = tasks.create_task(ask(mesh, prompts[0], 60, on_event=at(10, freeze)))
+    assert own.result().decode == "lhr-1"
+    assert own.result().longest_gap_s <= DETECTION_S + MARGIN_S
+    assert not psutil.pid_exists(engine)
+    await mesh.wait_reborn("lhr-1", engine)
+    assert mesh.pids("lhr-1")[0] == agent
+    for task, prompt in zip([own, *others], prompts, strict=True):
+        await whole_text(mesh, task.result(), prompt, 60)
+    for other in others:
+        assert len(mesh.request_record(other.result().request_id)["attempts"]) == 1
+    again = await ask(mesh, words(109, 30), 8, "prefill=ams-1,decode=lhr-1")
+    assert again.finish == "length"
+
+
 def registry_pid(mesh: Mesh) -> int:
     """The process of the embedded registry."""
     children = psutil.Process(mesh.process.pid).children()

@@ -65,8 +65,9 @@ def write_store(root: Path) -> Store:
     return store
 
 
-def topology(*names: str) -> Topology:
-    """One site, these nodes, loopback addresses chosen by the kernel."""
+def topology(*names: str, detection_s: float = 30.0) -> Topology:
+    """One site, these nodes, loopback addresses chosen by the kernel. Engines are given up late, as
+    these tests run on machines with other things to do."""
     anywhere = Address("127.0.0.1", 0)
     nodes = {
         name: Node(
@@ -82,7 +83,8 @@ def topology(*names: str) -> Topology:
         for name in names
     }
     sites = {"ams": Site("ams", Position(52.3, 4.8), "eu")}
-    return Topology(MESH, {MODEL: Model(MODEL, dtype="float32")}, sites, nodes, {})
+    model = Model(MODEL, dtype="float32")
+    return Topology(MESH, {MODEL: model}, sites, nodes, {}, detection_s=detection_s)
 
 
 class RunningNode:
@@ -332,11 +334,13 @@ def a_submit(stream: int, leg: Leg | str, **changes: Any) -> Submit:
 
 
 @asynccontextmanager
-async def tiny_mesh(store: Store, directory: Path, *names: str) -> AsyncIterator[TinyMesh]:
+async def tiny_mesh(
+    store: Store, directory: Path, *names: str, detection_s: float = 30.0
+) -> AsyncIterator[TinyMesh]:
     """Nodes that serve, each with one link from the router; all drained at the end."""
     registry = EmbeddedRegistry()
     url = await registry.start()
-    plan = topology(*names)
+    plan = topology(*names, detection_s=detection_s)
     nodes = {
         name: RunningNode(
             AgentConfig(node, plan, url, store.root, Dialer(), None, directory / f"{name}.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_node import agent, lifecycle, model_host
+from pop_node import agent, lifecycle
 from pop_node.engine import messages as engine
 from pop_node.engine.config import EngineConfig
 from pop_node.live_legs import LiveLegs
@@ -49,11 +49,10 @@ class Starts:
 
 
 async def test_an_engine_that_sleeps_for_ever_is_replaced(
-    tiny_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_store: Store, tmp_path: Path
 ) -> None:
     """The pain: one leg hangs and the other waits for minutes."""
-    monkeypatch.setattr(model_host, "PROBE_PERIOD_S", 0.5)
-    async with tiny_mesh(tiny_store, tmp_path, "a", "b") as mesh:
+    async with tiny_mesh(tiny_store, tmp_path, "a", "b", detection_s=1.0) as mesh:
         a, b = mesh.routers["a"], mesh.routers["b"]
         pid = mesh.nodes["b"].engine["pid"]
         os.kill(pid, signal.SIGSTOP)

@@ -35,6 +35,7 @@ def a_generation() -> Generation:
         server_ssl=None,
         client_ssl=None,
         authorize_peer=lambda name, ssl_object: None,
+        detection_s=5.0,
     )
     return Generation(settings, lambda transfer, event: None)
 

@@ -39,8 +39,6 @@ EVERY_MESSAGE = [
     m.Import(T, 70, 0, 1, 2, 3, 4, 5),
     m.Commit(T, [1, 2]),
     m.Stop(),
-    m.Probe(),
-    m.Alive(),
     m.Ready(42, 16, 100, 2048, "reference", {"groups": [{"window": None}]}, {"load": 1.5}),
     m.Allocated(1, 16),
     m.Declined(1, "out_of_blocks", "no"),
@@ -50,6 +48,7 @@ EVERY_MESSAGE = [
     m.Staged(T, 1, 0, 1, 2, 3, 4, 5, 600, 1),
     m.Imported(T, 70),
     m.Ended(1),
+    m.Beat(0.25),
     m.Crashed("out of memory"),
 ]
 

@@ -20,6 +20,7 @@ from engine_builders import an_add
 from tiny_llama import CONTEXT_TOKENS, VOCABULARY, write_tiny_llama
 
 from pop_node.engine import messages as m
+from pop_node.engine.boundary import encode
 from pop_node.engine.client import EngineClient
 from pop_node.engine.config import EngineConfig
 from pop_node.kv_stream.staging import Staging, StagingLayout
@@ -50,8 +51,8 @@ def config(model_dir: Path) -> EngineConfig:
 class Engine:
     """A client that keeps what the engine said and lets a test wait for more."""
 
-    def __init__(self) -> None:
-        self.client = EngineClient()
+    def __init__(self, detection_s: float = 30.0) -> None:
+        self.client = EngineClient(detection_s)
         self.staging = Staging.create(LAYOUT)
         self.said: list[Any] = []
         self.exit_code: int | None = None
@@ -118,8 +119,8 @@ class Engine:
 
 
 @asynccontextmanager
-async def running(config: EngineConfig) -> AsyncIterator[Engine]:
-    engine = Engine()
+async def running(config: EngineConfig, detection_s: float = 30.0) -> AsyncIterator[Engine]:
+    engine = Engine(detection_s)
     try:
         await engine.start(config)
         yield engine
@@ -295,6 +296,36 @@ async def test_a_killed_engine_is_noticed(config: EngineConfig) -> None:
         assert await engine.until_exit() == -signal.SIGKILL
 
 
+async def test_a_frozen_engine_is_given_up(config: EngineConfig) -> None:
+    async with running(config, detection_s=1.0) as engine:
+        os.kill(engine.client.pid or 0, signal.SIGSTOP)
+        assert await engine.until_exit() == -signal.SIGKILL
+        await engine.client.stop(timeout_s=WAIT_S)
+        assert not psutil.pid_exists(engine.client.pid or 0)
+
+
+async def test_an_engine_stuck_in_a_step_is_given_up(
+    config: EngineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real one stands still here, and a beat that no test can wait for is said for it."""
+    async with running(config, detection_s=5.0) as engine:
+        os.kill(engine.client.pid or 0, signal.SIGSTOP)
+        engine.client._received(encode(m.Beat(1e6)))
+        assert await engine.until_exit() == -signal.SIGKILL
+        assert "is stuck" in caplog.text
+
+
+async def test_an_engine_that_was_given_up_is_over_at_once(config: EngineConfig) -> None:
+    """Whether or not the process can be killed: nobody waits for that."""
+    async with running(config) as engine:
+        engine.client.give_up("is of no use")
+        assert engine.exit_code == -signal.SIGKILL
+        engine.client.send(m.Drop(1))
+        engine.client.give_up("is told twice")
+        await engine.client.stop(timeout_s=WAIT_S)
+        assert not psutil.pid_exists(engine.client.pid or 0)
+
+
 async def test_a_stopped_engine_is_killed_in_the_end(config: EngineConfig) -> None:
     """One that answers neither the message nor the signal."""
     async with running(config) as engine:
@@ -311,7 +342,7 @@ from pop_node.engine.config import EngineConfig
 from pop_node.kv_stream.staging import Staging, StagingLayout
 
 async def main():
-    client = EngineClient()
+    client = EngineClient(30.0)
     config = EngineConfig(Path(sys.argv[1]), "float32", "reference", 1, 640)
     staging = Staging.create(StagingLayout(4096, 4, 4))
     said = lambda message: print(client.pid, flush=True)
