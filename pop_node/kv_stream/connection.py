@@ -96,7 +96,7 @@ class Owner(Protocol[M]):
 
 class Connection(asyncio.BufferedProtocol, Generic[M]):
     """See the module's docstring. ``number`` is unique within the endpoint; ``version`` is the one
-    spoken, 0 before the peer's ``Hello``."""
+    spoken, 0 before the peer's ``Hello``; ``is_silent`` says that it was given up for that."""
 
     def __init__(
         self,
@@ -108,6 +108,7 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
         self.number = number
         self.peer: Hello | None = None
         self.version = 0
+        self.is_silent = False
         self.keepalive = Keepalive(time.monotonic())
         self._owner = owner
         self._hello = hello
@@ -178,6 +179,7 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
         if self.is_closing():
             return
         if self.keepalive.is_dead(now):
+            self.is_silent = True
             self.fail(PeerError(f"{self._name()} has gone silent", code="link_lost"))
         elif self.peer is not None and (ping := self.keepalive.due(now)) is not None:
             self.send(ping)

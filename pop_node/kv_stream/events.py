@@ -71,10 +71,14 @@ class LinkUp:
 
 @dataclass(frozen=True, slots=True)
 class LinkDown:
-    """The link broke or could not be made. Slots it was writing come back as ``Written``."""
+    """The link broke or could not be made. Slots it was writing come back as ``Written``.
+
+    ``is_silent``: it was given up because nothing was heard for as long as one waits for progress.
+    """
 
     address: str
     error: MeshError
+    is_silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,10 +316,11 @@ class ConnRtt:
 
 @dataclass(frozen=True, slots=True)
 class ConnLost:
-    """The connection is gone and writes to no slot any more."""
+    """The connection is gone and writes to no slot any more; ``is_silent`` as in ``LinkDown``."""
 
     conn: int
     error: MeshError
+    is_silent: bool = False
 
 
 ReceiverEvent = (

@@ -8,7 +8,7 @@ from pop_node.kv_stream.coverage import Coverage, validate_piece
 from pop_node.kv_stream.events import Expected
 from pop_node.kv_stream.faults import violation
 from pop_node.kv_stream.frames import CODEC_RAW, Commit, Data, Open
-from pop_node.kv_stream.liveness import wait_limit_s
+from pop_node.kv_stream.liveness import dial_limit_s, wait_limit_s
 from pop_node.kv_stream.spec import Piece
 from wire.errors import MeshError, PeerError, TransferError
 
@@ -68,9 +68,12 @@ class Incoming:
         self.received_bytes, self.ids = 0, None
         self.conn, self.link, self.last_progress = conn, link, now
 
-    def detach(self, now: float) -> None:
-        """The connection broke; what is verified stays."""
+    def detach(self, now: float, *, is_silent: bool = False) -> None:
+        """The connection broke; what is verified stays. A peer that was silent has used up its
+        time, but for one dial."""
         self.conn, self.granted, self.last_progress = None, False, now
+        if is_silent:
+            self.last_progress -= wait_limit_s(self.rtt_s) - dial_limit_s(self.rtt_s)
 
     def may_resume(self, error: MeshError) -> bool:
         """Can the transfer go on over another link after this end of its connection?"""

@@ -135,7 +135,7 @@ class Intake:
     def on_lost(self, conn: Connection[FromSender], error: MeshError) -> None:
         self.connections.pop(conn.number, None)
         self._payloads.pop(conn.number, None)
-        self._emit(ConnLost(conn.number, error))
+        self._emit(ConnLost(conn.number, error, conn.is_silent))
 
     def _data_ended(self, conn: Connection[FromSender], data: Data) -> None:
         held = self._payloads.pop(conn.number, None)

@@ -126,7 +126,7 @@ class PeerLink:
         for conn in self.connections:
             conn.flush()
 
-    def close(self, error: MeshError) -> None:
+    def close(self, error: MeshError, *, is_silent: bool = False) -> None:
         """End the link: every connection goes, queued slots come back, ``LinkDown`` once."""
         if self.is_down:
             return
@@ -135,7 +135,7 @@ class PeerLink:
             self._emit(Written(self._queue.popleft().slot))
         for conn in self.connections:
             conn.fail(error)
-        self._emit(LinkDown(self.key, error))
+        self._emit(LinkDown(self.key, error, is_silent))
 
     # ---- what the connections say --------------------------------------------------------------
 
@@ -208,7 +208,7 @@ class PeerLink:
         self.rates.waited()
 
     def on_lost(self, conn: Connection[FromReceiver], error: MeshError) -> None:
-        self.close(error)
+        self.close(error, is_silent=conn.is_silent)
 
     def _check_up(self) -> None:
         peers = [conn.peer for conn in self.connections if conn.peer is not None]

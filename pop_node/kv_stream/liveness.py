@@ -16,6 +16,10 @@ MIN_WAIT_S = 5.0
 WAIT_RTTS = 20.0
 """Waits in round trips, for links where 5 s would be too few retransmissions. Guess."""
 
+MIN_DIAL_S = 1.0
+DIAL_RTTS = 5.0
+"""Time for one new connection: TCP, TLS 1.3 and two greetings are four round trips. Guesses."""
+
 PING_INTERVAL_S = 2.0
 """Two pings fit into the shortest wait, so losing one is not death."""
 
@@ -26,6 +30,11 @@ RTT_SAMPLES = 30
 def wait_limit_s(rtt_s: float) -> float:
     """Longest wait without progress on a link with this round-trip time."""
     return max(MIN_WAIT_S, WAIT_RTTS * rtt_s)
+
+
+def dial_limit_s(rtt_s: float) -> float:
+    """Least time for a transfer to go on over a new connection, however long it had waited."""
+    return max(MIN_DIAL_S, DIAL_RTTS * rtt_s)
 
 
 class Keepalive:

@@ -10,7 +10,7 @@ from typing import Literal
 from pop_node.kv_stream.coverage import Coverage, validate_piece
 from pop_node.kv_stream.events import Opened, Staged
 from pop_node.kv_stream.frames import CODEC_RAW, Commit, Grant, Open
-from pop_node.kv_stream.liveness import wait_limit_s
+from pop_node.kv_stream.liveness import dial_limit_s, wait_limit_s
 from pop_node.kv_stream.report import TransferMeter
 from wire.errors import MeshError
 
@@ -63,12 +63,14 @@ class Outgoing:
     """State of one transfer.
 
     ``sent_bytes`` and ``acked_bytes`` count from the last ``Grant``; ``sure_bytes`` is what was
-    there before it. ``waiting_since`` is the beginning of the wait for a link, ``moved_at`` the
-    last step towards the end, ``incarnation`` the decode node's that was told of the transfer.
+    there before it. ``waiting_since`` is the last progress before the wait for a link, which lasts
+    until ``dial_until`` at least; ``moved_at`` is the last step towards the end, ``incarnation``
+    the decode node's that was told of the transfer.
     """
 
     opened: Opened
     waiting_since: float
+    dial_until: float = 0.0
     coverage: Coverage = field(init=False)
     state: State = "connecting"
     incarnation: str = ""
@@ -104,13 +106,16 @@ class Outgoing:
             self.was_granted,
         )
 
-    def break_off(self, now: float, *, was_sound: bool) -> list[int]:
-        """The link is gone; the slots of pieces that did not leave. ``was_sound`` says that it had
-        carried something: else the wait for a better one goes on."""
+    def break_off(self, link: Link, now: float, *, is_silent: bool) -> list[int]:
+        """The link is gone; the slots of pieces that did not leave. When the link was of no use,
+        the wait for a better one goes on."""
         slots = [staged.slot for staged in self.queue]
         self.queue.clear()
-        if self.state != "connecting" and was_sound:
-            self.waiting_since = now
+        if self.state != "connecting" and link.is_sound(now):
+            self.waiting_since = now - wait_limit_s(link.rtt_s) if is_silent else now
+            if self.acked_bytes < self.sent_bytes:
+                self.waiting_since = min(self.waiting_since, self._acked_at(link))
+            self.dial_until = now + dial_limit_s(link.rtt_s)
         self.state = "connecting"
         self.credit_bytes = self.sent_bytes = self.acked_bytes = 0
         return slots
@@ -167,14 +172,18 @@ class Outgoing:
         """Can the transfer go on over another link after this end of its link?"""
         return bool(self.incarnation) and error.code in RESUMABLE
 
+    def _acked_at(self, link: Link) -> float:
+        """The last progress while bytes are on their way. Pieces of other transfers share the link:
+        their acknowledgements are progress too."""
+        return max(self.unacked_since, link.last_ack)
+
     def deadline(self, link: Link) -> float:
         """The earlier of the request's deadline and the end of the wait for progress."""
         limit_s = wait_limit_s(link.rtt_s)
         if self.state == "connecting":
-            return min(self.opened.deadline, self.waiting_since + limit_s)
+            return min(self.opened.deadline, max(self.waiting_since + limit_s, self.dial_until))
         if self.acked_bytes < self.sent_bytes:
-            # Pieces of other transfers share the link: their acknowledgements are progress too.
-            return min(self.opened.deadline, max(self.unacked_since, link.last_ack) + limit_s)
+            return min(self.opened.deadline, self._acked_at(link) + limit_s)
         if self.ids is not None and self.state != "committing":
             # Computed, so only its blocks are kept from others here: perhaps from the very legs
             # that hold what the decode node waits for. A lease ends such circles.

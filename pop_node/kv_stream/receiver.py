@@ -110,8 +110,8 @@ class Receiver:
             case ev.ConnRtt(conn, rtt_s):
                 self._rtt_s[conn] = rtt_s
                 return []
-            case ev.ConnLost(conn, error):
-                return self._conn_lost(conn, error, now)
+            case ev.ConnLost():
+                return self._conn_lost(event, now)
             case ev.EngineLost(model):
                 return self._engine_lost(model, now)
             case ev.Tick():
@@ -297,7 +297,8 @@ class Receiver:
             return [committed]
         return [committed, ev.Reply(conn, Done(e.transfer, e.attempt))]
 
-    def _conn_lost(self, conn: int, error: MeshError, now: float) -> list[ev.ReceiverEffect]:
+    def _conn_lost(self, lost: ev.ConnLost, now: float) -> list[ev.ReceiverEffect]:
+        conn, error = lost.conn, lost.error
         rtt_s = self._rtt_s.pop(conn, 0.0)
         self._parking.drop_conn(conn)
         hit = {t for t, incoming in self._incoming.items() if incoming.conn == conn}
@@ -313,12 +314,12 @@ class Receiver:
                 ends.append((incoming, error))
             elif incoming.conn is not None:
                 incoming.rtt_s = rtt_s
-                self._detach(incoming, now)
+                self._detach(incoming, now, is_silent=lost.is_silent)
         return self._end_all(ends, now)
 
-    def _detach(self, incoming: Incoming, now: float) -> None:
+    def _detach(self, incoming: Incoming, now: float, *, is_silent: bool = False) -> None:
         """Wait for the peer to come again; its credit is void."""
-        incoming.detach(now)
+        incoming.detach(now, is_silent=is_silent)
         self._grants.withdraw(incoming.expected.transfer)
 
     def _engine_lost(self, model: str, now: float) -> list[ev.ReceiverEffect]:

@@ -97,8 +97,8 @@ class Sender:
                 return self._open(event, now)
             case LinkUp():
                 return self._link_up(event, now)
-            case LinkDown(address, error):
-                return self._link_down(address, error, now)
+            case LinkDown():
+                return self._link_down(event, now)
             case LinkRtt(address, rtt_s):
                 self._link(address).rtt_s = rtt_s
                 return []
@@ -180,14 +180,15 @@ class Sender:
             effects.append(self._say_open(transfer, now))
         return effects
 
-    def _link_down(self, address: str, error: MeshError, now: float) -> list[SenderEffect]:
+    def _link_down(self, down: LinkDown, now: float) -> list[SenderEffect]:
+        address, error = down.address, down.error
         old = self._links.pop(address, Link())
         effects: list[SenderEffect] = []
         waiting = False
         for transfer in self._on(address):
             if transfer.may_resume(error):
                 waiting = True
-                slots = transfer.break_off(now, was_sound=old.is_sound(now))
+                slots = transfer.break_off(old, now, is_silent=down.is_silent)
                 effects += [SlotFree(slot) for slot in slots]
             else:
                 effects += self._fail(transfer, error, tell_peer=False)

@@ -381,9 +381,9 @@ class Pair:
         self.p(ev.FromPeer(LINK, self.down.pop(at % len(self.down))))
         return True
 
-    def break_link(self, *, d_notices: bool = True) -> None:
+    def break_link(self, *, d_notices: bool = True, is_silent: bool = False) -> None:
         """The connections are gone, with everything on them. A D that does not notice may still
-        hear what was on its way."""
+        hear what was on its way. ``is_silent``: nothing was heard for as long as one waits."""
         error = PeerError("gone", code="link_lost")
         self.link_is_up = False
         link, up = self.link, self.up[:]
@@ -393,11 +393,11 @@ class Pair:
             self.p(ev.Written(item.slot))
         self.to_write.clear()
         if d_notices:
-            self.lose(self.conn, error)
+            self.lose(self.conn, error, is_silent=is_silent)
         else:
             self.stale += [(*frame, link) for frame in up]
             self.unnoticed.append(self.conn)
-        self.p(ev.LinkDown(LINK, error))
+        self.p(ev.LinkDown(LINK, error, is_silent))
 
     def notice(self) -> None:
         """D learns of the end of links that P left long ago; nothing more comes over them."""
@@ -406,12 +406,12 @@ class Pair:
             self.lose(conn, PeerError("gone", code="link_lost"))
         self.unnoticed.clear()
 
-    def lose(self, conn: int, error: MeshError) -> None:
+    def lose(self, conn: int, error: MeshError, *, is_silent: bool = False) -> None:
         """D hears that a connection is gone, with the payloads under way on it."""
         for item in [item for item in self.arriving if self.arriving_on[item[0]] == conn]:
             self.arriving.remove(item)
             del self.slots[item[0]]
-        self.d(ev.ConnLost(conn, error))
+        self.d(ev.ConnLost(conn, error, is_silent))
 
     # ---- running and checking ----
 

@@ -11,7 +11,7 @@ from kv_pair import CONN, LINK, SLOT_BYTES, SPEC, Pair, Plan
 
 from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.frames import Ack, Commit, Data, Deny, Done, Grant, Open
-from pop_node.kv_stream.liveness import MIN_WAIT_S, WAIT_RTTS
+from pop_node.kv_stream.liveness import DIAL_RTTS, MIN_DIAL_S, MIN_WAIT_S, WAIT_RTTS
 from pop_node.kv_stream.outgoing import REDIAL_MAX_S
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec, Piece
@@ -359,6 +359,84 @@ def test_both_sides_give_up_after_the_same_wait(rtt_s: float) -> None:
     pair.wait(0.02)
     assert pair.errors_p[T].code == pair.errors_d[T].code == "transfer_timeout"
     pair.check_at_rest()
+
+
+@pytest.mark.parametrize("rtt_s", [0.01, 0.5])
+def test_silence_was_waiting_and_leaves_time_for_one_dial_only(rtt_s: float) -> None:
+    """The path died without a word: who noticed has waited its time already."""
+    pair, _ = in_flight()
+    pair.p(ev.LinkRtt(LINK, rtt_s))
+    pair.d(ev.ConnRtt(pair.conn, rtt_s))
+    pair.can_dial = False
+    while pair.to_import:
+        pair.import_one()
+    pair.now = max(MIN_WAIT_S, WAIT_RTTS * rtt_s) - 0.01
+    pair.break_link(is_silent=True)
+    dial_s = max(MIN_DIAL_S, DIAL_RTTS * rtt_s)
+    pair.wait(dial_s - 0.01)
+    assert not pair.ended_p
+    assert not pair.ended_d
+    pair.wait(0.02)
+    assert pair.errors_p[T].code == pair.errors_d[T].code == "transfer_timeout"
+    pair.check_at_rest()
+
+
+def test_a_dial_after_silence_that_reaches_the_peer_takes_the_transfer_up() -> None:
+    """Perhaps only something between had forgotten the connection."""
+    pair, plan = in_flight()
+    pair.can_dial = False
+    pair.now = MIN_WAIT_S
+    pair.break_link(is_silent=True)
+    pair.wait(MIN_DIAL_S / 2)
+    pair.connect()
+    pair.run()
+    assert pair.committed == {T: plan.ids}
+    assert pair.reports
+    pair.check_at_rest()
+
+
+def test_silence_while_the_prompt_is_computed_counts_as_well() -> None:
+    pair, plan = Pair(), Plan(T)
+    pair.expect(plan)
+    pair.open(plan)
+    pair.allocate(plan)
+    while pair.deliver_up() or pair.deliver_down():
+        pass
+    pair.can_dial = False
+    pair.wait(3 * MIN_WAIT_S)  # pings were answered
+    assert not pair.ended_p
+    pair.break_link(is_silent=True)
+    pair.wait(MIN_DIAL_S + 0.01)
+    assert pair.errors_p[T].code == pair.errors_d[T].code == "transfer_timeout"
+
+
+@pytest.mark.parametrize("stood_s", [0.0, 3.0, MIN_WAIT_S - 0.1])
+def test_after_a_reset_the_wait_counts_from_the_last_acknowledgement(stood_s: float) -> None:
+    pair, _ = in_flight()
+    pair.can_dial = False
+    pair.now = stood_s
+    pair.break_link()
+    until = max(MIN_WAIT_S, stood_s + MIN_DIAL_S)
+    pair.wait(until - stood_s - 0.01)
+    assert not pair.ended_p
+    pair.wait(0.02)
+    assert pair.errors_p[T].code == "transfer_timeout"
+
+
+def test_after_a_reset_with_nothing_on_its_way_there_is_the_whole_wait() -> None:
+    pair, plan = Pair(), Plan(T)
+    pair.expect(plan)
+    pair.open(plan)
+    pair.allocate(plan)
+    while pair.deliver_up() or pair.deliver_down():
+        pass
+    pair.can_dial = False
+    pair.now = 20.0
+    pair.break_link()
+    pair.wait(MIN_WAIT_S - 0.01)
+    assert not pair.ended_p
+    pair.wait(0.02)
+    assert pair.errors_p[T].code == "transfer_timeout"
 
 
 def test_dials_back_off_and_end_with_the_wait() -> None:
