@@ -35,7 +35,7 @@ class Link:
     the peer cannot resume transfers.
 
     ``failures`` counts ends in a row without a byte acknowledged; ``redial_at`` is when the next
-    attempt is due for transfers that wait for it.
+    attempt is due for transfers that wait for it; ``is_dialled`` says that one has begun.
     """
 
     slot_bytes: int = 0
@@ -45,16 +45,19 @@ class Link:
     up_since: float = 0.0
     failures: int = 0
     redial_at: float | None = None
+    is_dialled: bool = False
 
     def is_sound(self, now: float) -> bool:
         """It was of use: it carried something, or stood as long as we wait for one."""
         lasted = now - self.up_since >= wait_limit_s(self.rtt_s)
         return self.slot_bytes > 0 and (self.failures == 0 or lasted)
 
-    def successor(self, now: float) -> Link:
-        """The link to dial after this one ended."""
+    def successor(self, now: float, *, at_once: bool) -> Link:
+        """The link to dial after this one ended, after a pause unless ``at_once``."""
         failures = 0 if self.is_sound(now) else self.failures
         pause_s = min(REDIAL_FIRST_S * 2 ** (failures - 1), REDIAL_MAX_S) if failures else 0.0
+        if at_once:
+            pause_s = 0.0
         return Link(rtt_s=self.rtt_s, failures=min(failures + 1, 16), redial_at=now + pause_s)
 
 
@@ -65,12 +68,14 @@ class Outgoing:
     ``sent_bytes`` and ``acked_bytes`` count from the last ``Grant``; ``sure_bytes`` is what was
     there before it. ``waiting_since`` is the last progress before the wait for a link, which lasts
     until ``dial_until`` at least; ``moved_at`` is the last step towards the end, ``incarnation``
-    the decode node's that was told of the transfer.
+    the decode node's that was told of the transfer. ``is_late``: it came after the dial that it
+    waits for had begun, when perhaps nobody listened yet, and is owed one of its own.
     """
 
     opened: Opened
     waiting_since: float
     dial_until: float = 0.0
+    is_late: bool = False
     coverage: Coverage = field(init=False)
     state: State = "connecting"
     incarnation: str = ""
@@ -116,7 +121,7 @@ class Outgoing:
             if self.acked_bytes < self.sent_bytes:
                 self.waiting_since = min(self.waiting_since, self._acked_at(link))
             self.dial_until = now + dial_limit_s(link.rtt_s)
-        self.state = "connecting"
+        self.state, self.is_late = "connecting", False
         self.credit_bytes = self.sent_bytes = self.acked_bytes = 0
         return slots
 
@@ -170,7 +175,7 @@ class Outgoing:
 
     def may_resume(self, error: MeshError) -> bool:
         """Can the transfer go on over another link after this end of its link?"""
-        return bool(self.incarnation) and error.code in RESUMABLE
+        return (self.is_late or bool(self.incarnation)) and error.code in RESUMABLE
 
     def _acked_at(self, link: Link) -> float:
         """The last progress while bytes are on their way. Pieces of other transfers share the link:

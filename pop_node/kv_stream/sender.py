@@ -7,7 +7,8 @@ every staged slot comes back exactly once, by ``SlotFree``.
 
 When the link breaks, a transfer that its decode node knows waits for another one: the machine
 dials again, says ``Open`` again, and the ``Grant`` says from where on the engine has to stage. A
-decode node that was restarted, or does not know the transfer, ends it at once.
+decode node that was restarted, or does not know the transfer, ends it at once. A transfer that is
+new fails with the first dial that began for it, not with one that others had begun before.
 
 Who waits for what: the machine itself bounds the wait for a link and for acknowledgements of bytes
 that were sent, and, once a prompt is computed, for room at the decode node: the blocks that the
@@ -155,13 +156,15 @@ class Sender:
         self._transfers[event.transfer] = transfer
         self.counts.opened += 1
         link = self._link(event.address)
+        transfer.is_late = link.is_dialled
         effects: list[SenderEffect] = [self._dial(event.address, event.peer)]
         if link.slot_bytes:
             effects.append(self._say_open(transfer, now))
         return effects
 
     def _dial(self, address: str, peer: str) -> Connect:
-        self._link(address).redial_at = None
+        link = self._link(address)
+        link.redial_at, link.is_dialled = None, True
         return Connect(address, peer)
 
     def _link_up(self, up: LinkUp, now: float) -> list[SenderEffect]:
@@ -184,16 +187,16 @@ class Sender:
         address, error = down.address, down.error
         old = self._links.pop(address, Link())
         effects: list[SenderEffect] = []
-        waiting = False
+        waiting = at_once = False
         for transfer in self._on(address):
             if transfer.may_resume(error):
-                waiting = True
+                waiting, at_once = True, at_once or transfer.is_late
                 slots = transfer.break_off(old, now, is_silent=down.is_silent)
                 effects += [SlotFree(slot) for slot in slots]
             else:
                 effects += self._fail(transfer, error, tell_peer=False)
         if waiting:
-            self._links[address] = old.successor(now)
+            self._links[address] = old.successor(now, at_once=at_once)
             effects += self._redial(now)
         return effects
 
@@ -214,7 +217,7 @@ class Sender:
         return [t for t in self._transfers.values() if t.opened.address == address]
 
     def _say_open(self, transfer: Outgoing, now: float) -> Tell:
-        transfer.state, transfer.moved_at = "opening", now
+        transfer.state, transfer.moved_at, transfer.is_late = "opening", now, False
         transfer.incarnation = self._link(transfer.opened.address).incarnation
         return Tell(transfer.opened.address, transfer.open_frame())
 
