@@ -27,6 +27,7 @@ from pop_node.engine.schedule import (
 from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
 from pop_node.engine.validate import Limits
+from pop_node.engine.watch import EngineWatch
 from pop_node.kv_stream.spec import Piece
 from pop_node.kv_stream.staging import StagingLayout
 from tests.sim.clock import Process
@@ -40,6 +41,7 @@ from tests.sim.model import (
     CacheMemory,
     FakeModel,
 )
+from topology.model import DETECTION_S
 
 SLOT_BYTES = 128 * 1024
 """Eight tokens of one layer and component."""
@@ -149,6 +151,7 @@ class SimEngine:
         self._rates = StepRates()
         self._told: Load | None = None
         self._stepping = False
+        self._turned_at: float | None = None
         self._pump_wanted = False
         self._ready = False
         process.call_later(shape.start_s, self._loaded)
@@ -157,6 +160,25 @@ class SimEngine:
         """From the agent: arrives a moment later, in order."""
         sim = self.process.sim
         sim.at(sim.now + LOCAL_S, self.process, self._receive, message)
+
+    def _look(self, watch: EngineWatch) -> None:
+        """The client's timer, in the agent: whether a beat came, and what the watch makes of it."""
+        if not self.process.alive:
+            return
+        if not self.process.frozen:
+            now = self.process.time()
+            watch.beat(0.0 if self._turned_at is None else now - self._turned_at)
+        fault = watch.look()
+        if fault is not None:
+            self.give_up(fault)
+            return
+        self._agent.call_later(watch.period_s, self._look, watch)
+
+    def give_up(self, why: str) -> None:
+        """It is of no use any more; its process may outlive that."""
+        self.process.sim.note(self.process, f"is {why} and given up")
+        self.process.kill()
+        self._exited()
 
     def kill(self) -> None:
         """SIGKILL; the agent hears of it after the engine's last words."""
@@ -174,6 +196,8 @@ class SimEngine:
     def _loaded(self) -> None:
         self._ready = True
         shape = self._shape
+        watch = EngineWatch(DETECTION_S, shape.step_s + shape.token_s * shape.token_budget)
+        self._agent.call_later(watch.period_s, self._look, watch)
         for tokens in (16,) * 8 + (0,) * 16 if shape.measured else ():
             self._rates.step(tokens, shape.step_s + shape.token_s * tokens)
         self._say(
@@ -221,9 +245,7 @@ class SimEngine:
         now = self.process.time()
         while self._inbox:
             command = self._inbox.popleft()
-            if isinstance(command, em.Probe):
-                self._say(em.Alive())
-            elif isinstance(command, em.StageFrom):
+            if isinstance(command, em.StageFrom):
                 self._pump_wanted |= self.stager.grant(command)
             else:
                 self._carry_out(self.scheduler.handle(command, now))
@@ -232,7 +254,7 @@ class SimEngine:
         if not schedule.rows:
             self._tell([])
             return
-        self._stepping = True
+        self._stepping, self._turned_at = True, now
         exports = [
             (row.sequence.transfer, row.end)
             for row in schedule.rows
@@ -275,7 +297,7 @@ class SimEngine:
         effects = self.scheduler.complete(schedule, ids, now)
         self._tell([(e.seq, e.index, e.id, e.finish) for e in effects if isinstance(e, em.Token)])
         self._carry_out(effects)
-        self._stepping = False
+        self._stepping, self._turned_at = False, None
         self._loop()
         self._pump()
 

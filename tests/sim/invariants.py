@@ -85,7 +85,8 @@ def _answer(world: World, client: SimClient) -> list[str]:
         case "hung" | "reading":
             found.append(f"{client.state} {request.timeout_s} s")
     stuck = client.ended_at - max(request.at, world.schedule.healed_at)
-    if stuck > RECOVERY_S and request.timeout_s > RECOVERY_S:
+    # Who is lost has tried to come back for as long as that is promised to work.
+    if stuck > RECOVERY_S and request.timeout_s > RECOVERY_S and client.state != "lost":
         found.append(f"ended {stuck:.1f} s after everything was well")
     late = client.ended_at - request.at - request.timeout_s
     frozen = sum(f.duration_s for f in world.schedule.faults if f.kind == "freeze_router")

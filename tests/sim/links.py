@@ -247,6 +247,6 @@ class Network:
     @staticmethod
     def _answer(dial: Dial, done: Callable[[End | None], None], end: End | None) -> None:
         if not dial.cancelled:
-            done(end)
+            done(None if end is None or end.closed else end)  # closed: reset before it was used
         elif end is not None:
             end.close()

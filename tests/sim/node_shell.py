@@ -17,7 +17,6 @@ from pop_node.admission import problem_with
 from pop_node.answer_desk import AnswerDesk
 from pop_node.answers import Answer, text_after
 from pop_node.engine import messages as em
-from pop_node.engine_watch import PROBE_PERIOD_S, EngineWatch
 from pop_node.generation import Generation
 from pop_node.kv_stream import frames
 from pop_node.kv_stream.spec import Piece
@@ -139,7 +138,6 @@ class SimNode:
         self.legs = LiveLegs(self.facts.directory, self._leg_over)
         nobody: Any = None
         self.desk = AnswerDesk(CODEC, nobody)
-        self._watch = EngineWatch()
         self._links: dict[SimRouterLink, None] = {}
         self._next_seq = 1
         self._timer: Any = None
@@ -164,7 +162,7 @@ class SimNode:
                     self.legs.generation = self.generation
                 case lifecycle.EndEngine():
                     if self.generation is not None:
-                        self.generation.client.kill()
+                        self.generation.client.give_up("late")
                 case lifecycle.OpenDoors():
                     self._open_doors()
                 case _:
@@ -330,8 +328,6 @@ class SimNode:
                 generation.endpoint.imported(transfer, slot)
             case em.Ready():
                 self._engine_ready(generation, message)
-            case em.Alive():
-                self._watch.heard()
             case _:
                 raise AssertionError(f"unknown message {message}")
 
@@ -362,18 +358,7 @@ class SimNode:
             dtype="float32",
             kv_address=self.shape.kv_address,
         )
-        self._watch = EngineWatch()
-        self._look_after(generation)
         self._apply(lifecycle.EngineReady(MODEL))
-
-    def _look_after(self, generation: SimGeneration) -> None:
-        if generation is not self.generation:
-            return
-        if self._watch.tick() == "hung":
-            generation.hung()
-            return
-        generation.client.send(em.Probe())
-        self.process.call_later(PROBE_PERIOD_S, self._look_after, generation)
 
     def engine_exited(self, generation: SimGeneration) -> None:
         if generation is not self.generation:

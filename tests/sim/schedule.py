@@ -249,7 +249,7 @@ def _fault(rng: random.Random, nodes: list[str], prefills: list[str], near: floa
         case "freeze_agent" | "freeze_engine":
             return Fault(at, kind, node, duration_s=duration)
         case "hang_engine":
-            return Fault(at, kind, node, duration_s=60.0)
+            return Fault(at, kind, node, duration_s=20.0)
         case "freeze_router":
             return Fault(at, kind, router, duration_s=duration)
         case "mangle":
