@@ -330,12 +330,13 @@ class Scheduler:
             self._waiting.tokens -= sequence.remaining
         sequence.computed = cached
         sequence.registered = len(hits)
-        if self._waiting.is_new(sequence):  # a resumed sequence was announced before
-            effects.append(Allocated(sequence.seq, cached))
         if sequence.leg == "prefill" or sequence.kv_source == "transfer":
             side: Side = "export" if sequence.leg == "prefill" else "import"
             blocks, total = tuple(sequence.blocks), sequence.given_tokens
             effects.append(TransferBound(side, sequence.transfer, blocks, cached, total))
+        # After the binding: once it is told, pieces may arrive beside the main loop.
+        if self._waiting.is_new(sequence):  # a resumed sequence was announced before
+            effects.append(Allocated(sequence.seq, cached))
 
     # ---- ends ----------------------------------------------------------------------------------
 

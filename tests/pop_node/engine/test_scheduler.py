@@ -190,6 +190,17 @@ def test_a_decode_leg_waits_for_its_kv_and_continues() -> None:
     assert engine.pool.available == 64
 
 
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+def test_blocks_are_bound_before_anybody_hears_of_them(leg: str) -> None:
+    """Pieces may arrive beside the main loop as soon as the agent was told; without blocks to land
+    in they would be dropped, and their places stay empty."""
+    engine = Engine()
+    engine.tell(an_add(1, leg=leg, transfer=b"t" * 16, prompt_ids=list(range(9))))
+    engine.step()
+    told = [type(e) for e in engine.effects if isinstance(e, TransferBound | Allocated)]
+    assert told == [TransferBound, Allocated]
+
+
 def test_a_decode_leg_may_hit_its_whole_prompt() -> None:
     engine = Engine()
     prompt = [1] * 16
