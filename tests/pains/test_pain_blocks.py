@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +49,6 @@ class ScriptedEngine:
         self._steps = 0
         self.said: list[object] = []
         self.staged: dict[bytes, dict[int, int]] = {}
-        self.inbox = self
         self._loop = EngineLoop(scheduler, self, self.stager, self, last_layer=0)  # type: ignore[arg-type]
 
     def live(self) -> None:
@@ -62,19 +60,16 @@ class ScriptedEngine:
 
     # ---- the port ------------------------------------------------------------------------------
 
-    def get(self, block: bool) -> object:
+    def take(self, *, wait: bool) -> object:
         self._commands.extend(self._script.pop(self._steps, ()))
-        if block and not self._commands:  # idle: on to what comes next
-            if not self._script:
-                return Stop()
-            self._steps = min(self._script)
-            return self.get(block)
-        return self.get_nowait()
-
-    def get_nowait(self) -> object:
-        if not self._commands:
-            raise queue.Empty
-        return self._commands.popleft()
+        if self._commands:
+            return self._commands.popleft()
+        if not wait:
+            return None
+        if not self._script:
+            return Stop()
+        self._steps = min(self._script)  # idle: on to what comes next
+        return self.take(wait=True)
 
     def send(self, message: object) -> None:
         self.said.append(message)
