@@ -204,22 +204,26 @@ class ModelHost:
 
     async def _prepare(self, live: Live) -> None:
         """Render and tokenise off the event loop; one leg's trouble stays its own."""
+        self._legs.advance(live, await self._prepared(live.leg.submit))
+
+    async def _prepared(self, submit: Submit) -> ev.Prepared | ev.PrepareFailed:
         loop = asyncio.get_running_loop()
         try:
             prepared = await loop.run_in_executor(
-                self._executor, prepare, self._codec, live.leg.submit, self._context_tokens()
+                self._executor, prepare, self._codec, submit, self._context_tokens()
             )
-            if self._generation is not None and self._generation.client.is_congested:
-                raise OverloadError("the engine does not take commands", retry_after_s=1.0)
-            self._legs.advance(live, prepared)
         except asyncio.CancelledError:
             raise
         except MeshError as exc:
-            self._legs.advance(live, ev.PrepareFailed(exc))
+            return ev.PrepareFailed(exc)
         except BaseException:  # supervisor of one leg; a panic in the tokenizer is no Exception
-            log.exception("request %s cannot be prepared", live.leg.submit.request_id[:64])
-            error = MeshError("the prompt cannot be prepared")
-            self._legs.advance(live, ev.PrepareFailed(error))
+            log.exception("request %s cannot be prepared", submit.request_id[:64])
+            # Perhaps only this node's trouble; the router's count of attempts ends it if not.
+            return ev.PrepareFailed(MeshError("the prompt cannot be prepared", retryable=True))
+        if self._generation is not None and self._generation.client.is_congested:
+            error = OverloadError("the engine does not take commands", retry_after_s=1.0)
+            return ev.PrepareFailed(error)
+        return prepared
 
     def _context_tokens(self) -> int:
         ready = self._generation.ready if self._generation is not None else None

@@ -14,10 +14,12 @@ MAX_BODY_BYTES = 10 * 1024 * 1024
 """Largest request body; what the mesh wire can carry follows from it."""
 
 RETRY_RATIO = 0.2
-RETRY_RESERVE = 10.0
-"""Retries may add 20 % to the load, and a quiet router may always retry ten times: a mesh in
-trouble must not be given several times its load. Source: the retry budgets of finagle and
-linkerd."""
+RETRIES_PER_S = 10.0
+RETRY_MEMORY_S = 10.0
+MAX_RETRIES_SAVED = 1000.0
+"""Retries may add 20 % to the load, and ten a second are always allowed: a mesh in trouble must not
+be given several times its load. What time earned is remembered for ten seconds. Source: the retry
+budgets of finagle and linkerd, their defaults; the most that is saved is a guess."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +88,22 @@ class Admission:
 
 
 class RetryBudget:
-    """A balance that requests pay into and retries draw from."""
+    """A balance that requests and time pay into and retries draw from. Times are seconds."""
 
     def __init__(self) -> None:
-        self._balance = RETRY_RESERVE
+        self._balance = RETRIES_PER_S * RETRY_MEMORY_S
+        self._at = 0.0
 
     def deposit(self) -> None:
         """A request came in."""
-        self._balance = min(self._balance + RETRY_RATIO, 100 * RETRY_RESERVE)
+        self._balance = min(self._balance + RETRY_RATIO, MAX_RETRIES_SAVED)
 
-    def withdraw(self) -> bool:
+    def withdraw(self, now: float) -> bool:
         """Take one retry; False when the budget is spent."""
+        earned, self._at = (now - self._at) * RETRIES_PER_S, now
+        reserve = RETRIES_PER_S * RETRY_MEMORY_S
+        if self._balance < reserve:
+            self._balance = min(self._balance + earned, reserve)
         if self._balance < 1.0:
             return False
         self._balance -= 1.0

@@ -237,7 +237,7 @@ class Exchange:
             choice = choose_recovery(routing, broken, view, now, dispatch.rng)
         except MeshError as exc:
             return Unroutable(exc)
-        if not broken.relayed and not dispatch.retry_budget.withdraw():
+        if not broken.relayed and not dispatch.retry_budget.withdraw(now):
             error = OverloadError("too many requests are being retried already", retry_after_s=1.0)
             return Unroutable(error, final=True)
         dispatch.metrics.retries.add()

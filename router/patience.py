@@ -8,7 +8,12 @@ from __future__ import annotations
 from wire.errors import MeshError, OverloadError
 
 MAX_ATTEMPTS = 4
-"""Tries of one request without a new token. Guess: with four sites down there is no fifth."""
+"""Tries of one request without any token. Guess: with four sites down there is no fifth, and a
+prompt that kills engines must not kill them all."""
+
+MAX_ATTEMPTS_STREAMING = 8
+"""Tries without a new token once some were read: such a prompt has killed nobody, and a cut stream
+is what a client minds most. Guess."""
 
 WAIT_FIRST_S = 10.0
 """How long an accepted request without a route waits for one before its first token: a client that
@@ -52,7 +57,7 @@ class Patience:
             return pause
         if not fruitful:
             self._fruitless += 1
-        return 0.0 if self._fruitless < MAX_ATTEMPTS else None
+        return 0.0 if self._fruitless < _most(streaming) else None
 
     def no_route(self, now: float, streaming: bool) -> float | None:
         """Seconds until the next look for a route, or None: give up."""
@@ -69,6 +74,10 @@ class Patience:
             self._waiting_since = now
         patience = WAIT_STREAMING_S if streaming else WAIT_FIRST_S
         return self._waiting_since + patience - now
+
+
+def _most(streaming: bool) -> int:
+    return MAX_ATTEMPTS_STREAMING if streaming else MAX_ATTEMPTS
 
 
 def _next(pause_s: float) -> float:

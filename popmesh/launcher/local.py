@@ -162,22 +162,32 @@ class LocalMesh:
         return self._publish(statuses)
 
     async def _watch(self, published: dict[str, NodeStatus]) -> None:
-        """Keep the ready file true: after a restart, probe the node again and rewrite the file."""
+        """Keep the ready file true: processes by their new ids, a restarted node once a token came
+        through it. Nobody's absence keeps the others out."""
         published_pids = self._pids()
         while True:
             await asyncio.sleep(WATCH_S)
-            statuses, pids = self._statuses(), self._pids()
-            changed = {name for name, status in statuses.items() if status != published.get(name)}
-            if not changed and pids == published_pids:
-                continue
-            if len(statuses) < len(self.plan.topology.nodes) or len(pids) < len(published_pids):
-                continue
-            async with MeshClient(self.plan.router_url, self._api_key) as client:
-                for probe in self.plan.probes:
-                    if probe.node in changed:
-                        await _probe(client, probe)
-            if self._statuses() == statuses and self._pids() == pids:
-                published, published_pids = self._publish(statuses), pids
+            pids = published_pids | self._pids()
+            if pids != published_pids:
+                published, published_pids = self._publish(published, pids), pids
+            again = {
+                name: status
+                for name, status in self._statuses().items()
+                if status != published.get(name)
+            }
+            answering = [name for name in again if await self._answers(name)]
+            now = self._statuses()
+            found = {name: again[name] for name in answering if now.get(name) == again[name]}
+            if found:
+                published = self._publish(published | found, published_pids)
+
+    async def _answers(self, node: str) -> bool:
+        """Does a token come through every model of a node?"""
+        async with MeshClient(self.plan.router_url, self._api_key) as client:
+            for probe in self.plan.probes:
+                if probe.node == node and not await _probe_once(client, probe):
+                    return False
+        return True
 
     def _pids(self) -> dict[tuple[str, str], int]:
         """The routers and the shaper that run now, by (kind, name)."""
@@ -197,9 +207,12 @@ class LocalMesh:
         if self._ready_file is not None:
             self._ready_file.unlink(missing_ok=True)
 
-    def _publish(self, statuses: dict[str, NodeStatus]) -> dict[str, NodeStatus]:
+    def _publish(
+        self, statuses: dict[str, NodeStatus], pids: dict[tuple[str, str], int] | None = None
+    ) -> dict[str, NodeStatus]:
         if self._ready_file is not None:
-            write_ready_file(self._ready_file, describe(self.plan, statuses, self._pids()))
+            pids = self._pids() if pids is None else pids
+            write_ready_file(self._ready_file, describe(self.plan, statuses, pids))
         return statuses
 
 
@@ -217,12 +230,18 @@ async def _wait_listening(address: Address) -> None:
 async def _probe(client: MeshClient, probe: Probe) -> None:
     """Ask until tokens come: a router needs a moment to see a node."""
     while True:
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await client.complete_pinned(probe.model, probe.prefill, probe.decode)
-                return
-        except (MeshError, TimeoutError) as exc:
-            if isinstance(exc, MeshError) and exc.code == "invalid_api_key":
-                raise  # asking again will not help
-            log.debug("probe of %s: %s", probe.node, exc)
+        if await _probe_once(client, probe):
+            return
         await asyncio.sleep(PROBE_RETRY_S)
+
+
+async def _probe_once(client: MeshClient, probe: Probe) -> bool:
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            await client.complete_pinned(probe.model, probe.prefill, probe.decode)
+    except (MeshError, TimeoutError) as exc:
+        if isinstance(exc, MeshError) and exc.code == "invalid_api_key":
+            raise  # asking again will not help
+        log.debug("probe of %s: %s", probe.node, exc)
+        return False
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.avoidance import AVOID_ENGINE_S, AVOID_S, NodeStart
-from router.patience import MAX_ATTEMPTS, WAIT_FIRST_S, WAIT_STREAMING_S
+from router.patience import MAX_ATTEMPTS_STREAMING, WAIT_FIRST_S, WAIT_STREAMING_S
 from router.policy import Route
 from router.record import MAX_ATTEMPTS_KEPT, RequestRecord
 from router.recovery import Broken, Recovery, RunningPrefill
@@ -320,7 +320,7 @@ def test_progress_resets_the_count_of_attempts() -> None:
         m.handle(routed(number, "n", "n"), 0.0)
         m.handle(tokens("n", number, number - 1), 0.0)
         assert asked(m.handle(LinkLost("n"), 0.0)).relayed == number
-    for number in range(21, 20 + MAX_ATTEMPTS):
+    for number in range(21, 20 + MAX_ATTEMPTS_STREAMING):
         m.handle(routed(number, "n", "n"), 0.0)
         asked(m.handle(LinkLost("n"), 0.0))
     m.handle(routed(99, "n", "n"), 0.0)

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from router.admission import Limits
-from router.patience import MAX_ATTEMPTS
+from router.patience import MAX_ATTEMPTS_STREAMING
 from tests.fakes.fake_node import Faults, answer_text, cache_delta
 from tests.router.router_mesh import MODEL, RouterMesh, make_topology, running_mesh
 from wire.messages import ChatInput, ChatTurn, Failed, TextInput, TokensInput
@@ -182,7 +182,7 @@ async def test_error_in_stream_when_every_attempt_is_in_vain(mesh: RouterMesh) -
     assert chunks[-1]["error"]["code"] == "engine_died"
     assert text_of(chunks[:-1]) == answer_text(HELLO, 1)
     record = await mesh.get_json(f"/popmesh/requests/{response.headers['x-popmesh-request-id']}")
-    assert len(record["attempts"]) == 1 + MAX_ATTEMPTS
+    assert len(record["attempts"]) == 1 + MAX_ATTEMPTS_STREAMING
     lhr.go.set()
     await mesh.wait_idle()
 

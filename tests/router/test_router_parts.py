@@ -176,10 +176,20 @@ def test_admission_counts_in_and_out() -> None:
 
 def test_retries_are_a_fraction_of_requests() -> None:
     budget = RetryBudget()
-    assert sum(budget.withdraw() for _ in range(50)) == 10
+    assert sum(budget.withdraw(0.0) for _ in range(500)) == 100
     for _ in range(50):
         budget.deposit()
-    assert sum(budget.withdraw() for _ in range(50)) in (9, 10)
+    assert sum(budget.withdraw(0.0) for _ in range(50)) in (9, 10)
+
+
+def test_some_retries_are_always_allowed() -> None:
+    budget = RetryBudget()
+    assert sum(budget.withdraw(5.0) for _ in range(500)) == 100
+    assert sum(budget.withdraw(6.0) for _ in range(500)) == 10
+    assert sum(budget.withdraw(3600.0) for _ in range(500)) == 100
+    for _ in range(10_000):
+        budget.deposit()
+    assert sum(budget.withdraw(3600.0) for _ in range(2000)) in (999, 1000)
 
 
 def test_the_request_log_is_bounded() -> None:
