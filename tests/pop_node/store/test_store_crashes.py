@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import crash_acts
 import pytest
 from tiny_models import tensors, write_huggingface
 
 from pop_node.store import layout
+from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 
 CRASHES = int(os.environ.get("POPMESH_CRASHES", "40"))
+CRASH_ACTS = Path(__file__).with_name("crash_acts.py")
 KINDS = ("add", "fetch", "gc", "load")
 SEED = 20260
 LONGEST_S = 0.08
@@ -51,43 +52,44 @@ def test_nothing_is_lost_or_left_by_processes_that_die(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 4096)
-    forker = multiprocessing.get_context("forkserver")
-    forker.set_forkserver_preload(["crash_acts", "pop_node.models.registry"])
     store = Store(tmp_path / "store")
     kept = store.add(
-        str(write_huggingface(tmp_path / "kept", tensors(1))), "kept", "float32", crash_acts.quiet
+        str(write_huggingface(tmp_path / "kept", tensors(1))), "kept", "float32", unwatched
     )
     store.pin("kept", True)
     source = str(write_huggingface(tmp_path / "source"))
     if kind == "fetch":
         there = Store(tmp_path / "there")
-        there.add(source, "a", "float32", crash_acts.quiet)
+        there.add(source, "a", "float32", unwatched)
         source = there.get("a").path.as_uri()
     rng = random.Random(f"{SEED} {kind}")
     states = set()
-    for _ in range(max(1, CRASHES // len(KINDS))):
-        started = forker.Event()
-        process = forker.Process(
-            target=crash_acts.act, args=(kind, str(store.root), source, started)
-        )
-        process.start()
-        assert started.wait(60)
-        process.join(rng.uniform(0, LONGEST_S))  # it never ends by itself
-        process.kill()
-        process.join(30)
-        assert process.exitcode == -signal.SIGKILL, f"seed {SEED}: it failed by itself"
-        process.close()
-        states.add(
-            tuple(
-                len(list((store.root / folder).iterdir()))
-                for folder in ("bundles", "names", "tmp", "partial")
-                if (store.root / folder).is_dir()
+    root = Path(__file__).parents[3]
+    command = [sys.executable, str(CRASH_ACTS), kind, str(store.root), source]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    ) as killer:
+        assert killer.stdin
+        assert killer.stdout
+        for _ in range(max(1, CRASHES // len(KINDS))):
+            killer.stdin.write(f"{rng.uniform(0, LONGEST_S)}\n")
+            killer.stdin.flush()
+            assert killer.stdout.readline() == "9\n", f"seed {SEED}: it failed by itself"
+            states.add(
+                tuple(
+                    len(list((store.root / folder).iterdir()))
+                    for folder in ("bundles", "names", "tmp", "partial")
+                    if (store.root / folder).is_dir()
+                )
             )
-        )
-        settled(store, kept.identity)
-        if rng.random() < 0.5:  # else the next one starts from the wreck
-            clean(store)
-    store.add(source, "a", None if kind == "fetch" else "float32", crash_acts.quiet)
+            settled(store, kept.identity)
+            if rng.random() < 0.5:  # else the next one starts from the wreck
+                clean(store)
+    store.add(source, "a", None if kind == "fetch" else "float32", unwatched)
     settled(store, kept.identity)
     store.remove("a")
     clean(store)
