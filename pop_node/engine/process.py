@@ -22,7 +22,7 @@ from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
 from pop_node.engine.validate import Limits
 from pop_node.kv_stream.staging import Staging
-from pop_node.models.registry import load_backend, load_model
+from pop_node.models.registry import load, load_backend
 from wire.errors import PeerError
 
 
@@ -56,7 +56,9 @@ def _build(
     """Load and warm: afterwards a token was produced and nothing is held or cached."""
     load_started = time.monotonic()
     ops = load_backend(config.backend, config.threads, batch_invariant=config.batch_invariant)
-    model = load_model(config.model_dir, config.dtype, ops)
+    loaded = load(config.model_dir, config.dtype, ops)  # its hold lasts as long as the process
+    model = loaded.model
+    loaded_at = time.monotonic()
     runner = Runner(model, ops, config.num_blocks, config.block_tokens)
     pool = BlockPool(config.num_blocks, config.block_tokens)
     limits = Limits(
@@ -76,7 +78,6 @@ def _build(
         max_sequences=config.max_sequences,
         max_waiting=config.max_waiting,
     )
-    warm_started = time.monotonic()
     _warm(scheduler, runner, limits)
     pool.forget()
     spec = model.kv_spec()
@@ -92,9 +93,11 @@ def _build(
         kv_spec=spec.to_dict(),
         phases_ms={
             "import": import_ms,
-            "load": (warm_started - load_started) * 1000,
-            "warm": (time.monotonic() - warm_started) * 1000,
+            "load": (loaded_at - load_started) * 1000,
+            **{name: phase.wall_s * 1000 for name, phase in loaded.phases.items()},
+            "warm": (time.monotonic() - loaded_at) * 1000,
         },
+        phase_bytes={name: phase.nbytes for name, phase in loaded.phases.items()},
     )
     return EngineLoop(scheduler, runner, stager, port, last_layer), ready
 

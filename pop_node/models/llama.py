@@ -41,6 +41,18 @@ class LlamaLayer:
     down: torch.Tensor  # [H, I]
 
 
+def _fused(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The rows of ``parts``, [n_i, H] each, as one matrix: a view where they lie back to back."""
+    first = parts[0]
+    at = first.data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != at or part.untyped_storage().data_ptr() != storage:
+            return torch.cat(parts)
+        at += part.numel() * part.element_size()
+    return first.as_strided((sum(len(part) for part in parts), first.shape[1]), first.stride())
+
+
 class _WeightReader:
     """Takes named tensors out of a mapping, checking shapes, and knows what was never taken."""
 
@@ -124,7 +136,7 @@ class Llama:
 
         return LlamaLayer(
             attention_norm=reader.take(f"{prefix}.input_layernorm.weight", c.hidden_size),
-            qkv=torch.cat(
+            qkv=_fused(
                 [
                     attention("q", q_size, c.hidden_size),
                     attention("k", kv_size, c.hidden_size),
@@ -133,7 +145,7 @@ class Llama:
             ),
             output=attention("o", c.hidden_size, q_size),
             mlp_norm=reader.take(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
-            gate_up=torch.cat(
+            gate_up=_fused(
                 [mlp(name, c.intermediate_size, c.hidden_size) for name in ("gate", "up")]
             ),
             down=mlp("down", c.hidden_size, c.intermediate_size),

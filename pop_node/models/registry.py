@@ -1,12 +1,16 @@
-"""From files to a model: the table of families, reading safetensors, choosing kernels.
+"""From files to a model: the table of families, reading weights, choosing kernels.
 
-Weights come from safetensors only: its format cannot carry code, so pickled files are refused.
+Weights come from bundles of the store or from safetensors: neither can carry code, so pickled files
+are refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from kernels.ops import Backend, NativeUnavailableError, Ops, load_ops
 from pop_node.models.llama import Llama, LlamaConfig
+from pop_node.store.bundle import read_texts
+from pop_node.store.cuda_arena import CudaArena
+from pop_node.store.holding import Hold, mark_used
+from pop_node.store.host_arena import HostArena
+from pop_node.store.load_plan import LoadPlan, plan_load
+from pop_node.store.loader import READERS, LoadReport, Phase, load_chunks
+from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
 from wire.errors import ConfigError
 
 Model = Llama
@@ -24,6 +35,35 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # A real index of the largest open models has about 100k entries in 10 MB; config.json is 1 kB.
 MAX_JSON_BYTES = 64 << 20
+
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Element types of a bundle (``pop_node.store.dtypes``) as torch knows them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with what is known about its load.
+
+    ``phases``: ``read``, ``verify``, ``decode`` (striped columns put in order), ``to_device`` and
+    ``bind``, as far as they took place; empty for a plain directory. ``hold`` keeps the bundle from
+    being collected; whoever serves the model keeps it.
+    """
+
+    model: Model
+    phases: dict[str, Phase] = field(default_factory=dict)
+    hold: Hold | None = None
 
 
 def load_backend(backend: Backend, threads: int, *, batch_invariant: bool = False) -> Ops:
@@ -54,14 +94,73 @@ def build_model(
     return Llama(LlamaConfig.from_hf(config), weights, ops, dtype)
 
 
-def load_model(directory: Path, dtype: str, ops: Ops) -> Model:
-    """Read a Hugging Face model directory: ``config.json`` and safetensors, sharded or not.
+def load(directory: Path, dtype: str, ops: Ops) -> Loaded:
+    """Load the bundle in ``directory``, or a plain Hugging Face directory: ``config.json`` and
+    safetensors, sharded or not.
+
+    Of a bundle every byte is verified before it is used. Its tensors are views of one allocation,
+    and it stays held.
 
     Raises:
         ConfigError: a file is missing, damaged, not safetensors or not supported.
     """
-    config = _read_json(directory / CONFIG_FILE)
-    return build_model(config, read_weights(directory), dtype, ops)
+    if not (directory / MANIFEST_FILE).exists():
+        config = _read_json(directory / CONFIG_FILE)
+        return Loaded(build_model(config, read_weights(directory), dtype, ops))
+    hold = Hold(directory)
+    try:
+        manifest = read_manifest(directory)
+        config = _parse_object(
+            read_texts(directory, manifest)[CONFIG_FILE], directory / CONFIG_FILE
+        )
+        weights, report = load_weights(directory, manifest, torch.device("cpu"))
+        began = time.monotonic()
+        model = build_model(config, weights, dtype, ops)
+        bind = Phase(time.monotonic() - began, sum(t.nbytes for t in manifest.tensors))
+        mark_used(directory)
+    except BaseException:
+        hold.close()
+        raise
+    return Loaded(model, {**report.phases, "bind": bind}, hold)
+
+
+def load_model(directory: Path, dtype: str, ops: Ops) -> Model:
+    """The model of ``load``, not held: for one who knows that its files stay. Raises as it does."""
+    loaded = load(directory, dtype, ops)
+    if loaded.hold is not None:
+        loaded.hold.close()
+    return loaded.model
+
+
+def load_weights(
+    directory: Path, manifest: Manifest, device: torch.device, rank: int = 0, ranks: int = 1
+) -> tuple[dict[str, torch.Tensor], LoadReport]:
+    """Tensors of the bundle in ``directory`` on ``device``, all verified: views of one allocation.
+
+    With ``ranks`` > 1, which must divide the bundle's stripes, the share of ``rank`` of each.
+
+    Raises:
+        ConfigError: a chunk is missing or damaged, or there is no memory.
+    """
+    plan = plan_load(manifest, rank, ranks)
+    chunk_bytes = manifest.data.chunk_bytes
+    if device.type == "cuda":
+        on_device = CudaArena(plan, READERS, chunk_bytes, device)
+        report = load_chunks(directory, manifest, plan, on_device)
+        return _views(plan, on_device.memory), report
+    in_memory = HostArena(plan, READERS, chunk_bytes)
+    report = load_chunks(directory, manifest, plan, in_memory)
+    return _views(plan, torch.from_numpy(in_memory.memory)), report
+
+
+def _views(plan: LoadPlan, arena: torch.Tensor) -> dict[str, torch.Tensor]:
+    views = {}
+    for tensor in plan.tensors:
+        dtype = TORCH_DTYPES[tensor.dtype]
+        nbytes = math.prod(tensor.shape) * dtype.itemsize
+        flat = arena[tensor.offset : tensor.offset + nbytes]
+        views[tensor.name] = flat.view(dtype).view(tensor.shape)
+    return views
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -107,8 +206,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConfigError(f"is larger than {MAX_JSON_BYTES} bytes", where=str(path))
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as exc:
+        return _parse_object(path.read_bytes(), path)
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
+
+
+def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as exc:
         raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
     if not isinstance(content, dict):
         raise ConfigError("is not a JSON object", where=str(path))

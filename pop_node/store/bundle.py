@@ -1,47 +1,42 @@
-"""Writes and checks bundles: a safetensors file of canonical tensors, text files, the manifest.
+"""Writes and checks bundles: a data file of canonical tensors, text files, the manifest.
 
-Canonical means sorted by name, converted to one dtype, row-major. The same source and dtype give
-the same bytes, hence the same digests. Memory holds a few chunks, never the model.
+Canonical means in the order of ``pop_node.store.layout``, converted to one dtype. The same source
+and dtype give the same bytes, hence the same digests. Memory holds a few chunks, never the model.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import msgspec
 from blake3 import blake3
 
-from pop_node.store.dtypes import Dtype, convert, stored_dtype
+from pop_node.models.storage_order import storage_order
+from pop_node.store.dtypes import Dtype
 from pop_node.store.files import sync_directory, write_durably
-from pop_node.store.huggingface import open_huggingface
 from pop_node.store.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
-    WEIGHTS_FILE,
     FileEntry,
     Manifest,
-    TensorEntry,
     bundle_digest,
     config_integer,
     encode_manifest,
     kv_geometry,
     model_identity,
 )
-from pop_node.store.safetensors_file import CHUNK_BYTES, TensorSpan, lay_out, read_header
-from pop_node.store.source import Progress, SourceModel, SourceTensor
+from pop_node.store.source import Progress, SourceModel, template_text
+from pop_node.store.tensor_file import chunk_digests, read_rows, write_tensors
 from wire.errors import ConfigError
 
 
 def write_bundle(
     model: SourceModel, *, name: str, source: str, dtype: Dtype, path: Path, progress: Progress
 ) -> Manifest:
-    """Write ``model`` into the new directory ``path``, durably; reports the phase ``convert``.
+    """Write ``model`` into the new directory ``path``, durably; phases ``convert`` and ``digest``.
 
     Raises ``ConfigError`` if the model's configuration is incomplete, a tensor is of an unsupported
     type or has more or fewer elements than its shape.
@@ -49,107 +44,95 @@ def write_bundle(
     config = _with_dtype(model.config, dtype)
     kv = kv_geometry(config)
     context_tokens = config_integer(config, "max_position_embeddings")
+    order = storage_order(config)
     path.mkdir()
-    tensors, weights = _write_weights(model.tensors, dtype, path / WEIGHTS_FILE, progress)
-    entries = [weights]
+    tensors, data = write_tensors(model.tensors, dtype, order, path, progress)
     texts = {"generation_config.json": b"{}\n", "tokenizer_config.json": b"{}\n", **model.files}
     texts["config.json"] = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
-    for file_name, data in sorted(texts.items()):
-        write_durably(path / file_name, data)
-        entries.append(FileEntry(file_name, len(data), blake3(data).hexdigest()))
+    entries = []
+    for file_name, text in sorted(texts.items()):
+        write_durably(path / file_name, text)
+        entries.append(FileEntry(file_name, len(text), blake3(text).hexdigest()))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=name,
         identity=model_identity(tensors, config, texts["tokenizer.json"], model.chat_template),
-        bundle=bundle_digest(entries),
+        bundle="",
         dtype=dtype,
+        stripes=order.stripes,
         tensors=tensors,
+        data=data,
         files=entries,
-        total_bytes=sum(entry.nbytes for entry in entries),
         source=source,
         licence=model.licence,
         kv=kv,
         context_tokens=context_tokens,
         created_by=f"popmesh {version('popmesh')}",
     )
+    manifest = msgspec.structs.replace(manifest, bundle=bundle_digest(manifest))
     write_durably(path / MANIFEST_FILE, encode_manifest(manifest))
     sync_directory(path)
     return manifest
 
 
-def check_bundle(path: Path, manifest: Manifest) -> None:
-    """Read every byte and recompute every digest, the model's identity included.
+def read_texts(path: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The text files of a bundle, each checked against its digest.
 
-    Raises ``ConfigError`` naming the file or tensor that differs.
+    Raises ``ConfigError`` naming the file that differs or cannot be read.
     """
+    texts = {}
     for entry in manifest.files:
+        file = path / entry.name
         try:
-            digest = _hash_file(path / entry.name)
+            right_size = file.stat().st_size == entry.nbytes
+            text = file.read_bytes() if right_size else b""
         except OSError as exc:
-            raise ConfigError(f"cannot be read: {exc}", where=str(path / entry.name)) from exc
-        if digest != entry.blake3:
-            raise ConfigError("does not match its digest", where=str(path / entry.name))
-    model = open_huggingface(path)
-    spans = {span.name: span for span in read_header(path / WEIGHTS_FILE)}
-    found = []
-    for tensor in model.tensors:
-        whole = blake3()
-        for chunk in tensor.chunks():
-            whole.update(chunk.data.cast("B"))
-        found.append(_entry(spans[tensor.name], whole.hexdigest()))
-    if sorted(found, key=lambda entry: entry.name) != manifest.tensors:
-        raise ConfigError("the tensor table is not that of the weights", where=str(path))
+            raise ConfigError(f"cannot be read: {exc}", where=str(file)) from exc
+        if not right_size or blake3(text).hexdigest() != entry.blake3:
+            raise ConfigError("does not match its digest", where=str(file))
+        texts[entry.name] = text
+    return texts
+
+
+def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
+    """Read every byte and recompute every digest, the model's identity included; phase ``verify``.
+
+    Raises ``ConfigError`` naming the file, chunk or tensor that differs.
+    """
+    texts = read_texts(path, manifest)
+    data, weights = manifest.data, path / manifest.data.name
+    total = data.nbytes + sum(entry.nbytes for entry in manifest.tensors)
+    done = 0
+    try:
+        if weights.stat().st_size != data.nbytes:
+            raise ConfigError(f"does not have {data.nbytes} bytes", where=str(weights))
+        for index, digest in enumerate(chunk_digests(weights, data.nbytes, data.chunk_bytes)):
+            if digest != data.chunks[index]:
+                raise ConfigError(f"chunk {index} does not match its digest", where=str(weights))
+            done += data.span(index)[1]
+            progress("verify", done, total)
+        for entry in manifest.tensors:
+            whole = blake3()
+            for rows in read_rows(weights, entry, manifest.stripes):
+                whole.update(rows)
+            if whole.hexdigest() != entry.blake3:
+                raise ConfigError(f"tensor {entry.name} is not the one named", where=str(weights))
+            done += entry.nbytes
+            progress("verify", done, total)
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc}", where=str(weights)) from exc
+    try:
+        config = json.loads(texts["config.json"])
+    except ValueError as exc:
+        raise ConfigError(f"cannot be read: {exc}", where=str(path / "config.json")) from exc
     identity = model_identity(
-        found, model.config, model.files["tokenizer.json"], model.chat_template
+        manifest.tensors, config, texts["tokenizer.json"], template_text(texts)
     )
     if identity != manifest.identity:
         raise ConfigError("the model is not the one its manifest names", where=str(path))
-
-
-def _hash_file(path: Path) -> str:
-    digest = blake3()
-    with path.open("rb") as file:
-        while data := file.read(CHUNK_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def _with_dtype(config: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
     """The configuration with the weights' type, under the key that every reader knows."""
     kept = {key: value for key, value in config.items() if key != "dtype"}
     return {**kept, "torch_dtype": dtype}
-
-
-def _write_weights(
-    sources: Sequence[SourceTensor], dtype: Dtype, path: Path, progress: Progress
-) -> tuple[list[TensorEntry], FileEntry]:
-    ordered = sorted(sources, key=lambda tensor: tensor.name)
-    header, spans = lay_out([(t.name, stored_dtype(t.dtype, dtype), t.shape) for t in ordered])
-    total = sum(span.nbytes for span in spans)
-    whole = blake3(header)
-    entries = []
-    done = 0
-    with path.open("wb") as file:
-        file.write(header)
-        for tensor, span in zip(ordered, spans, strict=True):
-            digest = blake3()
-            left = math.prod(span.shape)
-            for chunk in tensor.chunks():
-                left -= chunk.size
-                data = np.ascontiguousarray(convert(chunk, tensor.dtype, span.dtype)).data.cast("B")
-                file.write(data)
-                digest.update(data)
-                whole.update(data)
-                done += len(data)
-                progress("convert", done, total)
-            if left:
-                raise ConfigError(f"tensor {tensor.name} does not have the elements of its shape")
-            entries.append(_entry(span, digest.hexdigest()))
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    return entries, FileEntry(path.name, size, whole.hexdigest())
-
-
-def _entry(span: TensorSpan, digest: str) -> TensorEntry:
-    return TensorEntry(span.name, span.dtype, span.shape, span.offset, span.nbytes, digest)

@@ -47,13 +47,21 @@ def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[No
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not _try_lock(fd):
+        if not try_lock(fd):
             if on_wait is not None:
                 on_wait()
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
+
+
+def tree_bytes(path: Path) -> int:
+    """Bytes in the files of a flat directory, 0 if it is gone."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    except FileNotFoundError:
+        return 0
 
 
 @contextmanager
@@ -81,13 +89,14 @@ def _collect(root: Path) -> None:
     for path in root.iterdir():
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if _try_lock(fd):
+            if try_lock(fd):
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(fd)
 
 
-def _try_lock(fd: int) -> bool:
+def try_lock(fd: int) -> bool:
+    """Lock an open file exclusively unless somebody else has it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

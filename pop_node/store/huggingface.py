@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pop_node.store.manifest import WEIGHTS_FILE
+from pop_node.store.manifest import MAX_FILE_BYTES
 from pop_node.store.safetensors_file import TensorSpan, read_chunks, read_header
-from pop_node.store.source import SourceModel, SourceTensor
+from pop_node.store.source import SourceModel, SourceTensor, template_text
 from wire.errors import ConfigError
 
-MAX_FILE_BYTES = 256 * 1024 * 1024
-"""Guess: a tokenizer.json has up to 33 MB; this stops weights under a wrong name."""
-
+_WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _COPIED = (
     "generation_config.json",
@@ -52,11 +50,11 @@ def open_huggingface(directory: Path) -> SourceModel:
         SourceTensor(span.name, span.dtype, span.shape, partial(read_chunks, path, span))
         for path, span in _tensor_spans(directory)
     ]
-    return SourceModel(config, files, tensors, _licence(directory), _template(files))
+    return SourceModel(config, files, tensors, _licence(directory), template_text(files))
 
 
 def _tensor_spans(directory: Path) -> list[tuple[Path, TensorSpan]]:
-    single = directory / WEIGHTS_FILE
+    single = directory / _WEIGHTS_FILE
     index = directory / _INDEX_FILE
     if single.is_file():
         return [(single, span) for span in read_header(single)]
@@ -69,7 +67,7 @@ def _tensor_spans(directory: Path) -> list[tuple[Path, TensorSpan]]:
             where=str(directory),
             suggestion="save the model as safetensors first",
         )
-    raise ConfigError(f"neither {WEIGHTS_FILE} nor {_INDEX_FILE}", where=str(directory))
+    raise ConfigError(f"neither {_WEIGHTS_FILE} nor {_INDEX_FILE}", where=str(directory))
 
 
 def _indexed_spans(directory: Path, index: Path) -> list[tuple[Path, TensorSpan]]:
@@ -104,17 +102,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError("is not a JSON object", where=str(path))
     return value
-
-
-def _template(files: dict[str, bytes]) -> str:
-    """Text that stands for the chat template in the model's identity, "" for none."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8", "replace")
-    try:
-        template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template") or ""
-    except (ValueError, AttributeError) as exc:
-        raise ConfigError(f"tokenizer_config.json cannot be read: {exc}") from exc
-    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
 def _licence(directory: Path) -> str:

@@ -2,11 +2,15 @@
 
 Two digests, two questions. *Identity*: do two nodes compute the same thing? It covers the decoded
 tensors, the configuration that reaches the math, the tokenizer and the chat template, and nothing
-about how they are stored. *Bundle digest*: are these the same files? All digests are BLAKE3, hex.
+about how they are stored. *Bundle digest*: are these the same files? It covers all of the manifest
+that a program acts on, chunk digests included, so whoever holds it can check a manifest from
+anywhere, and with the manifest every chunk. All digests are BLAKE3, hex.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,27 @@ from typing import Any
 import msgspec
 from blake3 import blake3
 
+from pop_node.store.dtypes import storage
+from pop_node.store.layout import ALIGNMENT, TensorEntry
 from wire.errors import ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE = "weights.bin"
+CODECS = ("raw",)
+"""How chunks may be stored: as they are."""
+
+MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+"""Guess: one of 1 TB of weights in 100,000 tensors has 40 MB."""
+
+MAX_FILE_BYTES = 256 * 1024 * 1024
+"""Guess: a tokenizer.json has up to 33 MB; this stops weights under a wrong name."""
+
+MAX_CHUNK_BYTES = 64 * 1024 * 1024
+"""A loader keeps a buffer of one chunk per reading thread."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _NOT_MATH = frozenset(
     {
@@ -36,23 +56,30 @@ _NOT_MATH = frozenset(
 counts: an unknown key may make two models differ, it must never make two different ones equal."""
 
 
-class TensorEntry(msgspec.Struct, frozen=True):
-    """A tensor: bytes ``[offset, offset + nbytes)`` of the weights file, little-endian, C order."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    blake3: str
-
-
 class FileEntry(msgspec.Struct, frozen=True):
-    """A file of the bundle."""
+    """A text file of the bundle."""
 
     name: str
     nbytes: int
     blake3: str
+
+
+class DataFile(msgspec.Struct, frozen=True):
+    """The file of all tensors; chunk i is bytes ``[i, i + 1) * chunk_bytes``, the last one shorter.
+
+    ``codec`` says how each chunk is stored, ``chunks`` are the digests of what is stored.
+    """
+
+    name: str
+    nbytes: int
+    codec: str
+    chunk_bytes: int
+    chunks: list[str]
+
+    def span(self, index: int) -> tuple[int, int]:
+        """(offset, length) of a chunk in bytes."""
+        offset = index * self.chunk_bytes
+        return offset, min(self.chunk_bytes, self.nbytes - offset)
 
 
 class KvGeometry(msgspec.Struct, frozen=True):
@@ -67,8 +94,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """Description of a bundle.
 
     ``name`` is the name it was asked for by; the copy on disk keeps the one it was first added
-    under, because names come and go while a bundle stays as it is. ``source`` and ``licence`` are
-    for people.
+    under, because names come and go while a bundle stays as it is. ``source``, ``licence`` and
+    ``created_by`` are for people. Every tensor with an axis consists of ``stripes`` stripes.
     """
 
     format_version: int
@@ -76,14 +103,20 @@ class Manifest(msgspec.Struct, frozen=True):
     identity: str
     bundle: str
     dtype: str
+    stripes: int
     tensors: list[TensorEntry]
+    data: DataFile
     files: list[FileEntry]
-    total_bytes: int
     source: str
     licence: str
     kv: KvGeometry
     context_tokens: int
     created_by: str
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files but the manifest."""
+        return self.data.nbytes + sum(entry.nbytes for entry in self.files)
 
 
 def model_identity(
@@ -102,9 +135,13 @@ def model_identity(
     return _digest("popmesh model 1", facts)
 
 
-def bundle_digest(files: Sequence[FileEntry]) -> str:
-    """Digest of a bundle's files (the manifest, which holds it, not among them)."""
-    return _digest("popmesh bundle 1", sorted((f.name, f.nbytes, f.blake3) for f in files))
+_FOR_PEOPLE = frozenset({"name", "bundle", "source", "licence", "created_by"})
+
+
+def bundle_digest(manifest: Manifest) -> str:
+    """Digest of everything in a manifest but itself and what is only for people."""
+    facts = msgspec.structs.asdict(manifest)
+    return _digest("popmesh bundle 2", {k: v for k, v in facts.items() if k not in _FOR_PEOPLE})
 
 
 def _digest(kind: str, facts: object) -> str:
@@ -132,26 +169,109 @@ def config_integer(config: Mapping[str, Any], key: str, default: int | None = No
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """JSON for people and programs: one line per top-level entry is enough to read it."""
+    """JSON for people and programs."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
 
 
+class OutdatedBundleError(ConfigError):
+    """A bundle of an earlier format: adding its model again converts it."""
+
+
 def read_manifest(bundle: Path) -> Manifest:
-    """Manifest of a bundle directory; raises ``ConfigError`` if it is missing or not ours."""
+    """Manifest of a bundle directory.
+
+    Raises ``OutdatedBundleError`` for an earlier format, ``ConfigError`` if it is missing or not
+    ours.
+    """
     path = bundle / MANIFEST_FILE
     try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ConfigError(f"larger than {MAX_MANIFEST_BYTES} bytes", where=str(path))
         data = path.read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"the manifest cannot be read: {exc}", where=str(path)) from exc
+    return decode_manifest(data, where=str(path))
+
+
+def decode_manifest(data: bytes, *, where: str) -> Manifest:
+    """A manifest from anywhere: well-formed, consistent, and the one its bundle digest names.
+
+    Raises as ``read_manifest`` does.
+    """
+    try:
         version = msgspec.json.decode(data, type=_Version).format_version
+        if version == 1:
+            raise OutdatedBundleError(
+                f"bundle format 1, this popmesh reads {FORMAT_VERSION}",
+                where=where,
+                suggestion="add the model again under its name with 'popmesh model add': that "
+                "converts it on this disk",
+            )
         if version != FORMAT_VERSION:
             raise ConfigError(
                 f"bundle format {version}, this popmesh reads {FORMAT_VERSION}",
-                where=str(path),
+                where=where,
                 suggestion="remove the model and add it again",
             )
-        return msgspec.json.decode(data, type=Manifest)
-    except (OSError, msgspec.DecodeError) as exc:
-        raise ConfigError(f"the manifest cannot be read: {exc}", where=str(path)) from exc
+        manifest = msgspec.json.decode(data, type=Manifest)
+        _check(manifest)
+    except (msgspec.DecodeError, ValueError) as exc:
+        raise ConfigError(f"the manifest cannot be read: {exc}", where=where) from exc
+    return manifest
 
 
 class _Version(msgspec.Struct):
     format_version: int
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises ``ValueError``. Whoever reads by these numbers need not check them again."""
+    data = manifest.data
+    if data.name != WEIGHTS_FILE or data.codec not in CODECS:
+        raise ValueError(f"data file {data.name!r} in codec {data.codec!r} is not understood")
+    if not (0 < data.chunk_bytes <= MAX_CHUNK_BYTES and data.chunk_bytes % ALIGNMENT == 0):
+        raise ValueError(f"chunks of {data.chunk_bytes} bytes cannot be read directly")
+    if data.nbytes < 0 or data.nbytes % ALIGNMENT:
+        raise ValueError(f"{data.nbytes} bytes of data cannot be read directly")
+    if len(data.chunks) != -(-data.nbytes // data.chunk_bytes):
+        raise ValueError(f"{len(data.chunks)} chunks do not make {data.nbytes} bytes")
+    if not 1 <= manifest.stripes <= 1024:
+        raise ValueError(f"{manifest.stripes} stripes")
+    _check_tensors(manifest)
+    names = [entry.name for entry in manifest.files]
+    if len(set(names)) != len(names) or not {"config.json", "tokenizer.json"} <= set(names):
+        raise ValueError("files are missing or twice there")
+    for entry in manifest.files:
+        if not _FILE_NAME.fullmatch(entry.name) or entry.name in (MANIFEST_FILE, WEIGHTS_FILE):
+            raise ValueError(f"{entry.name!r} cannot be a file of a bundle")
+        if not 0 <= entry.nbytes <= MAX_FILE_BYTES:
+            raise ValueError(f"{entry.name} has {entry.nbytes} bytes")
+    digests = [manifest.identity, manifest.bundle, *data.chunks]
+    digests += [entry.blake3 for entry in manifest.tensors]
+    digests += [entry.blake3 for entry in manifest.files]
+    if not all(_DIGEST.fullmatch(digest) for digest in digests):
+        raise ValueError("a digest is malformed")
+    if bundle_digest(manifest) != manifest.bundle:
+        raise ValueError("it is not the one that its bundle digest names")
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    end = 0
+    unit = -1
+    for entry in manifest.tensors:
+        if any(size < 0 for size in entry.shape):
+            raise ValueError(f"tensor {entry.name} has a negative size")
+        if entry.nbytes != math.prod(entry.shape) * storage(entry.dtype).itemsize:
+            raise ValueError(f"tensor {entry.name} has not the bytes of its shape")
+        begins = entry.offset % ALIGNMENT == 0 and entry.offset >= end and entry.unit > unit
+        if not (begins or (entry.unit == unit and entry.offset == end)):
+            raise ValueError(f"tensor {entry.name} is out of place")
+        if entry.axis is not None:
+            fits = len(entry.shape) == 2 and entry.axis in (0, 1)
+            if not fits or entry.shape[entry.axis] % manifest.stripes:
+                raise ValueError(f"tensor {entry.name} cannot have {manifest.stripes} stripes")
+        end, unit = entry.offset + entry.nbytes, entry.unit
+    if end > manifest.data.nbytes:
+        raise ValueError("tensors reach beyond their file")
+    if len({entry.name for entry in manifest.tensors}) != len(manifest.tensors):
+        raise ValueError("a tensor is there twice")

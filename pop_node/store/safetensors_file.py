@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,6 @@ from wire.errors import ConfigError
 
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's own limit."""
-
-DATA_ALIGNMENT = 4096
-"""Tensor bytes start at a multiple of this: the block size that direct reads need."""
 
 CHUNK_BYTES = 16 * 1024 * 1024
 """Guess: large enough that seeks do not count, small enough to keep several in memory."""
@@ -88,23 +85,3 @@ def read_chunks(path: Path, span: TensorSpan) -> Iterator[Array]:
                 raise ConfigError(f"tensor {span.name} is cut short", where=str(path))
             left -= len(data)
             yield np.frombuffer(data, dtype)
-
-
-def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[TensorSpan]]:
-    """Header bytes and spans of a new file with these (name, dtype, shape), in this order."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, dtype, shape in tensors:
-        end = begin + math.prod(shape) * storage(dtype).itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-    prefix = len(text).to_bytes(8, "little") + text
-    spans = []
-    at = len(prefix)
-    for name, dtype, shape in tensors:
-        nbytes = math.prod(shape) * storage(dtype).itemsize
-        spans.append(TensorSpan(name, dtype, shape, at, nbytes))
-        at += nbytes
-    return prefix, spans

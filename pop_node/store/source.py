@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pop_node.store.dtypes import Array
+from wire.errors import ConfigError
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(phase, done, total)`` in bytes; ``total`` 0 means unknown."""
+
+
+def unwatched(phase: str, done: int, total: int) -> None:
+    """Progress that nobody wants to see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +39,17 @@ class SourceModel:
     tensors: list[SourceTensor]
     licence: str
     chat_template: str
+
+
+def template_text(files: Mapping[str, bytes]) -> str:
+    """Text that stands for the chat template in the model's identity, "" for none.
+
+    Raises ``ConfigError`` if the file that would hold it is malformed.
+    """
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8", "replace")
+    try:
+        template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template") or ""
+    except (ValueError, AttributeError) as exc:
+        raise ConfigError(f"tokenizer_config.json cannot be read: {exc}") from exc
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)

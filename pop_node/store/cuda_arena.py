@@ -1,0 +1,58 @@
+"""Where a model ends up on an accelerator: chunks pass through page-locked buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pop_node.store.load_plan import ChunkPlan, LoadPlan
+
+TURNS = 2
+"""Buffers per worker: one is read into while the other is copied from."""
+
+
+class CudaArena:
+    """See ``loader.Arena``. ``memory`` is [bytes] uint8 on the device."""
+
+    phase = "to_device"
+
+    def __init__(
+        self, plan: LoadPlan, workers: int, chunk_bytes: int, device: torch.device
+    ) -> None:
+        self.memory = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=device)
+        self._buffers = torch.empty(
+            (workers, TURNS, chunk_bytes), dtype=torch.uint8, pin_memory=True
+        )
+        cuda: Any = torch.cuda  # whose constructors carry no types
+        self._streams = [cuda.Stream(device) for _ in range(workers)]
+        self._copied = [[cuda.Event() for _ in range(TURNS)] for _ in range(workers)]
+        self._turns = [0] * workers
+
+    def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
+        """The worker's next buffer, once what it held is on the device."""
+        turn = self._turns[worker] = (self._turns[worker] + 1) % TURNS
+        self._copied[worker][turn].synchronize()
+        return self._buffers[worker, turn].numpy().data[: chunk.nbytes]
+
+    def place(self, worker: int, chunk: ChunkPlan) -> int:
+        """Begin to copy a verified chunk; returns the bytes under way."""
+        turn = self._turns[worker]
+        buffer = self._buffers[worker, turn]
+        moved = 0
+        with torch.cuda.stream(self._streams[worker]):
+            for move in chunk.moves:
+                nbytes = move.rows * move.width
+                source = buffer[move.source : move.source + nbytes].view(move.rows, move.width)
+                target = self.memory.as_strided(
+                    (move.rows, move.width), (move.stride, 1), move.target
+                )
+                target.copy_(source, non_blocking=True)
+                moved += nbytes
+            self._copied[worker][turn].record()
+        return moved
+
+    def finish(self) -> None:
+        """Wait until everything is on the device."""
+        for stream in self._streams:
+            stream.synchronize()

@@ -1,0 +1,70 @@
+"""Where a model ends up on the CPU: one mapping, filled in place where the layout allows it."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from pop_node.store.load_plan import ChunkPlan, LoadPlan
+from wire.errors import ConfigError
+
+HUGE_PAGE_BYTES = 2 * 1024 * 1024
+"""x86-64 and arm64 with 4 KiB pages. First touch of memory in such pages costs a fraction of what
+it costs in small ones, and the first touch is most of what a load spends beside the drive."""
+
+
+class HostArena:
+    """See ``loader.Arena``. The memory lives as long as an array or tensor that views it."""
+
+    phase = "decode"
+
+    def __init__(self, plan: LoadPlan, workers: int, chunk_bytes: int) -> None:
+        """Raises ``ConfigError`` if there is no room for it."""
+        self.memory = aligned_memory(plan.arena_bytes)
+        self._view = self.memory.data
+        moved = any(chunk.in_place is None for chunk in plan.chunks)
+        self._buffers = [aligned_memory(chunk_bytes) for _ in range(workers if moved else 0)]
+
+    def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
+        """Where ``worker`` is to read ``chunk`` to: its last place or the worker's own buffer."""
+        if chunk.in_place is not None:
+            return self._view[chunk.in_place : chunk.in_place + chunk.nbytes]
+        return self._buffers[worker].data[: chunk.nbytes]
+
+    def place(self, worker: int, chunk: ChunkPlan) -> int:
+        """Move a verified chunk out of its buffer; returns the bytes moved."""
+        if chunk.in_place is not None:
+            return 0
+        buffer = self._buffers[worker]
+        moved = 0
+        for move in chunk.moves:
+            nbytes = move.rows * move.width
+            source = buffer[move.source : move.source + nbytes].reshape(move.rows, move.width)
+            target = self.memory[move.target :]
+            shape, strides = (move.rows, move.width), (move.stride, 1)
+            np.copyto(as_strided(target, shape, strides), source)
+            moved += nbytes
+        return moved
+
+    def finish(self) -> None:
+        """Nothing is under way after ``place``."""
+
+
+def aligned_memory(nbytes: int) -> NDArray[Any]:
+    """[nbytes] uint8 of zeros that begin at a huge page; raises ``ConfigError`` without room."""
+    try:
+        mapping = mmap.mmap(
+            -1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+    except OSError as exc:
+        raise ConfigError(f"no memory for {nbytes} bytes: {exc}") from exc
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    everything = np.frombuffer(mapping, np.uint8)
+    start = -everything.ctypes.data % HUGE_PAGE_BYTES
+    return everything[start : start + nbytes]

@@ -1,0 +1,67 @@
+"""Processes that are killed in the middle of an act on a store. Run by the crash tests as
+
+    python crash_acts.py add|fetch|gc|load STORE SOURCE
+
+Each line on standard input is a number of seconds: a child begins the act, does it over and over,
+is killed after that time, and a line says by which signal it died (0: it ended by itself). Forking
+from a process that has imported everything, and has no threads, makes a kill cost milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from kernels.ops import load_ops
+from pop_node.models.registry import load
+from pop_node.store import fetch, layout
+from pop_node.store.source import unwatched
+from pop_node.store.store import Store
+
+
+def act(kind: str, store: Store, source: str) -> None:
+    """Never returns."""
+    while True:
+        if kind == "load":
+            load(store.get("kept").path, "float32", load_ops("reference", 1))
+        elif kind == "gc":
+            store.add(source, "a", "float32", unwatched)
+            store.gc(0)
+        elif kind == "fetch":
+            store.add(source, "a", None, unwatched)
+            store.gc(0)
+        else:
+            store.add(source, "a", "float32", unwatched)
+            store.remove("a")
+
+
+def main(kind: str, root: str, source: str) -> None:
+    layout.CHUNK_BYTES = 4096
+    fetch.RUN_BYTES = 4 * 4096
+    store = Store(Path(root))
+    for line in sys.stdin:
+        begun, begin = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(begin, b".")
+                act(kind, store, source)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.read(begun, 1)
+        time.sleep(float(line))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        os.close(begun)
+        os.close(begin)
+        print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
