@@ -122,8 +122,8 @@ class Leg:
             case ev.Retargeted(attempt, transfer):
                 return self._retargeted(attempt, transfer)
             case ev.WaitedEnough():
-                error, self._detached_by = self._detached_by, None
-                return [] if error is None else self._fail(error)
+                waited_for, self._detached_by = self._detached_by, None
+                return [] if waited_for is None else self._fail(waited_for)
             case ev.Cancelled(kept_tokens):
                 message = "the router cancelled the request"
                 return self._finish("cancelled", "cancelled", message, kept_tokens=kept_tokens)
