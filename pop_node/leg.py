@@ -122,7 +122,8 @@ class Leg:
             case ev.Retargeted(attempt, transfer):
                 return self._retargeted(attempt, transfer)
             case ev.WaitedEnough():
-                return [] if self._detached_by is None else self._fail(self._detached_by)
+                waited_for, self._detached_by = self._detached_by, None
+                return [] if waited_for is None else self._fail(waited_for)
             case ev.Cancelled(kept_tokens):
                 message = "the router cancelled the request"
                 return self._finish("cancelled", "cancelled", message, kept_tokens=kept_tokens)
