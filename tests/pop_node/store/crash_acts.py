@@ -50,9 +50,8 @@ def main(kind: str, root: str, source: str) -> None:
             try:
                 os.write(begin, b".")
                 act(kind, store, source)
-            except BaseException:
+            finally:  # it failed: the child must not go on as this server
                 traceback.print_exc()
-            finally:
                 os._exit(1)
         os.read(begun, 1)
         time.sleep(float(line))
