@@ -19,12 +19,12 @@ from typing import assert_never
 
 from pop_node import lifecycle
 from pop_node.authorization import Authorization
-from pop_node.drills import Drills
+from pop_node.drills.drills import Drills
 from pop_node.engine.config import EngineConfig
-from pop_node.generation import HostSettings
-from pop_node.leg import refusal
+from pop_node.hosting.generation import HostSettings
+from pop_node.hosting.model_host import ModelHost
+from pop_node.legs.leg import refusal
 from pop_node.load_push import LoadPush
-from pop_node.model_host import ModelHost
 from pop_node.router_link import RouterLink, link_factory
 from pop_node.status_file import write_status
 from pop_node.store.store import Bundle, Store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping
 
-from pop_node.model_host import ModelHost
+from pop_node.hosting.model_host import ModelHost
 from pop_node.router_link import RouterLink
 from wire.messages import Load, NodeMessage
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pop_node.model_host import ModelHost
+from pop_node.hosting.model_host import ModelHost
 
 log = logging.getLogger(__name__)
 

@@ -19,17 +19,17 @@ from aiohttp import web
 
 from registry.client import Registry
 from registry.watcher import Watcher
-from router.admission import MAX_BODY_BYTES, Admission, Limits
-from router.auth import Authenticator
-from router.completions import ModelApi
 from router.dispatch import Dispatch
-from router.geo import ClientLocator
-from router.http_guard import GuardedHandler, error_response
-from router.links import SERVICE, LinkPool
-from router.node_link import LinkIdentity
-from router.operator_api import OperatorApi
+from router.http.auth import Authenticator
+from router.http.completions import ModelApi
+from router.http.guard import GuardedHandler, error_response
+from router.http.operator_api import OperatorApi
+from router.links.node_link import LinkIdentity
+from router.links.node_links import SERVICE, LinkPool
+from router.request.admission import MAX_BODY_BYTES, Admission, Limits
 from router.router_metrics import RouterMetrics
-from router.view_builder import ViewBuilder
+from router.routing.geo import ClientLocator
+from router.routing.view_builder import ViewBuilder
 from topology.model import Topology
 from wire.address import Dialer, format_address
 from wire.errors import ConfigError, MeshError, RequestError

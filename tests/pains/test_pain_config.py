@@ -17,7 +17,7 @@ import popmesh.signals
 import router.main
 from pop_node import agent
 from popmesh.cli import main
-from router.node_connection import NodeConnection
+from router.links.node_connection import NodeConnection
 from tests.router.router_mesh import RouterMesh, running_mesh
 from tests.topology.topology_text import LINES, VALID
 from topology.load import dump_topology, parse_topology

@@ -18,7 +18,7 @@ from registry.keeper import Keeper
 from registry.watch import HOLD_S, Answered, Publish, Query, Start, Tick, Watch
 from registry.watcher import Watcher
 from router.app import RouterConfig, serve
-from router.links import SERVICE
+from router.links.node_links import SERVICE
 from tests.fakes.fake_node import FakeMesh, FakeNode, answer_text
 from tests.pains.pain_parts import HELLO
 from tests.registry.registry_servers import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pop_node import leg as legs
-from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
+from pop_node.legs import events as ev
+from pop_node.legs import leg as legs
 from wire.errors import PeerError, RequestError, TransferError
 from wire.messages import (
     Detached,

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pop_node import agent as agent_module
-from pop_node import live_legs
+from pop_node.legs import live_legs
 from pop_node.store.store import Store
 from registry.client import Registry
 from tests.pop_node.node_mesh import (

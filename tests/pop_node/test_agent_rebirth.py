@@ -13,8 +13,8 @@ import pytest
 from pop_node import agent, lifecycle
 from pop_node.engine import messages as engine
 from pop_node.engine.config import EngineConfig
-from pop_node.live_legs import LiveLegs
-from pop_node.model_host import ModelHost
+from pop_node.hosting.model_host import ModelHost
+from pop_node.legs.live_legs import LiveLegs
 from pop_node.store.store import Store
 from tests.pop_node.node_mesh import WAIT_S, tiny_mesh, write_store
 from wire.messages import Failed, TextInput

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pop_node import agent, live_legs
+from pop_node import agent
 from pop_node.engine.config import EngineConfig
-from pop_node.generation import Generation
+from pop_node.hosting.generation import Generation
 from pop_node.kv_stream.spec import Piece
+from pop_node.legs import live_legs
 from pop_node.store.store import Store
 from tests.pop_node.node_mesh import MODEL, TinyMesh, tiny_mesh, write_store
 from wire.messages import CacheDelta, Failed, Finished, TextInput

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pop_node import answers
-from pop_node.answers import KEEP_S, Answer, AnswerBook, fullest, text_after
+from pop_node.answers import answers
+from pop_node.answers.answers import KEEP_S, Answer, AnswerBook, fullest, text_after
 from pop_node.store.store import Store
 from pop_node.text.stream import TextStream, escape_json
 from pop_node.text.tokenizer import TextCodec

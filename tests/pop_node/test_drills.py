@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from pop_node.drills import Drills, problem_with
+from pop_node.drills.drills import Drills, problem_with
 from wire.messages import Drill, DrillStarted
 
 SLEEPER = (sys.executable, "-c", "print('up', flush=True); import signal; signal.pause()")
 
 AGENT = """
 import asyncio, sys
-from pop_node.drills import Drills
+from pop_node.drills.drills import Drills
 from wire.messages import Drill
 
 async def main():

@@ -10,7 +10,7 @@ import pytest
 
 from pop_node.engine.config import EngineConfig
 from pop_node.engine.messages import Ready
-from pop_node.generation import Generation, HostSettings
+from pop_node.hosting.generation import Generation, HostSettings
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from wire.address import Dialer

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leg_world import EOS, REPORT, FakeText, World, make_leg, prepared, said
 
-from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
+from pop_node.legs import events as ev
 from wire.errors import PeerError, RequestError
 from wire.messages import Accepted, Failed, Finished, Refused
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from leg_world import REPORT, make_leg, prepared, said
 
-from pop_node import leg as legs
-from pop_node import leg_events as ev
 from pop_node.engine import messages as engine
+from pop_node.legs import events as ev
+from pop_node.legs import leg as legs
 from wire.errors import DeadlineError, PeerError, TransferError
 from wire.messages import Detached, Failed, Finished, Transfer
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.prefix_directory import MAX_ENTRIES, PrefixDirectory
+from pop_node.hosting.prefix_directory import MAX_ENTRIES, PrefixDirectory
 from wire.prefix import SPAN_BYTES, prefix_chain
 
 

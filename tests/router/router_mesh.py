@@ -13,8 +13,8 @@ import pytest
 
 import router.app
 from registry.entries import ServiceEntry, Snapshot
-from router.admission import Limits
 from router.app import RouterConfig, serve
+from router.request.admission import Limits
 from tests.fakes.fake_node import FakeMesh, FakeNode
 from topology.geography import link_between
 from topology.model import Address, Link, Model, Node, Position, Router, Site, Tenant, Topology

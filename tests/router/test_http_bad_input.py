@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from router.admission import MAX_BODY_BYTES, Limits
+from router.request.admission import MAX_BODY_BYTES, Limits
 from tests.fakes.fake_node import answer_text
 from tests.router.router_mesh import MODEL, RouterMesh, make_topology, running_mesh
 from topology.model import Tenant
@@ -186,7 +186,7 @@ async def test_keys_and_residency(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def remote(monkeypatch: pytest.MonkeyPatch, peer: str) -> None:
     """Pretend that requests come from elsewhere."""
-    for module in ("router.completions", "router.operator_api"):
+    for module in ("router.http.completions", "router.http.operator_api"):
         monkeypatch.setattr(f"{module}.peer_of", lambda request: peer)
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.costs import Work
-from router.policy import Pin, Plan, RouteRequest, choose
-from router.speeds import typical_speeds
-from router.view import NodeView, Pending, View
+from router.routing.costs import Work
+from router.routing.policy import Pin, Plan, RouteRequest, choose
+from router.routing.speeds import typical_speeds
+from router.routing.view import NodeView, Pending, View
 from tests.fakes.fake_node import idle_engine
 from tests.router.router_mesh import MODEL, make_topology
 from topology.geography import link_between

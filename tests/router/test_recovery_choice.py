@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.avoidance import NodeStart, Pair
-from router.costs import Work
-from router.policy import Pin, RouteRequest
-from router.recovery import (
+from router.routing.avoidance import NodeStart, Pair
+from router.routing.costs import Work
+from router.routing.policy import Pin, RouteRequest
+from router.routing.recovery import (
     SALVAGE_MOST_S,
     Broken,
     Choice,
@@ -21,8 +21,8 @@ from router.recovery import (
     choose_recovery,
     salvage_patience_s,
 )
-from router.speeds import typical_speeds
-from router.view import NodeView, View
+from router.routing.speeds import typical_speeds
+from router.routing.view import NodeView, View
 from tests.fakes.fake_node import idle_engine
 from tests.router.router_mesh import MODEL, make_topology
 from topology.geography import link_between

@@ -12,11 +12,7 @@ from dataclasses import dataclass, field, replace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.avoidance import NodeStart
-from router.policy import Route
-from router.record import RequestRecord
-from router.recovery import Broken, Recovery
-from router.request_events import (
+from router.request.events import (
     ClientGone,
     CloseLeg,
     CloseStream,
@@ -39,7 +35,11 @@ from router.request_events import (
     Tokens,
     Unroutable,
 )
-from router.request_machine import RequestMachine
+from router.request.machine import RequestMachine
+from router.request.record import RequestRecord
+from router.routing.avoidance import NodeStart
+from router.routing.policy import Route
+from router.routing.recovery import Broken, Recovery
 from tests.fakes.fake_node import answer_ids
 from wire.errors import OverloadError
 from wire.messages import (

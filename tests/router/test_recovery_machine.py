@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.avoidance import AVOID_ENGINE_S, AVOID_S, NodeStart
-from router.patience import MAX_ATTEMPTS_STREAMING, WAIT_FIRST_S, WAIT_STREAMING_S
-from router.policy import Route
-from router.record import MAX_ATTEMPTS_KEPT, RequestRecord
-from router.recovery import Broken, Recovery, RunningPrefill
-from router.request_events import (
+from router.request.events import (
     CloseLeg,
     CloseStream,
     Done,
@@ -29,7 +24,12 @@ from router.request_events import (
     Tokens,
     Unroutable,
 )
-from router.request_machine import RequestMachine
+from router.request.machine import RequestMachine
+from router.request.patience import MAX_ATTEMPTS_STREAMING, WAIT_FIRST_S, WAIT_STREAMING_S
+from router.request.record import MAX_ATTEMPTS_KEPT, RequestRecord
+from router.routing.avoidance import AVOID_ENGINE_S, AVOID_S, NodeStart
+from router.routing.policy import Route
+from router.routing.recovery import Broken, Recovery, RunningPrefill
 from tests.fakes.fake_node import answer_ids
 from wire.errors import OverloadError
 from wire.messages import (

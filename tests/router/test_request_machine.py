@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.avoidance import NodeStart, Pair
-from router.patience import MAX_ATTEMPTS
-from router.policy import Route
-from router.record import RequestRecord
-from router.request_events import (
+from router.request.events import (
     CloseStream,
     Done,
     Effect,
@@ -27,8 +23,12 @@ from router.request_events import (
     Tick,
     Tokens,
 )
-from router.request_machine import SETTLE_S, RequestMachine
-from router.token_relay import MAX_WAITING_ENTRIES
+from router.request.machine import SETTLE_S, RequestMachine
+from router.request.patience import MAX_ATTEMPTS
+from router.request.record import RequestRecord
+from router.request.token_relay import MAX_WAITING_ENTRIES
+from router.routing.avoidance import NodeStart, Pair
+from router.routing.policy import Route
 from tests.fakes.fake_node import answer_ids
 from wire.messages import (
     Accepted,

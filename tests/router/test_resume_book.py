@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router import resume_book
 from router.api.event_id import EventId, parse_event_id
 from router.api.render import Usage
-from router.request_events import RequestSpec
-from router.resume_book import KEEP_S, REPLAY_BYTES, Ended, Resumable, ResumeBook
+from router.request import resume_book
+from router.request.events import RequestSpec
+from router.request.resume_book import KEEP_S, REPLAY_BYTES, Ended, Resumable, ResumeBook
 from wire.errors import RequestError
 from wire.messages import Accepted, Sampling, TextInput
 

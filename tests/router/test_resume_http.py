@@ -12,8 +12,9 @@ import aiohttp
 import pytest
 
 import router.app
-from router import resume, resume_book
 from router.app import RouterConfig, serve
+from router.http import resume
+from router.request import resume_book
 from tests.fakes.fake_node import answer_text, idle_engine
 from tests.router.router_mesh import (
     ANY_PORT,

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import openai
 import pytest
 
-from router.admission import Limits
-from router.patience import MAX_ATTEMPTS_STREAMING
+from router.request.admission import Limits
+from router.request.patience import MAX_ATTEMPTS_STREAMING
 from tests.fakes.fake_node import Faults, answer_text, cache_delta
 from tests.router.router_mesh import MODEL, RouterMesh, make_topology, running_mesh
 from wire.messages import ChatInput, ChatTurn, Failed, TextInput, TokensInput

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router import metrics
-from router.admission import Admission, Limits, RetryBudget
-from router.geo import ClientLocator
-from router.prefix_index import MAX_VALUES_PER_NODE, PrefixIndex, TokenRatio
-from router.record import MAX_RECORDS, RequestLog, RequestRecord
-from router.view_builder import Reservation, ViewBuilder
+from router.request.admission import Admission, Limits, RetryBudget
+from router.request.record import MAX_RECORDS, RequestLog, RequestRecord
+from router.routing.geo import ClientLocator
+from router.routing.prefix_index import MAX_VALUES_PER_NODE, PrefixIndex, TokenRatio
+from router.routing.view_builder import Reservation, ViewBuilder
 from tests.fakes.fake_node import FakeMesh, FakeNode, idle_engine
 from tests.router.router_mesh import MODEL, make_topology
 from topology.model import TRUSTED_BY_DEFAULT, Position

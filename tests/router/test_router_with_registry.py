@@ -16,7 +16,7 @@ from registry.client import Registry
 from registry.embedded import EmbeddedRegistry
 from registry.entries import Registration
 from router.app import RouterConfig, serve
-from router.links import SERVICE
+from router.links.node_links import SERVICE
 from tests.fakes.fake_node import FakeMesh, FakeNode
 from tests.router.router_mesh import MODEL, RouterMesh, StubDirectory, entry_of, make_topology
 from topology.model import Topology

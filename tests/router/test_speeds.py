@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.costs import Work
-from router.policy import RouteRequest, choose
-from router.speeds import (
+from router.routing.costs import Work
+from router.routing.policy import RouteRequest, choose
+from router.routing.speeds import (
     DEFAULT_PREFILL_TOKENS_PER_S,
     SAME_SPEED,
     base_step_s,
     damped,
     prefill_rate,
 )
-from router.view import Speed
-from router.view_builder import Reservation, ViewBuilder
+from router.routing.view import Speed
+from router.routing.view_builder import Reservation, ViewBuilder
 from tests.fakes.fake_node import FakeMesh, FakeNode, idle_engine
 from tests.router.router_mesh import MODEL, make_topology
 from wire.messages import CacheDelta, EngineLoad, Load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from router.resume_book import KEEP_S
+from router.request.resume_book import KEEP_S
 from tests.sim.clock import Process, Timer, cancel
 from tests.sim.links import Dial, End, Network
 from tests.sim.router_clients import Ask, ComeBack, Said

@@ -12,21 +12,21 @@ from unittest.mock import patch
 
 from msgspec.structs import replace
 
-from pop_node import leg_events as lev
 from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.stager import Stager
 from pop_node.kv_stream.credit import SlotPool
 from pop_node.kv_stream.events import ReceiveInto
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.sender import Sender
-from pop_node.leg import Leg
+from pop_node.legs import events as lev
+from pop_node.legs.leg import Leg
 from pop_node.lifecycle import NodeLifecycle
 from registry.watch import Watch
-from router import attempt as attempts
-from router.request_events import SendSubmit
-from router.request_machine import RequestMachine
-from router.token_relay import TokenRelay
-from router.view_builder import ViewBuilder
+from router.request import attempt as attempts
+from router.request.events import SendSubmit
+from router.request.machine import RequestMachine
+from router.request.token_relay import TokenRelay
+from router.routing.view_builder import ViewBuilder
 
 Mutation = Callable[[], Any]
 MUTATIONS: dict[str, Mutation] = {}
@@ -174,7 +174,7 @@ def _forced_ids_are_left_out() -> Iterator[None]:
         blank = [SendSubmit(e.node, replace(e.message, forced_ids=[])) for e in submits]
         return attempt, blank
 
-    with patch("router.request_machine.begin", wrong):
+    with patch("router.request.machine.begin", wrong):
         yield
 
 

@@ -1,6 +1,6 @@
 """A simulated node: agent, its engine generations and its legs, around the real machines.
 
-Stands in for ``pop_node.agent`` and ``model_host``, with one model; ``pop_node.live_legs`` and
+Stands in for ``pop_node.agent`` and ``model_host``, with one model; ``pop_node.legs.live_legs`` and
 ``generation`` are the real ones. A new incarnation is a new ``SimNode``.
 """
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from pop_node import leg as legs
-from pop_node import leg_events as lev
 from pop_node import lifecycle
-from pop_node.admission import problem_with
-from pop_node.answer_desk import AnswerDesk
-from pop_node.answers import Answer, text_after
+from pop_node.answers.answer_desk import AnswerDesk
+from pop_node.answers.answers import Answer, text_after
 from pop_node.engine import messages as em
-from pop_node.generation import Generation
+from pop_node.hosting.generation import Generation
+from pop_node.hosting.model_facts import ModelFacts
+from pop_node.hosting.model_host import TAKEN_OVER
 from pop_node.kv_stream import frames
 from pop_node.kv_stream.spec import Piece
 from pop_node.kv_stream.statistics import statistics
-from pop_node.live_legs import LiveLegs
-from pop_node.model_facts import ModelFacts
-from pop_node.model_host import TAKEN_OVER
-from pop_node.prompt import prepare
+from pop_node.legs import events as lev
+from pop_node.legs import leg as legs
+from pop_node.legs.admission import problem_with
+from pop_node.legs.live_legs import LiveLegs
+from pop_node.legs.prompt import prepare
 from pop_node.text.stream import escape_json
 from tests.sim import model as fake
 from tests.sim.clock import Process, cancel

@@ -1,7 +1,7 @@
-"""How a simulated router serves clients; stands in for ``router.completions`` and ``streaming``.
+"""How a simulated router serves clients; stands in for ``router.http``'s.
 
-``router.exchange`` and ``router.resume`` are the real ones: only the questions to nodes, which the
-latter awaits, are asked over simulated links.
+``router.request.exchange`` and ``router.http.resume`` are the real ones: only the questions to
+nodes, which the latter awaits, are asked over simulated links.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from router.api.event_id import EventId
-from router.exchange import Exchange
-from router.policy import Pin, RouteRequest
-from router.record import RequestRecord
-from router.request_events import RequestSpec
-from router.resume import Resumer, Sender, _resumable
-from router.resume_book import Ended, Key, Resumable, Served
+from router.http.resume import Resumer, Sender, _resumable
+from router.request.events import RequestSpec
+from router.request.exchange import Exchange
+from router.request.record import RequestRecord
+from router.request.resume_book import Ended, Key, Resumable, Served
+from router.routing.policy import Pin, RouteRequest
 from tests.sim.clock import Process
 from tests.sim.links import End
 from tests.sim.node_shell import MODEL

@@ -1,12 +1,12 @@
-"""A router's end of the mesh wire, simulated; stands in for ``router.node_link``."""
+"""A router's end of the mesh wire, simulated; stands in for ``router.links.node_link``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from router.node_connection import RTT_WEIGHT
-from router.node_link import (
+from router.links.node_connection import RTT_WEIGHT
+from router.links.node_link import (
     BACKOFF_MAX_S,
     BACKOFF_MIN_S,
     CONNECT_TIMEOUT_S,
@@ -14,7 +14,7 @@ from router.node_link import (
     PING_INTERVAL_S,
     PINGS_PER_DETECTION,
 )
-from router.questions import ANSWER_TIMEOUT_S
+from router.links.questions import ANSWER_TIMEOUT_S
 from tests.sim.clock import Process, cancel
 from tests.sim.links import Dial, End, Network
 from wire.messages import (

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from registry.entries import Snapshot
-from router.admission import Admission, Limits
 from router.dispatch import Dispatch
-from router.record import RequestRecord
+from router.request.admission import Admission, Limits
+from router.request.record import RequestRecord
 from router.router_metrics import RouterMetrics
-from router.view_builder import ViewBuilder
+from router.routing.view_builder import ViewBuilder
 from tests.sim.clock import Process
 from tests.sim.links import End, Network
 from tests.sim.node_shell import MESH
@@ -78,7 +78,7 @@ class SimRouter:
         """The link to a node, as ``LinkPool``."""
         return self.links.get(name)
 
-    # ---- the directory (``router.links``) ------------------------------------------------------
+    # ---- the directory (``router.links.node_links``) ----------------------------------------
 
     def _follow(self, snapshot: Snapshot) -> None:
         self._listed = {entry.meta["name"]: entry.meta for entry in snapshot.entries}

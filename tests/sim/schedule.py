@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from router.policy import Pin
+from router.routing.policy import Pin
 from tests.sim.engine_shell import EngineShape
 from tests.sim.model import VOCABULARY
 from tests.sim.node_shell import NodeShape

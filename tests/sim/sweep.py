@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from router.policy import Pin
+from router.routing.policy import Pin
 from tests.sim.engine_shell import EngineShape, SimEngine
 from tests.sim.kv_conn import Body
 from tests.sim.links import End

@@ -1,0 +1,213 @@
+"""What operators ask a router: status, explanations, request records, metrics, health."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from registry.watcher import Watcher
+from router.dispatch import Dispatch
+from router.http.auth import Authenticator
+from router.http.completions import ModelApi, peer_of
+from router.http.drill import start_drill
+from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
+from router.request.record import RequestRecord
+from router.routing.costs import Work
+from router.routing.foresight import foresee
+from router.routing.policy import MAX_ROUTES, Route, RouteRequest, choose
+from router.routing.view import NodeView
+from wire.errors import MeshError, RequestError
+
+
+class OperatorApi:
+    """Handlers that look at the router itself."""
+
+    def __init__(
+        self,
+        name: str,
+        dispatch: Dispatch,
+        watcher: Watcher,
+        authenticator: Authenticator,
+        models: ModelApi,
+    ) -> None:
+        self._name = name
+        self._dispatch = dispatch
+        self._watcher = watcher
+        self._auth = authenticator
+        self._models = models
+        self._metrics = [*dispatch.metrics.all(), *self._gauges()]
+        self.stopping = False
+
+    async def health(self, request: web.Request) -> web.Response:
+        """``GET /health``: the process is alive."""
+        return web.json_response({"status": "alive", "router": self._name})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """``GET /ready``: 200 once some model has a route, 503 before and while stopping."""
+        models = [] if self.stopping else self._routable()
+        body = {"ready": bool(models), "models": models, "stopping": self.stopping}
+        return web.json_response(body, status=200 if models else 503)
+
+    async def close_when_stopping(self, request: web.Request, response: web.StreamResponse) -> None:
+        """While stopping, a connection ends with the answer that it waits for: a client that keeps
+        asking on one that it had open would hold up the end."""
+        if self.stopping:
+            response.force_close()
+            response.headers["Connection"] = "close"
+
+    async def status(self, request: web.Request) -> web.Response:
+        """``GET /popmesh/status``: the view, links, loads and counters."""
+        self._operator(request)
+        dispatch = self._dispatch
+        view = dispatch.builder.snapshot()
+        book = self._models.resumer.book
+        return _json(
+            {
+                "router": self._name,
+                "mesh": view.topology.mesh,
+                "site": view.router_site,
+                "in_flight": dispatch.admission.in_flight,
+                "running": len(dispatch.running),
+                "streams_open": sum(link.num_streams for link in dispatch.pool.all()),
+                "resumable": {"records": len(book), "bytes": book.num_bytes},
+                "registry_age_s": self._watcher.age_s,
+                "refused_registry_entries": dispatch.pool.refused_entries,
+                "models": {name: list(nodes) for name, nodes in view.offered.items()},
+                "routable": self._routable(),
+                "nodes": [self._node(node) for node in view.nodes.values()],
+            }
+        )
+
+    async def explain(self, request: web.Request) -> web.Response:
+        """``POST /popmesh/explain``: the plan for a chat body; nothing is run."""
+        self._operator(request)
+        prepared = await self._models.prepare(request, "chat")
+        plan = self._dispatch.choose(prepared.routing, fallbacks=MAX_ROUTES - 1)
+        work, view = prepared.routing.work, self._dispatch.builder.snapshot()
+        now = asyncio.get_running_loop().time()
+        foreseen = foresee(prepared.routing, plan.route, view, now, self._dispatch.rng)
+        return _json(
+            {
+                "client": {
+                    "lat": prepared.place.position.lat,
+                    "lon": prepared.place.position.lon,
+                    "source": prepared.place.source,
+                },
+                "prompt_tokens_estimate": work.prompt_tokens,
+                "cached_tokens": dict(work.cached),
+                "route": _route(plan.route),
+                "fallbacks": [_route(route) for route in plan.fallbacks],
+                "rejected": [{"node": name, "reason": why} for name, why in plan.rejected],
+                "if_lost": [asdict(accident) for accident in foreseen],
+            }
+        )
+
+    async def drill(self, request: web.Request) -> web.Response:
+        """``POST /popmesh/drill``: have a node harm itself; 202 once it begins."""
+        self._operator(request)
+        await start_drill(self._dispatch, await self._models.read_body(request))
+        return web.json_response({"started": True}, status=202)
+
+    async def request_record(self, request: web.Request) -> web.Response:
+        """``GET /popmesh/requests/{id}``: what happened to a recent request."""
+        self._operator(request)
+        record = self._dispatch.log.get(request.match_info["id"])
+        if record is None:
+            raise RequestError("no such request is remembered", code="not_found")
+        return _json(_record(record))
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """``GET /metrics``."""
+        self._operator(request)
+        return web.Response(text=render(self._metrics), headers={"Content-Type": CONTENT_TYPE})
+
+    # ---- helpers ------------------------------------------------------------------------------
+
+    def _operator(self, request: web.Request) -> None:
+        self._auth.require_operator(request.headers.get("Authorization"), peer_of(request))
+
+    def _routable(self) -> list[str]:
+        """Models for which a small request without residency rules has a route right now."""
+        view = self._dispatch.builder.snapshot()
+        now = asyncio.get_running_loop().time()
+        found = []
+        for model in sorted(view.offered):
+            work = Work(model, prompt_tokens=1, output_tokens=1, cached={})
+            try:
+                choose(RouteRequest(work, view.position()), view, now, self._dispatch.rng, 0)
+            except MeshError:
+                continue
+            found.append(model)
+        return found
+
+    def _node(self, node: NodeView) -> dict[str, Any]:
+        link = self._dispatch.pool.get(node.name)
+        return {
+            "name": node.name,
+            "site": node.site,
+            "region": node.region,
+            "roles": sorted(node.roles),
+            "link": node.phase,
+            "link_error": None if link is None else link.last_error,
+            "address": "" if link is None else link.address,
+            "incarnation": node.incarnation,
+            "draining": node.draining,
+            "rtt_ms": node.rtt_ms,
+            "rtt_measured": node.rtt_measured,
+            "streams": 0 if link is None else link.num_streams,
+            "models": [msgspec.structs.asdict(offer) for offer in node.offers.values()],
+            "engines": [msgspec.structs.asdict(engine) for engine in node.engines.values()],
+            "kv_links": [msgspec.structs.asdict(rate) for rate in node.links.values()],
+        }
+
+    def _gauges(self) -> list[Metric]:
+        dispatch = self._dispatch
+
+        def rtts() -> dict[Labels, float]:
+            links = dispatch.pool.all()
+            measured = [(link.node.name, link.rtt_ms) for link in links]
+            return {(name,): rtt / 1e3 for name, rtt in measured if rtt is not None}
+
+        return [
+            Gauge(
+                "popmesh_requests_in_flight",
+                "Requests admitted and not yet answered.",
+                lambda: {(): float(dispatch.admission.in_flight)},
+            ),
+            Gauge(
+                "popmesh_link_up",
+                "1 when the link to the node is greeted.",
+                lambda: {(link.node.name,): float(link.up) for link in dispatch.pool.all()},
+                ("node",),
+            ),
+            Gauge("popmesh_link_rtt_seconds", "Smoothed round trip to the node.", rtts, ("node",)),
+            Gauge(
+                "popmesh_resumable_answers",
+                "Streamed answers that could be asked for again, those being sent included.",
+                lambda: {(): float(len(self._models.resumer.book))},
+            ),
+            Gauge(
+                "popmesh_reservations",
+                "Legs sent that no load report contains yet.",
+                lambda: {(): float(dispatch.builder.reservations())},
+            ),
+        ]
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _route(route: Route) -> dict[str, Any]:
+    return asdict(route)
+
+
+def _record(record: RequestRecord) -> dict[str, Any]:
+    out = asdict(record)
+    if record.transfer is not None:  # wire messages are arrays unless asked
+        out["transfer"] = msgspec.structs.asdict(record.transfer)
+    return out

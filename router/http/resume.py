@@ -1,0 +1,211 @@
+"""Finds the answers that clients ask for again: here, or at the nodes that another router used.
+
+The shell around ``router.request.resume_book``. It knows who sends an answer now, so that a new
+connection can take over from one that only seems alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from router.api.event_id import HEADER, EventId
+from router.api.render import ClientFinish, Usage
+from router.dispatch import Dispatch
+from router.http.sinks import SseSink
+from router.links.node_link import NodeLink
+from router.request.events import RequestSpec
+from router.request.exchange import Exchange
+from router.request.record import RequestRecord
+from router.request.resume_book import KEEP_S, Ended, Key, Resumable, ResumeBook, Served
+from wire.errors import MeshError, OverloadError, RequestError
+from wire.messages import Accepted, Attach, Attached
+from wire.prefix import canonical_bytes
+
+MAX_SEARCHES = 16
+"""Searches among the nodes at once; each asks all of them. Guess: a router that dies with hundreds
+of streams leaves its neighbours this many questions per round trip."""
+
+TRIM_PERIOD_S = 1.0
+"""How often records are checked against their bounds: an answer grows by a few hundred bytes
+meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """One connection that an answer is sent over; ``exchange`` None: it was complete before."""
+
+    answer: Resumable
+    sink: SseSink
+    record: RequestRecord
+    exchange: Exchange | None
+
+    def note(self) -> None:
+        """Note down how far the answer has come."""
+        if self.exchange is not None:
+            self.answer.rest(self.exchange.relayed, self.exchange.accepted)
+
+
+class Resumer:
+    """The resumable answers of one router."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self.book = ResumeBook()
+        self._dispatch = dispatch
+        self._loop = asyncio.get_running_loop()
+        self._senders: dict[Key, Sender] = {}
+        self._num_searches = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """The router ends."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # ---- connections --------------------------------------------------------------------------
+
+    def hold(self, sender: Sender) -> None:
+        """An answer is being sent from now on."""
+        self._senders[sender.answer.key] = sender
+        self.book.sending(sender.answer)
+        if self._timer is None:
+            self._timer = self._loop.call_later(TRIM_PERIOD_S, self._trim)
+
+    def let_go(self, sender: Sender) -> None:
+        """Its connection has ended; nothing happens when another has taken over."""
+        key = sender.answer.key
+        if self._senders.get(key) is not sender:
+            return
+        del self._senders[key]
+        sender.note()
+        has_begun = sender.answer.served.prefill != ""
+        if has_begun and sender.record.outcome != "taken_over":
+            self.book.released(sender.answer, self._loop.time())
+        else:  # it never had an event, or its nodes gave it to another router
+            self.book.forget(key)
+
+    def _trim(self) -> None:
+        self.book.trim(self._loop.time())
+        again = len(self.book) > 0
+        self._timer = self._loop.call_later(TRIM_PERIOD_S, self._trim) if again else None
+
+    # ---- finding ------------------------------------------------------------------------------
+
+    async def find(self, tenant: str, event: EventId) -> Resumable:
+        """The answer, at rest, with a ``position`` for the event.
+
+        Whoever sent it, here or elsewhere, sends it no more. Raises ``RequestError``
+        (``stream_unknown``, whatever the reason; ``invalid_value`` for an id that no event of a
+        known answer had) or ``OverloadError``.
+        """
+        key, where = (tenant, event.request_id), "here"
+        answer = self._here(key)
+        if answer is None or answer.position(event.upto) is None:
+            found = await self._elsewhere(key, event.upto)
+            answer = self._here(key)  # another connection may have been quicker
+            if answer is None or answer.position(event.upto) is None:
+                if found is None:
+                    self._dispatch.metrics.resumed.add("unknown")
+                    raise _unknown() if answer is None else _never_sent(event)
+                answer, where = found, "elsewhere"
+        self._take_over(answer)
+        self._dispatch.metrics.resumed.add(where)
+        answer.finish_if_full()
+        return answer
+
+    def _here(self, key: Key) -> Resumable | None:
+        sender = self._senders.get(key)
+        if sender is not None:
+            sender.note()
+        return self.book.get(key, self._loop.time())
+
+    def _take_over(self, answer: Resumable) -> None:
+        """End the connection that sends it, if there is one; keep it for the next."""
+        sender = self._senders.pop(answer.key, None)
+        if sender is not None:
+            if sender.exchange is not None:
+                sender.exchange.client_gone("taken_over")
+            sender.sink.taken_over()
+        self.book.sending(answer)
+        self.book.released(answer, self._loop.time())
+
+    # ---- asking nodes -------------------------------------------------------------------------
+
+    async def _elsewhere(self, key: Key, upto: int) -> Resumable | None:
+        """The fullest answer that any node knows, from token ``upto`` on."""
+        if self._num_searches >= MAX_SEARCHES:
+            raise OverloadError("many answers are being looked for", retry_after_s=1.0)
+        self._num_searches += 1
+        try:
+            async with asyncio.TaskGroup() as group:
+                links = [link for link in self._dispatch.pool.all() if link.version >= 2]
+                asked = {
+                    link.node.name: group.create_task(self._ask(link, key, upto)) for link in links
+                }
+        finally:
+            self._num_searches -= 1
+        told = {node: task.result() for node, task in asked.items()}
+        known = [(node, answer) for node, answer in told.items() if answer is not None]
+        if not known:
+            return None
+        node, best = max(known, key=lambda item: (len(item[1].ids), item[1].reason != ""))
+        # What of the prompt was cached is the prefill node's to say.
+        prompts = [answer for _, answer in known if answer.submit.leg != "decode"]
+        return _resumable(key, upto, node, best, prompts[0] if prompts else best)
+
+    async def _ask(self, link: NodeLink, key: Key, upto: int) -> Attached | None:
+        tenant, request_id = key
+        number = self._dispatch.next_stream()
+        try:
+            answer = await link.ask(number, Attach(number, request_id, tenant, upto))
+        except MeshError:
+            return None
+        if not isinstance(answer, Attached) or len(answer.ids) < upto:
+            return None
+        claims = (answer.submit.tenant, answer.submit.request_id)
+        return answer if claims == key else None
+
+
+def _resumable(key: Key, upto: int, node: str, told: Attached, prompt: Attached) -> Resumable:
+    """What a node told, as if it had been sent from here up to token ``upto``."""
+    tenant, request_id = key
+    submit = told.submit
+    spec = RequestSpec(
+        request_id=request_id,
+        model=submit.model,
+        tenant=tenant,
+        input=submit.input,
+        sampling=submit.sampling,
+        chain=submit.chain,
+        deadline=0.0,  # of its own at every start
+    )
+    answer = Resumable(spec, int(time.time()), len(canonical_bytes(submit.input)), upto)
+    peer = node if submit.transfer is None else submit.transfer.peer
+    answer.served = Served(peer, node) if submit.leg == "decode" else Served(node, peer)
+    cached = min(prompt.cached_tokens, prompt.prompt_tokens)
+    answer.rest(told.ids, Accepted(told.stream, prompt.prompt_tokens, cached))
+    if told.text:
+        answer.add(told.text, len(told.ids))
+    if told.reason:
+        reason: ClientFinish = "length" if told.reason == "length" else "stop"
+        answer.ended = Ended(reason, Usage(prompt.prompt_tokens, cached, len(told.ids)))
+    return answer
+
+
+def _unknown() -> RequestError:
+    return RequestError(
+        f"no such answer is known: it may be older than {KEEP_S:.0f} s, or another tenant's; send "
+        f"the request again without {HEADER}",
+        code="stream_unknown",
+        param=HEADER,
+    )
+
+
+def _never_sent(event: EventId) -> RequestError:
+    return RequestError(
+        f"no event of {event.request_id} had the index {event.upto}; send the id of the last event "
+        "received",
+        code="invalid_value",
+        param=HEADER,
+    )
