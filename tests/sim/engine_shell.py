@@ -1,13 +1,14 @@
 """A simulated engine process: the real scheduler, block pool and stager around the fake model.
 
 Stands in for ``pop_node.engine.loop``, ``port`` and ``runner``: commands of the main loop wait for
-the end of a step, those of the port's thread do not, and a step takes time.
+the end of a step, those of the port's thread do not, a step takes time, and the port's thread may
+run between any two effects of the main loop.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,10 @@ SLOT_BYTES = 128 * 1024
 
 LOCAL_S = 50e-6
 """Agent to engine and back."""
+
+PREEMPTED, SHORTEST_PREEMPTION_S = 0.03, 1e-4
+"""How often the main loop's thread loses the processor between two effects, and for how long at
+least; at most two thousand times that, as on a machine that is far too busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,8 @@ class SimEngine:
         self._inbox: deque[Any] = deque()
         self._rates = StepRates()
         self._told: Load | None = None
-        self._stepping = False
+        self._main = self._run()
+        self._idle = True
         self._turned_at: float | None = None
         self._pump_wanted = False
         self._ready = False
@@ -223,8 +229,8 @@ class SimEngine:
                     self._inbox.append(message)
             case _:
                 self._inbox.append(message)
-        if not self._stepping:
-            self._loop()
+        if self._idle:
+            self._turn()
         self._pump()
 
     def _wake(self) -> None:
@@ -241,20 +247,36 @@ class SimEngine:
 
     # ---- the main loop -------------------------------------------------------------------------
 
-    def _loop(self) -> None:
-        now = self.process.time()
-        while self._inbox:
-            command = self._inbox.popleft()
-            if isinstance(command, em.StageFrom):
-                self._pump_wanted |= self.stager.grant(command)
-            else:
-                self._carry_out(self.scheduler.handle(command, now))
-        schedule, effects = self.scheduler.schedule(now)
-        self._carry_out(effects)
-        if not schedule.rows:
+    def _turn(self) -> None:
+        """Let the main loop go on to where it waits next; the port's thread has its turn then."""
+        pause = next(self._main)
+        self._idle = pause is None
+        if pause is not None:
+            self.process.call_later(pause, self._turn)
+        self._pump()
+
+    def _run(self) -> Iterator[float | None]:
+        """``EngineLoop.run``; yields the seconds until it goes on, None to wait for a command."""
+        while True:
+            while self._inbox:
+                command = self._inbox.popleft()
+                if isinstance(command, em.StageFrom):
+                    self._pump_wanted |= self.stager.grant(command)
+                else:
+                    effects = self.scheduler.handle(command, self.process.time())
+                    yield from self._carry_out(effects)
+            schedule, effects = self.scheduler.schedule(self.process.time())
+            yield from self._carry_out(effects)
+            if schedule.rows:
+                yield from self._step(schedule)
+                continue
+            self._turned_at = None
             self._tell([])
-            return
-        self._stepping, self._turned_at = True, now
+            if not self._inbox:
+                yield None
+
+    def _step(self, schedule: Schedule) -> Iterator[float]:
+        started = self._turned_at = self.process.time()
         exports = [
             (row.sequence.transfer, row.end)
             for row in schedule.rows
@@ -264,29 +286,16 @@ class SimEngine:
         shape = self._shape
         duration = shape.step_s + shape.token_s * schedule.num_tokens
         good = [True] * len(schedule.rows)
-        if exports:
-            for layer in range(LAYERS - 1):
-                at = duration * (layer + 1) / LAYERS
-                self.process.call_later(at, self._layer, schedule, good, layer)
-        else:
-            for layer in range(LAYERS - 1):
-                self._compute(schedule, good, layer)
-        self.process.call_later(duration, self._step_done, schedule, good, now)
-
-    def _compute(self, schedule: Schedule, good: list[bool], layer: int) -> None:
-        for at, row in enumerate(schedule.rows):
-            good[at] &= self.model.compute(row, layer)
-
-    def _layer(self, schedule: Schedule, good: list[bool], layer: int) -> None:
-        self._compute(schedule, good, layer)
-        self.stager.layer_done(layer)
-        self._pump()
-
-    def _step_done(self, schedule: Schedule, good: list[bool], started: float) -> None:
+        if not exports:
+            yield duration
+        for layer in range(LAYERS):
+            if exports:
+                yield duration / LAYERS
+            for at, row in enumerate(schedule.rows):
+                good[at] &= self.model.compute(row, layer)
+            if exports:
+                self.stager.layer_done(layer)
         now = self.process.time()
-        last = LAYERS - 1
-        self._compute(schedule, good, last)
-        self.stager.layer_done(last)
         for sequence in schedule.completing:
             began = sequence.timings.started_at
             began = now if began is None else began
@@ -296,12 +305,11 @@ class SimEngine:
         self._rates.step(schedule.num_tokens - len(schedule.sampled), now - started)
         effects = self.scheduler.complete(schedule, ids, now)
         self._tell([(e.seq, e.index, e.id, e.finish) for e in effects if isinstance(e, em.Token)])
-        self._carry_out(effects)
-        self._stepping, self._turned_at = False, None
-        self._loop()
-        self._pump()
+        yield from self._carry_out(effects)
 
-    def _carry_out(self, effects: list[Effect]) -> None:
+    def _carry_out(self, effects: list[Effect]) -> Iterator[float]:
+        """One by one: the port's thread may have its turn between any two."""
+        rng = self.process.sim.rng
         for effect in effects:
             match effect:
                 case em.Ended(seq):
@@ -319,6 +327,10 @@ class SimEngine:
                     self.stager.rename_export(transfer, new_transfer)
                 case TransferClosed(side, transfer):
                     self.stager.close(side, transfer)
+                case em.Token():
+                    continue  # left in one StepDone before
+            if rng.random() < PREEMPTED:
+                yield SHORTEST_PREEMPTION_S * 10 ** rng.uniform(0.0, 3.3)
 
     def _tell(self, tokens: list[tuple[int, int, int, str]]) -> None:
         load = self.scheduler.load()

@@ -157,7 +157,7 @@ def _router_unrest(world: World, router: SimRouter) -> list[str]:
     listed = {} if view is None else {e.meta["name"]: e for e in view.entries}
     snapshot = router.builder.snapshot()
     for name, node in world.nodes.items():
-        entry, link = listed.get(name), router.links.node_links.get(name)
+        entry, link = listed.get(name), router.links.get(name)
         if entry is None or entry.status != "passing":
             found.append(f"{name} is not listed")
         elif entry.meta["incarnation"] != node.incarnation:

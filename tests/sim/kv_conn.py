@@ -104,6 +104,7 @@ class KvConn:
         "_timer",
         "_writing",
         "end",
+        "is_silent",
         "keepalive",
         "number",
         "peer",
@@ -124,6 +125,7 @@ class KvConn:
         self.peer: Hello | None = None
         self.version = 0
         self.end = end
+        self.is_silent = False
         self.keepalive = Keepalive(process.time())
         self._owner = owner
         self._process = process
@@ -286,6 +288,7 @@ class KvConn:
             return
         now = self._process.time()
         if self.keepalive.is_dead(now):
+            self.is_silent = True
             self.fail(PeerError("the peer has gone silent", code="link_lost"))
             return
         if self.peer is not None and (ping := self.keepalive.due(now)) is not None:

@@ -103,7 +103,7 @@ class SimPeerLink:
         for conn in self.connections:
             conn.flush()
 
-    def close(self, error: MeshError) -> None:
+    def close(self, error: MeshError, *, is_silent: bool = False) -> None:
         if self.is_down:
             return
         self.is_down = True
@@ -114,7 +114,7 @@ class SimPeerLink:
             self._endpoint.to_sender(ev.Written(self._queue.popleft().slot))
         for conn in self.connections:
             conn.fail(error)
-        self._endpoint.to_sender(ev.LinkDown(self.key, error))
+        self._endpoint.to_sender(ev.LinkDown(self.key, error, is_silent))
 
     # ---- what the connections say --------------------------------------------------------------
 
@@ -180,4 +180,4 @@ class SimPeerLink:
         self._endpoint.to_sender(ev.Written(slot))
 
     def on_lost(self, conn: KvConn, error: MeshError) -> None:
-        self.close(error)
+        self.close(error, is_silent=conn.is_silent)

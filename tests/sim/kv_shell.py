@@ -297,4 +297,4 @@ class SimKvEndpoint:
 
     def on_lost(self, conn: KvConn, error: MeshError) -> None:
         self.accepted.pop(conn.number, None)
-        self.to_receiver(ev.ConnLost(conn.number, error))
+        self.to_receiver(ev.ConnLost(conn.number, error, conn.is_silent))

@@ -13,6 +13,8 @@ from unittest.mock import patch
 from msgspec.structs import replace
 
 from pop_node.engine.block_pool import BlockPool
+from pop_node.engine.schedule import TransferBound
+from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
 from pop_node.kv_stream.credit import SlotPool
 from pop_node.kv_stream.events import ReceiveInto
@@ -239,4 +241,19 @@ def _the_watch_gives_up() -> Iterator[None]:
         self._ask_at = None
 
     with patch.object(Watch, "_take_failure", wrong):
+        yield
+
+
+@_mutation
+def _blocks_are_told_before_they_are_bound() -> Iterator[None]:
+    """The engine says ``Allocated`` while nothing stands behind the transfer yet."""
+
+    def wrong_order(right: Callable[..., Any]) -> Callable[..., Any]:
+        def wrong(self: Scheduler, *args: Any) -> Any:
+            schedule, effects = right(self, *args)
+            return schedule, sorted(effects, key=lambda effect: isinstance(effect, TransferBound))
+
+        return wrong
+
+    with patch.object(Scheduler, "schedule", wrong_order(Scheduler.schedule)):
         yield
