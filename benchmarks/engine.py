@@ -1,6 +1,6 @@
 """Engines side by side: popmesh, transformers, llama.cpp and vLLM on the same weights and prompts.
 
-    python benchmarks/engine.py --store .cache/store --out benchmarks/results/engine.json \\
+    python benchmarks/engine.py --store .cache/store-2 --out benchmarks/results/engine.json \\
         [--transformers VENV] [--vllm VENV] [--llama LLAMA_SERVER --gguf BF16.gguf] [--rounds 2]
 
 Every engine gets all cores, bfloat16, and is alone on the machine while it runs. Within a round

@@ -1,6 +1,6 @@
 """What the batch-invariant mode costs: CPU time of decode and prefill with and without it.
 
-    python benchmarks/invariance.py --store .cache/store --out benchmarks/results/invariance.json \\
+    python benchmarks/invariance.py --store .cache/store-2 --out benchmarks/results/invariance.json \\
         [--before CHECKOUT] [--rounds 5]
 
 SmolLM2-135M on one thread, scheduler and runner without sockets. Each variant is a process of its
