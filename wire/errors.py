@@ -111,6 +111,7 @@ _BY_CODE: dict[str, type[MeshError]] = {
     "out_of_blocks": OverloadError,
     "draining": OverloadError,
     "not_ready": OverloadError,
+    "not_loaded": OverloadError,
     "peer_failed": PeerError,
     "link_lost": PeerError,
     "taken_over": PeerError,

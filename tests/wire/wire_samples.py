@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from wire.messages import (
+    COLD_START,
     Accepted,
     Attach,
     Attached,
@@ -13,6 +14,7 @@ from wire.messages import (
     Detached,
     Draining,
     Drill,
+    DrillReport,
     DrillStarted,
     EngineLoad,
     Failed,
@@ -21,8 +23,10 @@ from wire.messages import (
     Hello,
     LinkRate,
     Load,
+    Loading,
     Message,
     ModelOffer,
+    Offers,
     Part,
     Ping,
     Pong,
@@ -36,6 +40,7 @@ from wire.messages import (
     TokensInput,
     Transfer,
     TransferReport,
+    Warm,
 )
 
 SAMPLING = Sampling(48, 0.7, 0.95, 2**64 - 1, ["\n\n", "Ende"], False)
@@ -77,6 +82,34 @@ NODE_SAYS: dict[str, Message] = {
         [LinkRate("lhr-1", 15.2, 48e6)],
         False,
     ),
+    "load-of-models-that-come-and-go": Load(
+        [
+            EngineLoad(
+                "qwen3-0.6b",
+                False,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0.0,
+                0.0,
+                0,
+                0,
+                0,
+                "disk",
+                2400,
+                3_700_000_000,
+                "two others are answering",
+                2350,
+            ),
+        ],
+        [],
+        False,
+        4_000_000_000,
+        1_250_000_000,
+    ),
     "cache-delta": CacheDelta("smollm2-135m", True, [(b"\x03" * 16, 64)], [b"\x04" * 16]),
     "draining": Draining(3),
     "pong": Pong(2**32),
@@ -85,6 +118,9 @@ NODE_SAYS: dict[str, Message] = {
         9, submit(TextInput("Once"), leg="both", transfer=None), [5, 6, 7], b" upon", 12, 0, ""
     ),
     "drill-started": DrillStarted(4, ""),
+    "offers": Offers([OFFER, ModelOffer("other", "cd" * 32, 4096, 20480, 16, 0, "float32")]),
+    "loading": Loading(7, 2400),
+    "drill-report": DrillReport(4, b'{"total_s":0.9}', ""),
     "goodbye": Goodbye("version_mismatch", "we speak 1-1"),
 }
 
@@ -99,6 +135,8 @@ ROUTER_SAYS: dict[str, Message] = {
     "retarget": Retarget(7, 3, Transfer(bytes(range(16)), "iad-1", "127.0.0.1:7102")),
     "attach": Attach(9, "req-0123", "acme", 2),
     "drill": Drill(4, "freeze-engine", "smollm2-135m", 10_000),
+    "drill-cold-start": Drill(5, COLD_START, "smollm2-135m", 60_000, '{"from":"disk"}'),
+    "warm": Warm("smollm2-135m", 300_000),
     "ping": Ping(2**32),
     "part": Part(3, True, b"tail of something large"),
 }

@@ -1,0 +1,84 @@
+"""What a node says of itself: its models, how busy it is, what its caches hold."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from wire.messages.base import WireStruct
+from wire.messages.link import ModelOffer
+
+Warmth = Literal["", "warm", "loading", "disk", "fetching", "absent"]
+"""Where a node has a model: in memory and answering, on its way there, on its disk, on its way
+there, or nowhere yet. "": the node speaks version 2; ``EngineLoad.ready`` says all it knows."""
+
+
+class EngineLoad(WireStruct, frozen=True):
+    """State of one model on a node. Rates are measured over recent steps; 0 means not measured yet.
+
+    From ``warmth`` on version 3: ``eta_ms`` is the estimated time until it could answer if it were
+    wanted now (0: it can, or nobody knows), ``memory_bytes`` what it takes in memory while it is
+    warm, ``warm_refused`` why it cannot be loaded at the moment (empty: it can), ``last_load_ms``
+    how long its last load took until the first token (0: never).
+    """
+
+    model: str
+    ready: bool
+    queued_prefill_tokens: int
+    running: int
+    waiting: int
+    free_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    prefill_tokens_per_s: float
+    decode_step_ms: float
+    transfers_in: int
+    transfers_out: int
+    streams: int
+    warmth: Warmth = ""
+    eta_ms: int = 0
+    memory_bytes: int = 0
+    warm_refused: str = ""
+    last_load_ms: int = 0
+
+
+class LinkRate(WireStruct, frozen=True):
+    """Measured KV link from the sending node to a peer; 0 means not measured yet."""
+
+    peer: str
+    rtt_ms: float
+    bytes_per_s: float
+
+
+class Load(WireStruct, frozen=True, tag=37):
+    """Pushed once a second and whenever a threshold is crossed.
+
+    ``memory_bytes`` is the node's budget for models, 0 when it has none, and ``memory_used_bytes``
+    what models take of it (version 3).
+    """
+
+    engines: list[EngineLoad]
+    links: list[LinkRate]
+    draining: bool
+    memory_bytes: int = 0
+    memory_used_bytes: int = 0
+
+
+class CacheDelta(WireStruct, frozen=True, tag=38):
+    """Prefix chain values that entered (with the tokens they stand for) or left a node's cache."""
+
+    model: str
+    reset: bool
+    added: list[tuple[bytes, int]]
+    removed: list[bytes]
+
+
+class Draining(WireStruct, frozen=True, tag=39):
+    """The node accepts no new work and will go; running streams end normally."""
+
+    remaining_streams: int
+
+
+class Offers(WireStruct, frozen=True, tag=43):
+    """All models this node serves, as in its ``Hello``: said again when one changes (version 3)."""
+
+    models: list[ModelOffer]
