@@ -100,6 +100,11 @@ class _Shape:
         self.names = tuple(field.name for field in fields(cls))
         self.get = operator.attrgetter(*self.names) if self.names else (lambda message: ())
         self.checks = tuple(_checker(hints[name]) for name in self.names)
+        self.of_tuples = [
+            index
+            for index, name in enumerate(self.names)
+            if get_origin(hints[name]) is list and get_origin(get_args(hints[name])[0]) is tuple
+        ]
 
     def values(self, message: Any) -> tuple[Any, ...]:
         got = self.get(message)
@@ -111,8 +116,8 @@ class _Shape:
         for name, check, value in zip(self.names, self.checks, values, strict=True):
             if not check(value):
                 raise _malformed(f"{self.cls.__name__}.{name} holds a {type(value).__name__}")
-        if self.cls is messages.StepDone:
-            values[0] = [tuple(token) for token in values[0]]
+        for index in self.of_tuples:
+            values[index] = [tuple(item) for item in values[index]]
         return self.cls(*values)
 
 

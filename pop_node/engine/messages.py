@@ -137,6 +137,11 @@ class Ready:
     ``kv_spec`` is ``KvSpec.to_dict()`` of the model. ``phases_ms`` times the start: ``import``,
     ``load``, ``warm``, and of a bundle's ``load`` the parts, which overlap: ``read``, ``verify``,
     ``decode``, ``to_device``, ``bind``. ``phase_bytes`` says how much went through each part.
+
+    ``phases`` is the same start as (phase, start_s, end_s, bytes), counted from the start of the
+    process and ordered by start: ``process_start`` (until our first line ran), ``imports``,
+    ``standby`` (waiting for a set-up), ``setup``, ``kernels``, ``load`` with its parts inside,
+    ``warm``, and inside it ``first_token``, at whose end the first token was there.
     """
 
     pid: int
@@ -147,6 +152,7 @@ class Ready:
     kv_spec: dict[str, Any]
     phases_ms: dict[str, float]
     phase_bytes: dict[str, int] = field(default_factory=dict)
+    phases: list[tuple[str, float, float, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

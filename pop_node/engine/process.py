@@ -20,6 +20,7 @@ from pop_node.engine.port import EXIT_PARENT_GONE, EXIT_STOPPED, Port
 from pop_node.engine.runner import Runner
 from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
+from pop_node.engine.start_clock import StartClock, process_started_at
 from pop_node.engine.validate import Limits
 from pop_node.kv_stream.staging import Staging
 from pop_node.models.registry import load, load_backend
@@ -33,15 +34,21 @@ def serve(sock: socket.socket, started_at: float) -> int:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the agent decides
     imported_at = time.monotonic()
+    process_at = process_started_at()
+    clock = StartClock(process_at)
+    clock.add("process_start", process_at, started_at)
+    clock.add("imports", started_at, imported_at)
     port = Port(sock)
     try:
         config, layout, fd = receive_setup(sock)
     except PeerError:
         return EXIT_PARENT_GONE
+    clock.add("standby", imported_at, time.monotonic())
     port.start()
     try:
-        import_ms = (imported_at - started_at) * 1000
-        loop, ready = _build(port, config, Staging.attach(fd, layout), import_ms)
+        with clock.phase("setup"):
+            staging = Staging.attach(fd, layout)
+        loop, ready = _build(port, config, staging, clock)
         gc.freeze()  # the model lives as long as the process: do not walk it again
         port.ready(ready)
         loop.run()
@@ -51,12 +58,15 @@ def serve(sock: socket.socket, started_at: float) -> int:
 
 
 def _build(
-    port: Port, config: EngineConfig, staging: Staging, import_ms: float
+    port: Port, config: EngineConfig, staging: Staging, clock: StartClock
 ) -> tuple[EngineLoop, Ready]:
     """Load and warm: afterwards a token was produced and nothing is held or cached."""
-    load_started = time.monotonic()
-    ops = load_backend(config.backend, config.threads, batch_invariant=config.batch_invariant)
-    loaded = load(config.model_dir, config.dtype, ops)  # its hold lasts as long as the process
+    with clock.phase("kernels"):
+        ops = load_backend(config.backend, config.threads, batch_invariant=config.batch_invariant)
+    with clock.phase("load"):
+        loaded = load(config.model_dir, config.dtype, ops)  # held as long as the process lives
+    for name, phase in loaded.phases.items():
+        clock.add(name, phase.began, phase.ended, phase.nbytes)
     model = loaded.model
     loaded_at = time.monotonic()
     runner = Runner(model, ops, config.num_blocks, config.block_tokens)
@@ -78,11 +88,13 @@ def _build(
         max_sequences=config.max_sequences,
         max_waiting=config.max_waiting,
     )
-    _warm(scheduler, runner, limits)
+    first_token_at = _warm(scheduler, runner, limits)
     pool.forget()
     spec = model.kv_spec()
     stager = Stager(spec, runner.cache, config.block_tokens, staging, pool.generations, port.wake)
     port.attach(stager)
+    clock.add("first_token", loaded_at, first_token_at)
+    clock.add("warm", loaded_at, time.monotonic())
     last_layer = max(layer for group in spec.groups for layer in group.layers)
     ready = Ready(
         pid=os.getpid(),
@@ -92,18 +104,22 @@ def _build(
         backend=ops.name,
         kv_spec=spec.to_dict(),
         phases_ms={
-            "import": import_ms,
-            "load": (loaded_at - load_started) * 1000,
+            "import": clock.length_s("imports") * 1000,
+            "load": (clock.length_s("kernels") + clock.length_s("load")) * 1000,
             **{name: phase.wall_s * 1000 for name, phase in loaded.phases.items()},
-            "warm": (time.monotonic() - loaded_at) * 1000,
+            "warm": clock.length_s("warm") * 1000,
         },
         phase_bytes={name: phase.nbytes for name, phase in loaded.phases.items()},
+        phases=clock.spans(),
     )
     return EngineLoop(scheduler, runner, stager, port, last_layer), ready
 
 
-def _warm(scheduler: Scheduler, runner: Runner, limits: Limits) -> None:
-    """Answer a prompt of a block and a token with two tokens: a prefill and a decode step."""
+def _warm(scheduler: Scheduler, runner: Runner, limits: Limits) -> float:
+    """Answer a prompt of a block and a token with two tokens: a prefill and a decode step.
+
+    Returns when the first token was there, on the monotonic clock.
+    """
     room = limits.context_tokens
     prompt = [0] * max(1, min(limits.block_tokens + 1, room - 2))
     add = Add(
@@ -120,10 +136,12 @@ def _warm(scheduler: Scheduler, runner: Runner, limits: Limits) -> None:
         transfer=b"",
     )
     scheduler.handle(add, time.monotonic())
-    produced = 0
+    first_at: float | None = None
     while scheduler.num_sequences:
         schedule, _ = scheduler.schedule(time.monotonic())
         ids = runner.run(schedule, lambda layer: None)
         scheduler.complete(schedule, ids, time.monotonic())
-        produced += len(ids)
-    assert produced > 0, "the engine could not produce a token"
+        if ids and first_at is None:
+            first_at = time.monotonic()
+    assert first_at is not None, "the engine could not produce a token"
+    return first_at

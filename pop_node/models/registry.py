@@ -116,7 +116,9 @@ def load(directory: Path, dtype: str, ops: Ops) -> Loaded:
         weights, report = load_weights(directory, manifest, torch.device("cpu"))
         began = time.monotonic()
         model = build_model(config, weights, dtype, ops)
-        bind = Phase(time.monotonic() - began, sum(t.nbytes for t in manifest.tensors))
+        ended = time.monotonic()
+        nbytes = sum(entry.nbytes for entry in manifest.tensors)
+        bind = Phase(ended - began, nbytes, began, ended)
         mark_used(directory)
     except BaseException:
         hold.close()

@@ -46,10 +46,15 @@ class Arena(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """``wall_s``: while at least one worker was at it (phases overlap); ``nbytes`` went through."""
+    """``wall_s``: while at least one worker was at it (phases overlap); ``nbytes`` went through.
+
+    ``began`` and ``ended`` are moments of the monotonic clock.
+    """
 
     wall_s: float
     nbytes: int
+    began: float
+    ended: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,8 @@ class _Clock:
             total = sum(nbytes for _, _, nbytes in spans)
             if total:
                 wall_s = _covered([(began, ended) for began, ended, _ in spans])
-                found[name] = Phase(wall_s, total)
+                ended = max(ended for _, ended, _ in spans)
+                found[name] = Phase(wall_s, total, spans[0][0], ended)
         return found
 
 

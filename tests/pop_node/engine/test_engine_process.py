@@ -141,6 +141,12 @@ async def test_life_of_an_engine(config: EngineConfig) -> None:
     assert (ready.total_blocks, ready.block_tokens) == (BLOCKS, BLOCK_TOKENS)
     assert ready.context_tokens == CONTEXT_TOKENS
     assert ready.phases_ms.keys() == {"import", "load", "warm"}
+    spans = {name: (began, ended) for name, began, ended, _ in ready.phases}
+    in_a_row = ["process_start", "imports", "standby", "setup", "kernels", "load", "warm"]
+    assert [name for name in spans if name != "first_token"] == in_a_row
+    moments = [moment for name in in_a_row for moment in spans[name]]
+    assert moments == sorted(moments)
+    assert spans["warm"][0] < spans["first_token"][1] <= spans["warm"][1]
 
     prompts = [prompt_of(length, length) for length in (1, 16, 33, 150)]
     alone = [

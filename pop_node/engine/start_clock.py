@@ -1,0 +1,49 @@
+"""When each part of an engine's start began and ended, counted from the start of its process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Span = tuple[str, float, float, int]
+"""(phase, start_s, end_s, bytes that went through it), as ``messages.Ready`` carries it."""
+
+
+def process_started_at() -> float:
+    """When this process was made, on the monotonic clock, to a tick of the kernel (10 ms)."""
+    # The command's name, in brackets, may hold anything; starttime is field 22 (proc(5)).
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[22 - 3])
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - max(0.0, age_s)
+
+
+class StartClock:
+    """Collects phases of one start. Phases may overlap and lie within one another."""
+
+    def __init__(self, process_started_at: float) -> None:
+        self._zero = process_started_at
+        self._spans: list[Span] = []
+
+    def add(self, phase: str, began: float, ended: float, nbytes: int = 0) -> None:
+        """A phase that took place between two moments of the monotonic clock."""
+        zero = self._zero
+        self._spans.append((phase, max(0.0, began - zero), max(0.0, ended - zero), nbytes))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is done inside is a phase, if it succeeds."""
+        began = time.monotonic()
+        yield
+        self.add(name, began, time.monotonic())
+
+    def length_s(self, name: str) -> float:
+        """How long a phase took. Raises ``KeyError`` if there was none of that name."""
+        return {phase: ended - began for phase, began, ended, _ in self._spans}[name]
+
+    def spans(self) -> list[Span]:
+        """All phases so far, by their start."""
+        return sorted(self._spans, key=lambda span: span[1])
