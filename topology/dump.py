@@ -32,6 +32,10 @@ def dump_topology(topology: Topology) -> str:
             "local_bandwidth_mbps": topology.defaults.local_bandwidth_mbps,
         },
         "detection_s": topology.detection_s,
+        "placement": {
+            "warm_per_min": topology.placement.warm_per_min,
+            "cool_after_s": topology.placement.cool_after_s,
+        },
     }
     return yaml.safe_dump(
         document, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
@@ -66,6 +70,11 @@ def _node(node: Node) -> dict[str, Any]:
         backend=node.backend,
         kv_tokens=node.kv_tokens,
         batch_invariant=node.batch_invariant,
+        memory_gb=node.memory_gb,
+        pinned=list(node.pinned),
+        disk_gb=node.disk_gb,
+        bundles=str(node.bundles),
+        give_mbps=node.give_mbps,
     )
 
 

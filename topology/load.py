@@ -13,7 +13,7 @@ from topology.dump import dump_topology
 from topology.model import DETECTION_S, Topology
 from topology.reading.access import read_tenants, read_trusted_networks
 from topology.reading.fields import Fields
-from topology.reading.fleet import read_models, read_nodes, read_routers
+from topology.reading.fleet import read_models, read_nodes, read_placement, read_routers
 from topology.reading.listeners import Listeners
 from topology.reading.names import Names, check_name
 from topology.reading.places import read_defaults, read_links, read_sites
@@ -34,6 +34,7 @@ _TOP = (
     "trusted_networks",
     "defaults",
     "detection_s",
+    "placement",
 )
 
 MIN_DETECTION_S = 1.0
@@ -86,6 +87,7 @@ def parse_topology(text: str, source: str) -> Topology:
         trusted_networks=read_trusted_networks(top),
         defaults=read_defaults(top),
         detection_s=top.number("detection_s", MIN_DETECTION_S, MAX_DETECTION_S, DETECTION_S),
+        placement=read_placement(top),
         source=source,
     )
     problems.raise_if_any()

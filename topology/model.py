@@ -17,6 +17,9 @@ Backend = Literal["auto", "reference", "native"]
 
 TRUSTED_BY_DEFAULT = ("127.0.0.0/8", "::1/128")
 
+GIVE_MBPS = 400.0
+"""Guess: 40 % of a 1 Gbit/s port, so that answers and KV streams keep the larger part."""
+
 DETECTION_S = 5.0
 """Guess: five missed pings; shorter times blame a host that is merely busy."""
 
@@ -70,7 +73,11 @@ class Site:
 class Node:
     """One agent at a site. ``mesh`` is its listener for routers, ``kv`` the one for KV streams.
 
-    ``batch_invariant`` asks its engines for the same bits in any batch.
+    ``batch_invariant`` asks its engines for the same bits in any batch. ``models`` may be more than
+    fit ``memory_gb`` (10^9 bytes, for weights and KV caches; None: all are kept in memory): then
+    ``pinned`` ones stay and the others come and go. ``disk_gb`` bounds its store (None: the disk
+    does). ``bundles`` is its listener for nodes that fetch models from it, which together get at
+    most ``give_mbps``.
     """
 
     name: str
@@ -86,6 +93,11 @@ class Node:
     backend: Backend = "auto"
     kv_tokens: int = 16384
     batch_invariant: bool = False
+    memory_gb: float | None = None
+    pinned: tuple[str, ...] = ()
+    disk_gb: float | None = None
+    bundles: Address = Address("127.0.0.1", 0)
+    give_mbps: float = GIVE_MBPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +141,17 @@ class LinkDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """When models follow demand. A region that asks for a model at least ``warm_per_min`` times a
+    minute gets it into memory on one of its nodes, where it stays ``cool_after_s`` beyond the time
+    that the region asked so often. ``warm_per_min`` 0: models come only when a request needs one.
+    """
+
+    warm_per_min: float = 2.0
+    cool_after_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
     """A whole mesh. Maps are by name and keep the file's order.
 
@@ -145,4 +168,5 @@ class Topology:
     trusted_networks: tuple[str, ...] = TRUSTED_BY_DEFAULT
     defaults: LinkDefaults = LinkDefaults()
     detection_s: float = DETECTION_S
+    placement: Placement = Placement()
     source: str = field(default="", compare=False)  # where it was read; no part of the mesh

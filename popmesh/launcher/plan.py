@@ -134,7 +134,8 @@ def make_plan(
 
 
 def link_plan(topology: Topology, take: TakePorts) -> LinkPlan:
-    """Ports for everything that crosses sites: router to node, and prefill to decode node.
+    """Ports for everything that crosses sites: router to node, prefill to decode node, and nodes
+    that fetch models from each other.
 
     Traffic inside a site is not shaped: loopback is what a rack's network looks like from here.
     """
@@ -142,12 +143,12 @@ def link_plan(topology: Topology, take: TakePorts) -> LinkPlan:
     for node in topology.nodes.values():
         for router in topology.routers.values():
             wanted[router.site, str(node.mesh)] = node.site
-        if "decode" not in node.roles:
-            continue
         for peer in topology.nodes.values():
-            if "prefill" in peer.roles:
+            if "decode" in node.roles and "prefill" in peer.roles:
                 for address in _kv_addresses(node, set(peer.models)):
                     wanted[peer.site, address] = node.site
+            if has_own_store(peer) and set(node.models) & set(peer.models):
+                wanted[peer.site, str(node.bundles)] = node.site
     crossing = {key: to_site for key, to_site in wanted.items() if key[0] != to_site}
     pairs = dict.fromkeys(frozenset((site, to_site)) for (site, _), to_site in crossing.items())
     links: list[EmulatedLink] = []
@@ -163,16 +164,24 @@ def link_plan(topology: Topology, take: TakePorts) -> LinkPlan:
     return LinkPlan(links, ports)
 
 
+def has_own_store(node: Node) -> bool:
+    """A node whose disk has a bound keeps its models apart; all others here share one store."""
+    return node.store is not None and node.disk_gb is not None
+
+
 def probes(topology: Topology) -> list[Probe]:
-    """One pinned request per node and model; see ``make_plan`` for what it raises."""
+    """One pinned request per node and model that it keeps in memory; see ``make_plan`` for what it
+    raises. Of a node where all models come and go the first one is asked for."""
     found = []
     for node in topology.nodes.values():
+        kept = node.models if node.memory_gb is None else node.pinned or node.models[:1]
         for model in node.models:
             pair = {
                 role: node.name if role in node.roles else _partner(topology, node, role, model)
                 for role in ("prefill", "decode")
             }
-            found.append(Probe(node.name, model, pair["prefill"], pair["decode"]))
+            if model in kept:
+                found.append(Probe(node.name, model, pair["prefill"], pair["decode"]))
     return found
 
 
@@ -193,6 +202,7 @@ def _on_loopback(topology: Topology, take: TakePorts, router_port: int | None) -
             node,
             mesh=_local(node.mesh, 1, take),
             kv=_local(node.kv, len(node.models), take),
+            bundles=_local(node.bundles, 1, take),
         )
         for name, node in topology.nodes.items()
     }
@@ -231,7 +241,8 @@ def _node_children(
     children = []
     for node in topology.nodes.values():
         arguments = ["node", node.name, "--topology", str(files.topology)]
-        arguments += ["--registry", registry_url, "--store", str(store)]
+        own = node.store if has_own_store(node) else None
+        arguments += ["--registry", registry_url, "--store", str(own or store)]
         arguments += ["--status-file", str(files.status(node.name))]
         arguments += _dial(files, node.site, links)
         arguments += ["--drills"] if drills else []

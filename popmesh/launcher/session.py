@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pop_node.store.store import Store
 from popmesh.launcher.local import LocalMesh
-from popmesh.launcher.plan import LaunchPlan, make_plan
+from popmesh.launcher.plan import LaunchPlan, has_own_store, make_plan
 from popmesh.launcher.ports import FreePorts, is_free
 from popmesh.render.progress import Phases
 from popmesh.signals import run_until_signal
@@ -75,14 +75,16 @@ def run_mesh(
 
 
 def _add_models(options: Options, console: Console) -> None:
-    """Put the models that nodes serve into the store; raises ``ConfigError`` if one is nowhere.
+    """Put the models that nodes serve into the store that they share; raises ``ConfigError`` if one
+    is nowhere.
 
     What the store holds under the name already is taken as it is: a digest in the topology, which
     the nodes check, says whether that is the right one.
     """
     store = Store(options.store)
     held = {manifest.name: manifest.dtype for manifest in store.list()}
-    wanted = {name for node in options.topology.nodes.values() for name in node.models}
+    sharing = [node for node in options.topology.nodes.values() if not has_own_store(node)]
+    wanted = {name for node in sharing for name in node.models}
     for name, model in options.topology.models.items():
         if name not in wanted or held.get(name) == model.dtype:
             continue
@@ -121,6 +123,7 @@ def _free_ports(options: Options) -> FreePorts:
         for position in range(max(1, len(node.models))):
             ports.reserve(node.kv.port + position)
         ports.reserve(node.mesh.port)
+        ports.reserve(node.bundles.port)
     for router in options.topology.routers.values():
         ports.reserve(router.listen.port)
     if options.port is not None:

@@ -59,6 +59,7 @@ def test_everything_listens_on_loopback_and_nothing_twice():
     topology = made.topology
     listeners = [child.listens for child in made.children]
     listeners += [node.kv for node in topology.nodes.values()]
+    listeners += [node.bundles for node in topology.nodes.values()]
     assert {address.host for address in listeners} == {"127.0.0.1"}
     assert len({str(address) for address in listeners}) == len(listeners)
     assert all(address.port for address in listeners)
@@ -140,6 +141,29 @@ def test_every_node_and_model_is_probed_with_a_partner_where_it_needs_one():
         Probe("d", "small", "p", "d"),
         Probe("both", "small", "both", "both"),
     )
+
+
+APART = MESH.replace(
+    "models: [other, small]", "models: [other, small], store: /nvme, disk_gb: 10, memory_gb: 2"
+)
+
+
+def test_a_node_with_a_bounded_disk_keeps_its_own_store_and_fetches_over_the_links():
+    made = plan(APART)
+    arguments = {child.name: child.arguments for child in made.children}
+    assert option(arguments["d"], "--store") == "/nvme"
+    assert option(arguments["p"], "--store") == "/store"
+    givers = made.topology.nodes
+    assert set(made.links.dial_map("lhr")) == {str(givers["p"].bundles)}
+    assert str(givers["d"].bundles) not in made.links.dial_map("fra")
+
+
+def test_models_that_come_and_go_are_not_all_probed():
+    def probed(text: str) -> list[str]:
+        return [probe.model for probe in plan(text).probes if probe.node == "d"]
+
+    assert probed(APART) == ["other"]
+    assert probed(APART.replace("memory_gb: 2", "memory_gb: 2, pinned: [small]")) == ["small"]
 
 
 def test_a_node_that_can_never_answer_is_refused():

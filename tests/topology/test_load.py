@@ -44,6 +44,11 @@ def test_every_field_arrives() -> None:
                 backend="native",
                 kv_tokens=4096,
                 batch_invariant=True,
+                memory_gb=24.5,
+                pinned=("small",),
+                disk_gb=500.0,
+                bundles=tm.Address("fra-1.example", 7103),
+                give_mbps=250.0,
             ),
             "iad-1": tm.Node(
                 name="iad-1",
@@ -60,6 +65,7 @@ def test_every_field_arrives() -> None:
         trusted_networks=("10.0.0.0/8",),
         defaults=tm.LinkDefaults(1.5, 1.0, 500.0, 0.1, 9000.0),
         detection_s=2.5,
+        placement=tm.Placement(6.0, 90.0),
     )
     assert read.source == "/etc/mesh/mesh.yaml"
     assert list(read.nodes) == ["fra-1", "iad-1"]
@@ -86,6 +92,10 @@ nodes: {n: {site: fra}}
     assert least.trusted_networks == tm.TRUSTED_BY_DEFAULT
     assert least.defaults == tm.LinkDefaults()
     assert least.detection_s == 5.0
+    assert least.placement == tm.Placement()
+    node = least.nodes["n"]
+    assert (node.memory_gb, node.pinned, node.disk_gb) == (None, (), None)
+    assert (node.bundles, node.give_mbps) == (tm.Address("127.0.0.1", 0), tm.GIVE_MBPS)
 
 
 def test_an_empty_list_of_trusted_networks_trusts_nobody() -> None:
@@ -216,11 +226,12 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
     def node(name: str) -> tm.Node:
         site = sites[draw(st.sampled_from(site_names))]
         allowed = [m.name for m in models.values() if not m.regions or site.region in m.regions]
+        served = draw(st.lists(st.sampled_from(allowed), min_size=1, unique=True))
         return tm.Node(
             name=name,
             site=site.name,
             roles=draw(st.sets(st.sampled_from(["prefill", "decode"]), min_size=1).map(frozenset)),
-            models=tuple(draw(st.lists(st.sampled_from(allowed), min_size=1, unique=True))),
+            models=tuple(served),
             mesh=address(),
             kv=address(),
             device=draw(st.sampled_from(["cpu", "cuda"])),
@@ -230,6 +241,11 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
             backend=draw(st.sampled_from(["auto", "reference", "native"])),
             kv_tokens=draw(tokens),
             batch_invariant=draw(st.booleans()),
+            memory_gb=draw(st.none() | amounts),
+            pinned=tuple(draw(st.lists(st.sampled_from(served), unique=True))),
+            disk_gb=draw(st.none() | amounts),
+            bundles=address(),
+            give_mbps=draw(amounts),
         )
 
     pairs = st.lists(
@@ -258,6 +274,7 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
         trusted_networks=draw(st.sampled_from([(), ("10.0.0.0/8",), ("::1/128", "127.0.0.1")])),
         defaults=tm.LinkDefaults(draw(st.floats(1, 100)), *(draw(amounts) for _ in range(4))),
         detection_s=draw(st.floats(1, 60)),
+        placement=tm.Placement(draw(st.floats(0, 1e6)), draw(st.floats(0, 7 * 86_400))),
     )
 
 

@@ -36,6 +36,11 @@ nodes:
     backend: native
     kv_tokens: 4096
     batch_invariant: true
+    memory_gb: 24.5
+    pinned: [small]
+    disk_gb: 500
+    bundles: fra-1.example:7103
+    give_mbps: 250
   iad-1:
     site: iad
     mesh: iad-1.example:7101
@@ -61,6 +66,9 @@ defaults:
   local_rtt_ms: 0.1
   local_bandwidth_mbps: 9000
 detection_s: 2.5
+placement:
+  warm_per_min: 6
+  cool_after_s: 90
 """.splitlines()
 
 VALID = "\n".join(LINES) + "\n"

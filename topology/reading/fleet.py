@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from topology.model import Backend, Device, Dtype, Model, Node, Role, Router, Site
+from topology.model import (
+    GIVE_MBPS,
+    Backend,
+    Device,
+    Dtype,
+    Model,
+    Node,
+    Placement,
+    Role,
+    Router,
+    Site,
+)
 from topology.reading.fields import Fields
 from topology.reading.listeners import Listeners, read_address
 from topology.reading.names import Names, check_hex
@@ -18,6 +29,10 @@ ROLES: tuple[Role, ...] = ("prefill", "decode")
 
 MAX_THREADS = 4096  # guess: more cores than any host has
 MAX_TOKENS = 2**31 - 1  # slots and positions are 32-bit numbers somewhere in every engine
+MAX_GB = 1e6  # guess: a petabyte, more than a host has of memory or disk
+MAX_WARM_PER_MIN = 1e6  # guess: more than one region asks for
+MAX_COOL_S = 7 * 86_400.0  # guess: a week; what shall stay for ever is pinned
+MAX_GIVE_MBPS = 1e6  # guess: 1 Tbit/s, more than a host's ports carry
 
 _MODEL = ("source", "digest", "dtype", "context_tokens", "regions")
 _NODE = (
@@ -33,8 +48,14 @@ _NODE = (
     "backend",
     "kv_tokens",
     "batch_invariant",
+    "memory_gb",
+    "pinned",
+    "disk_gb",
+    "bundles",
+    "give_mbps",
 )
 _ROUTER = ("site", "listen")
+_PLACEMENT = ("warm_per_min", "cool_after_s")
 
 
 def read_models(names: Names) -> dict[str, Model]:
@@ -69,11 +90,12 @@ def read_nodes(
     for name, entry in names.nodes.items():
         fields = Fields(entry, _NODE, names.problems)
         site = sites.get(names.site_of(fields))
+        served = _models_of(fields, names, site, models)
         nodes[name] = Node(
             name=name,
             site=site.name if site else "",
             roles=frozenset(fields.choices("roles", ROLES, ROLES)),
-            models=_models_of(fields, names, site, models),
+            models=served,
             mesh=read_address(fields, "mesh"),
             kv=read_address(fields, "kv"),
             device=fields.choice("device", DEVICES, "cpu"),
@@ -83,9 +105,15 @@ def read_nodes(
             backend=fields.choice("backend", BACKENDS, "auto"),
             kv_tokens=fields.integer("kv_tokens", 1, MAX_TOKENS, 16384),
             batch_invariant=fields.flag("batch_invariant", False),
+            memory_gb=fields.number_or_none("memory_gb", 0, MAX_GB, above=True),
+            pinned=_pinned(fields, names, served),
+            disk_gb=fields.number_or_none("disk_gb", 0, MAX_GB, above=True),
+            bundles=read_address(fields, "bundles"),
+            give_mbps=fields.number("give_mbps", 0, MAX_GIVE_MBPS, GIVE_MBPS, above=True),
         )
         listeners.claim(name, "mesh", nodes[name].mesh, fields)
         listeners.claim(name, "kv", nodes[name].kv, fields)
+        listeners.claim(name, "bundles", nodes[name].bundles, fields)
     return nodes
 
 
@@ -113,6 +141,17 @@ def _models_of(
     return tuple(model for model, _ in given)
 
 
+def _pinned(fields: Fields, names: Names, served: tuple[str, ...]) -> tuple[str, ...]:
+    """Models that stay in memory; each is one that the node serves."""
+    given = fields.texts("pinned", empty=True) or []
+    for model, line in given:
+        names.check_model(model, line)
+        if model in names.models and model not in served:
+            message = f"{model!r} is pinned here, and this node does not serve it"
+            fields.problems.add(line, message, "add it to models, or remove it from pinned")
+    return tuple(model for model, _ in given)
+
+
 def _store(fields: Fields, folder: Path) -> Path | None:
     text = fields.text_or_none("store")
     found = fields.entry("store")
@@ -135,3 +174,16 @@ def read_routers(names: Names, listeners: Listeners) -> dict[str, Router]:
         routers[name] = Router(name, names.site_of(fields), read_address(fields, "listen"))
         listeners.claim(name, "listen", routers[name].listen, fields)
     return routers
+
+
+def read_placement(top: Fields) -> Placement:
+    """When models follow demand; absent values keep the built-in ones."""
+    usual = Placement()
+    entry = top.entry("placement")
+    if entry is None:
+        return usual
+    fields = Fields(entry, _PLACEMENT, top.problems)
+    return Placement(
+        warm_per_min=fields.number("warm_per_min", 0, MAX_WARM_PER_MIN, usual.warm_per_min),
+        cool_after_s=fields.number("cool_after_s", 0, MAX_COOL_S, usual.cool_after_s),
+    )
