@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from popmesh.commands.common import F, store_option
+from popmesh.commands.common import F, parse_size, store_option
 
 
 @click.group()
@@ -232,22 +232,9 @@ def gc(budget: str | None, store: Path, as_json: bool) -> None:
     from pop_node.store.store import Store
     from popmesh.render.models import collected_json, collected_lines
 
-    collected = Store(store).gc(None if budget is None else _parse_size(budget))
+    collected = Store(store).gc(None if budget is None else parse_size(budget))
     if as_json:
         _say_json(collected_json(collected))
         return
     for line in collected_lines(collected):
         click.echo(line)
-
-
-def _parse_size(text: str) -> int:
-    """``500GB``, ``1.5 TiB`` or plain bytes, as bytes; raises ``ConfigError``."""
-    import re
-
-    from wire.errors import ConfigError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT])(i?))?B?", text)
-    if match is None:
-        raise ConfigError(f"{text!r} is not a size", suggestion="write e.g. 500GB, 1.5TiB or 0")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** (" kMGT".index(match[2]) if match[2] else 0))
