@@ -13,30 +13,14 @@ import pytest
 from pop_node.drills import pages
 from pop_node.drills.libraries import library_files
 from pop_node.drills.pages import Dropped, drop_pages, mapped_by, mapped_files, resident_pages
+from tests.pop_node.drills.page_world import MAPPER, kind_of
 
 PAGE = mmap.PAGESIZE
-
-MAPPER = """
-import mmap, sys
-with open(sys.argv[1], "rb") as file:
-    view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    total = sum(view[::4096])
-    print("mapped", flush=True)
-    sys.stdin.readline()
-"""
 
 
 def write(path: Path, nbytes: int) -> Path:
     path.write_bytes(os.urandom(nbytes))
     return path
-
-
-def kind_of(path: Path) -> str:
-    """The file system under a path."""
-    found = subprocess.run(
-        ["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=True
-    )
-    return found.stdout.strip()
 
 
 @pytest.fixture

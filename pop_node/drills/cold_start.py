@@ -1,0 +1,224 @@
+"""The cold-start drill on its node: take the model down, drop its pages, look, start it, report.
+
+Harmless, so any node takes it: what runs ends first, the router has seen to it that others serve,
+and the model is started again whatever goes wrong. How a model is taken down and started is the
+node's business (``ColdStartHost``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from pop_node.drills.libraries import library_files
+from pop_node.drills.pages import Dropped, drop_pages, mapped_files
+from pop_node.drills.report import SCHEMA, Cold, ColdStartReport, Options, Phase, Source
+from wire.errors import ConfigError, MeshError, PeerError
+from wire.messages import Drill, DrillReport, DrillStarted
+
+log = logging.getLogger(__name__)
+
+VERSION = 3
+"""Of the mesh wire, from which on a router can hear a report."""
+
+MAX_DURATION_MS = 3_600_000
+"""Longest start that is waited for. Guess: hundreds of gigabytes over a slow line; whoever needs
+longer has no use for a rehearsal."""
+
+MAX_ERROR_CHARS = 2000
+
+Span = tuple[str, float, float, int]
+"""(phase, start_s, end_s, bytes), seconds since the engine's process was made; see
+``pop_node.engine.messages.Ready.phases``."""
+
+
+class ColdStartHost(Protocol):
+    """What the drill needs of its node."""
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+
+    def problem(self, model: str) -> str:
+        """Why this model cannot be taken down now (not served here, draining, starting), or
+        nothing."""
+
+    def bundle_path(self, model: str) -> Path:
+        """The directory of its bundle. Raises ``ConfigError`` when it is not on the disk."""
+
+    def engine_pid(self, model: str) -> int | None:
+        """The process that has the model in memory, if one does."""
+
+    async def take_down(self, model: str) -> None:
+        """Say "not ready", let its legs end (a bounded time), then end its process; a process that
+        stands by with everything imported is ended as well. Nobody starts it before ``start``."""
+
+    async def start(self, model: str, source: Source) -> Sequence[Span]:
+        """Start it in a new process and wait until it has produced a token.
+
+        "peer" and "origin": it is no longer on the disk and is brought from there alone, which is a
+        phase "fetch". Raises ``MeshError`` when it does not come up; it is tried on then, as after
+        any crash.
+        """
+
+
+Say = Callable[[DrillStarted | DrillReport], None]
+PutAside = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+class ColdStarts:
+    """Carries cold starts out, one at a time.
+
+    ``aside`` puts a model's bundle away while it is brought from elsewhere, and back at the end
+    unless another copy is in its place; None: this node brings nothing.
+    """
+
+    def __init__(
+        self,
+        host: ColdStartHost,
+        tasks: asyncio.TaskGroup,
+        aside: PutAside | None = None,
+    ) -> None:
+        self._host = host
+        self._tasks = tasks
+        self._aside = aside
+        self._running = ""
+        self._is_down = False
+
+    def start(self, drill: Drill, version: int, say: Say) -> None:
+        """Begin, or refuse: ``DrillStarted`` is said at once, ``DrillReport`` when it is over.
+
+        ``version`` is that of the link to the router that asks.
+        """
+        problem, options = "", Options()
+        try:
+            options = msgspec.json.decode(drill.options or "{}", type=Options)
+        except msgspec.DecodeError as exc:
+            problem = f"the options of the drill are not understood: {exc}"
+        problem = problem or self._problem(drill, version, options)
+        say(DrillStarted(drill.number, problem))
+        if not problem:
+            self._running = drill.model
+            self._tasks.create_task(self._hold(drill, options, say))
+
+    def _problem(self, drill: Drill, version: int, options: Options) -> str:
+        if version < VERSION:
+            return f"the router speaks version {version} of the mesh wire, a report needs {VERSION}"
+        if not 0 < drill.duration_ms <= MAX_DURATION_MS:
+            return f"a cold start may take up to {MAX_DURATION_MS} ms, not {drill.duration_ms}"
+        if self._running:
+            return f"a cold start of {self._running} is running already"
+        if options.source != "disk" and self._aside is None:
+            return f"this node brings no model from {options.source}"
+        return self._host.problem(drill.model)
+
+    async def _hold(self, drill: Drill, options: Options, say: Say) -> None:
+        report, error = b"", ""
+        log.warning("drill: cold start of %s from %s", drill.model, options.source)
+        try:
+            async with asyncio.timeout(drill.duration_ms / 1000):
+                done = await self._cold_start(drill.model, options)
+            report = msgspec.json.encode(done)
+        except TimeoutError:
+            error = f"{drill.model} did not answer within {drill.duration_ms / 1000:g} s"
+        except (MeshError, OSError) as exc:
+            error = str(exc)
+        if error:
+            log.error("drill: cold start of %s: %s", drill.model, error)
+        say(DrillReport(drill.number, report, error[:MAX_ERROR_CHARS]))
+        if self._is_down:
+            await self._start_again(drill.model)
+        self._running = ""
+
+    async def _cold_start(self, model: str, options: Options) -> ColdStartReport:
+        host = self._host
+        bundle = host.bundle_path(model)
+        bundle_bytes = sum(file.stat().st_size for file in _files(bundle))
+        libraries: list[Path] = []
+        if options.libraries:
+            libraries = await asyncio.to_thread(_libraries, host.engine_pid(model))
+        began = time.monotonic()
+        with contextlib.ExitStack() as put_aside:
+            self._is_down = True
+            await host.take_down(model)
+            down_at = time.monotonic()
+            cold = await self._make_cold(model, bundle, libraries, options, put_aside)
+            started_at = time.monotonic()
+            self._is_down = False
+            spans = await host.start(model, options.source)
+            total_s = time.monotonic() - started_at
+        return ColdStartReport(
+            schema=SCHEMA,
+            node=host.name,
+            model=model,
+            source=options.source,
+            bundle=bundle.name,
+            bundle_bytes=bundle_bytes,
+            cold=cold,
+            down_s=down_at - began,
+            drop_s=started_at - down_at,
+            phases=[Phase(*span) for span in spans],
+            total_s=total_s,
+        )
+
+    async def _make_cold(
+        self,
+        model: str,
+        bundle: Path,
+        libraries: list[Path],
+        options: Options,
+        put_aside: contextlib.ExitStack,
+    ) -> Cold:
+        """Raises ``PeerError`` when pages of the model stay: what follows would not be cold."""
+        cold_libraries = await asyncio.to_thread(drop_pages, libraries) if libraries else None
+        if options.source != "disk":
+            assert self._aside is not None, "checked before"
+            put_aside.enter_context(self._aside(model))
+            return _cold(None, cold_libraries)
+        cold_model = await asyncio.to_thread(drop_pages, _files(bundle))
+        if cold_model.resident:
+            raise PeerError(
+                f"{model} cannot be made cold: {cold_model.why()}",
+                code="drill_failed",
+                retryable=False,
+            )
+        return _cold(cold_model, cold_libraries)
+
+    async def _start_again(self, model: str) -> None:
+        self._is_down = False
+        try:
+            await self._host.start(model, "disk")
+        except MeshError as exc:
+            log.error("%s does not come up after the drill: %s", model, exc)
+
+
+def _files(bundle: Path) -> list[Path]:
+    """Raises ``ConfigError`` when the bundle is gone."""
+    files = [path for path in sorted(bundle.rglob("*")) if path.is_file()]
+    if not files:
+        raise ConfigError("there is no bundle here", where=str(bundle))
+    return files
+
+
+def _libraries(engine_pid: int | None) -> list[Path]:
+    """What an engine reads to start, and what this one has mapped."""
+    mapped = mapped_files(engine_pid) if engine_pid is not None else []
+    return sorted({*library_files(), *mapped})
+
+
+def _cold(model: Dropped | None, libraries: Dropped | None) -> Cold:
+    return Cold(
+        model_pages=model.pages if model else 0,
+        model_pages_resident=model.resident if model else 0,
+        library_pages=libraries.pages if libraries else 0,
+        library_pages_resident=libraries.resident if libraries else 0,
+        model=model,
+        libraries=libraries,
+    )
