@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
-from pop_node.store.bundle import check_bundle, write_bundle
+from pop_node.store.bundle import write_bundle
 from pop_node.store.dtypes import Dtype
 from pop_node.store.fetch import fetch_bundle, fetch_manifest
 from pop_node.store.files import locked, sync_directory, workspace
@@ -17,7 +18,7 @@ from pop_node.store.huggingface import open_huggingface
 from pop_node.store.manifest import MANIFEST_FILE, Manifest
 from pop_node.store.names import NameEntry, Names
 from pop_node.store.origin import Origin, is_url, open_origin
-from pop_node.store.partial import partial_bundle
+from pop_node.store.partial import Partial, partial_bundle
 from pop_node.store.pypi import PREFIX, fetch_package
 from pop_node.store.source import Progress, SourceModel
 from wire.errors import ConfigError
@@ -65,7 +66,7 @@ class Adding:
             manifest = write_bundle(
                 model, name=request.name, source=origin, dtype=dtype, path=staged, progress=progress
             )
-            _check_identity(manifest, request.digest)
+            check_identity(manifest, request.digest)
             entry = NameEntry(manifest.bundle, request.wanted, dtype)
             self._publish(staged, request.name, entry, work)
             return manifest
@@ -100,9 +101,24 @@ class Adding:
     def _fetch(self, request: Request, origin: Origin, progress: Progress) -> Manifest:
         progress("read", 0, 0)
         manifest = fetch_manifest(origin, request.source)
+        return self.receive(
+            request, manifest, lambda partial: fetch_bundle(partial, origin, progress), progress
+        )
+
+    def receive(
+        self,
+        request: Request,
+        manifest: Manifest,
+        fill: Callable[[Partial], None],
+        progress: Progress,
+    ) -> Manifest:
+        """Let the bundle of ``manifest`` appear once ``fill`` has brought it.
+
+        Nothing is brought if the store has it under another name. Raises as ``add`` and ``fill``.
+        """
         if request.dtype not in (None, manifest.dtype):
             raise ConfigError(f"the bundle holds {manifest.dtype}, not {request.dtype}")
-        _check_identity(manifest, request.digest)
+        check_identity(manifest, request.digest)
         entry = NameEntry(manifest.bundle, request.wanted, manifest.dtype)
         manifest = msgspec.structs.replace(manifest, name=request.name)
         final = self._bundles / manifest.bundle
@@ -115,9 +131,9 @@ class Adding:
                 if final.is_dir() and self._publish(None, request.name, entry, work):
                     shutil.rmtree(partial.path)
                     return manifest
-                fetch_bundle(partial, origin, progress)
+                fill(partial)
                 try:
-                    check_bundle(partial.path, manifest, progress)
+                    partial.check(progress)
                 except ConfigError:  # the manifest itself lies: nothing of this is worth keeping
                     shutil.rmtree(partial.path, ignore_errors=True)
                     raise
@@ -142,7 +158,8 @@ class Adding:
         return True
 
 
-def _check_identity(manifest: Manifest, digest: str | None) -> None:
+def check_identity(manifest: Manifest, digest: str | None) -> None:
+    """Raises ``ConfigError`` unless the manifest is the one of ``digest`` (None: any)."""
     if digest not in (None, manifest.identity):
         raise ConfigError(
             f"the model has digest {manifest.identity}, asked for is {digest}",

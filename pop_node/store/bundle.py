@@ -94,12 +94,29 @@ def read_texts(path: Path, manifest: Manifest) -> dict[str, bytes]:
     return texts
 
 
+def check_claims(path: Path, manifest: Manifest) -> None:
+    """The text files are there, and with the tensors as named they make the identity as named.
+
+    Raises ``ConfigError`` if they do not. What the tensors really are is left to ``check_bundle``.
+    """
+    texts = read_texts(path, manifest)
+    try:
+        config = json.loads(texts["config.json"])
+    except ValueError as exc:
+        raise ConfigError(f"cannot be read: {exc}", where=str(path / "config.json")) from exc
+    identity = model_identity(
+        manifest.tensors, config, texts["tokenizer.json"], template_text(texts)
+    )
+    if identity != manifest.identity:
+        raise ConfigError("the model is not the one its manifest names", where=str(path))
+
+
 def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
     """Read every byte and recompute every digest, the model's identity included; phase ``verify``.
 
     Raises ``ConfigError`` naming the file, chunk or tensor that differs.
     """
-    texts = read_texts(path, manifest)
+    read_texts(path, manifest)
     data, weights = manifest.data, path / manifest.data.name
     total = data.nbytes + sum(entry.nbytes for entry in manifest.tensors)
     done = 0
@@ -121,15 +138,7 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
             progress("verify", done, total)
     except OSError as exc:
         raise ConfigError(f"cannot be read: {exc}", where=str(weights)) from exc
-    try:
-        config = json.loads(texts["config.json"])
-    except ValueError as exc:
-        raise ConfigError(f"cannot be read: {exc}", where=str(path / "config.json")) from exc
-    identity = model_identity(
-        manifest.tensors, config, texts["tokenizer.json"], template_text(texts)
-    )
-    if identity != manifest.identity:
-        raise ConfigError("the model is not the one its manifest names", where=str(path))
+    check_claims(path, manifest)
 
 
 def _with_dtype(config: dict[str, Any], dtype: Dtype) -> dict[str, Any]:

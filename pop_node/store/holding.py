@@ -21,6 +21,7 @@ class Hold:
 
     def __init__(self, bundle: Path) -> None:
         """Raises ``ConfigError`` if the bundle is gone or just being removed."""
+        self.bundle = bundle
         path = bundle / MANIFEST_FILE
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -2,8 +2,9 @@
 
     ROOT/partial/BUNDLE/   the bundle's future directory, under an exclusive lock while it is filled
 
-What is there needs no record of its own: every chunk carries its digest in the manifest, so whoever
-goes on hashes what the file holds and knows what is missing.
+What is there needs no record that could be wrong: every chunk carries its digest in the manifest,
+so whoever goes on hashes what the file holds and knows what is missing. Meanwhile others may read
+what has arrived (``pop_node.store.arrivals``): the manifest is there from the beginning.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from pop_node.store.arrivals import CHECKED, REFUSED, Marks
+from pop_node.store.bundle import check_bundle, check_claims
 from pop_node.store.files import sync_directory, try_lock, write_durably
+from pop_node.store.holding import claimed
 from pop_node.store.manifest import (
     MANIFEST_FILE,
     FileEntry,
     Manifest,
     encode_manifest,
+    read_manifest,
 )
 from pop_node.store.source import Progress
 from pop_node.store.tensor_file import chunk_digests, write_all
+from wire.errors import ConfigError
 
 
 class Partial:
@@ -33,29 +39,45 @@ class Partial:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._missing: set[int] | None = None
         self._fd = os.open(path / manifest.data.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._empty = os.fstat(self._fd).st_size == 0
         try:
             if manifest.data.nbytes:  # a disk that is too full says so before anything travels
                 os.posix_fallocate(self._fd, 0, manifest.data.nbytes)
             os.ftruncate(self._fd, manifest.data.nbytes)
+            self._marks = Marks(path, len(manifest.data.chunks))
         except OSError:
             os.close(self._fd)
             raise
+        try:
+            self._place_manifest()
+        except OSError:
+            self.close()
+            raise
 
     def missing_chunks(self, progress: Progress) -> list[int]:
-        """Chunks that are not there yet or damaged; reads all that is. Phase ``resume``."""
+        """Chunks that are not there yet or damaged, in order.
+
+        The first call reads all that is there: phase ``resume``.
+        """
+        if self._missing is None:
+            self._missing = set(self._look(progress))
+        return sorted(self._missing)
+
+    def _look(self, progress: Progress) -> Iterator[int]:
         data = self.manifest.data
         if self._empty:
-            return list(range(len(data.chunks)))
-        missing = []
+            yield from range(len(data.chunks))
+            return
         digests = chunk_digests(self.path / data.name, data.nbytes, data.chunk_bytes)
         for index, digest in enumerate(digests):
-            if digest != data.chunks[index]:
-                missing.append(index)
+            if digest == data.chunks[index]:
+                self._marks.mark(index)
+            else:
+                yield index
             offset, nbytes = data.span(index)
             progress("resume", offset + nbytes, data.nbytes)
-        return missing
 
     def missing_texts(self) -> list[FileEntry]:
         """Text files that are not there yet or damaged."""
@@ -66,6 +88,9 @@ class Partial:
         if blake3(data).hexdigest() != self.manifest.data.chunks[index]:
             return False
         write_all(self._fd, data, self.manifest.data.span(index)[0])
+        self._marks.mark(index)
+        if self._missing is not None:
+            self._missing.discard(index)
         return True
 
     def put_text(self, entry: FileEntry, text: bytes) -> bool:
@@ -75,15 +100,48 @@ class Partial:
         write_durably(self.path / entry.name, text)
         return True
 
+    def check_claims(self) -> None:
+        """With all text files there: its tensors as named make the identity as named.
+
+        Raises ``ConfigError`` if not; who loads what has arrived hears of it.
+        """
+        try:
+            check_claims(self.path, self.manifest)
+        except ConfigError:
+            self._marks.judge(REFUSED)
+            raise
+
+    def check(self, progress: Progress) -> None:
+        """With everything there: it is the model that it claims to be; phase ``verify``.
+
+        Raises ``ConfigError`` if not; who loads what has arrived hears either.
+        """
+        try:
+            check_bundle(self.path, self.manifest, progress)
+        except ConfigError:
+            self._marks.judge(REFUSED)
+            raise
+        self._marks.judge(CHECKED)
+
     def finish(self) -> None:
         """Wait until everything is on the disk: the directory may be published."""
         os.fsync(self._fd)
-        write_durably(self.path / MANIFEST_FILE, encode_manifest(self.manifest))
+        self._marks.remove()
         sync_directory(self.path)
 
     def close(self) -> None:
         """What is there stays for the next attempt, or is published."""
+        self._marks.close()
         os.close(self._fd)
+
+    def _place_manifest(self) -> None:
+        """Durably and by one rename: a reader finds none or all of it."""
+        with suppress(ConfigError):  # an earlier attempt's; whose name it carries matters to nobody
+            if read_manifest(self.path).bundle == self.manifest.bundle:
+                return
+        temporary = self.path / f".{MANIFEST_FILE}"
+        write_durably(temporary, encode_manifest(self.manifest))
+        temporary.rename(self.path / MANIFEST_FILE)
 
     def _has(self, entry: FileEntry) -> bool:
         try:
@@ -131,11 +189,24 @@ def _locked_directory(path: Path, on_wait: Callable[[], None]) -> int:
 
 
 def abandoned_partials(root: Path) -> Iterator[Path]:
-    """Partial bundles that no process fills; none can begin to while one looks at them."""
+    """Partial bundles that no process fills or reads; none can begin to while one looks at them."""
     for path in list(root.iterdir()) if root.is_dir() else ():
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if try_lock(fd):
-                yield path
+            with claimed(path) as unread:
+                if unread and try_lock(fd):
+                    yield path
         finally:
             os.close(fd)
+
+
+def is_filled(path: Path) -> bool:
+    """Whether some process fills this partial bundle at the moment."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not try_lock(fd)
+    finally:
+        os.close(fd)

@@ -14,7 +14,7 @@ may share a store that is read-only to them; who loads or serves a bundle holds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import get_args
 import msgspec
 
 from pop_node.store.adding import Adding, Request
-from pop_node.store.bundle import check_bundle, read_texts
+from pop_node.store.bundle import check_bundle, check_claims, read_texts
 from pop_node.store.collect import Held, least_used
 from pop_node.store.dtypes import Dtype
 from pop_node.store.files import locked, tree_bytes, workspace
@@ -31,7 +31,7 @@ from pop_node.store.holding import Hold, claimed, last_used_ns
 from pop_node.store.manifest import Manifest, OutdatedBundleError, read_manifest
 from pop_node.store.names import NameEntry, Names, check_name
 from pop_node.store.origin import is_url
-from pop_node.store.partial import abandoned_partials
+from pop_node.store.partial import Partial, abandoned_partials, is_filled
 from pop_node.store.pypi import PREFIX
 from pop_node.store.source import Progress, unwatched
 from wire.errors import ConfigError
@@ -114,6 +114,44 @@ class Store:
             )
         known = source.startswith(PREFIX) or is_url(source)
         wanted = source if known else str(Path(source).resolve())
+        request = Request(source, wanted, name, dtype, digest)
+        return self._get_or(
+            request, wanted, progress, lambda: self._adding().add(request, progress)
+        )
+
+    def receive(
+        self,
+        manifest: Manifest,
+        name: str,
+        source: str,
+        fill: Callable[[Partial], None],
+        progress: Progress,
+    ) -> Manifest:
+        """Give ``name`` to the bundle of ``manifest``, which ``fill`` brings if it is not there.
+
+        ``source``: where it is from at last, as ``add`` would be told; a model that is there from
+        elsewhere will do. What ``fill`` has brought when it fails stays. Raises as ``add`` and
+        ``fill`` do.
+        """
+        check_name(name)
+        request = Request(source, source, name, None, manifest.identity)
+        return self._get_or(
+            request,
+            None,
+            progress,
+            lambda: self._adding().receive(request, manifest, fill, progress),
+        )
+
+    def _get_or(
+        self,
+        request: Request,
+        source: str | None,
+        progress: Progress,
+        bring: Callable[[], Manifest],
+    ) -> Manifest:
+        """What ``bring`` brings, unless the name is there: then it must be the model asked for,
+        from ``source`` (None: from anywhere)."""
+        name = request.name
         with self._writing():
             for folder in (self._bundles, self._names.folder, self._locks, self._partial):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -121,10 +159,9 @@ class Store:
             with locked(self._locks / f"{name}.name", on_wait=lambda: progress("wait", 0, 0)):
                 present = self._names.read(name)
                 if present is None:
-                    return self._adding().add(
-                        Request(source, wanted, name, dtype, digest), progress
-                    )
-                if present.source != wanted or dtype not in (None, present.dtype):
+                    return bring()
+                same_source = source in (None, present.source)
+                if not same_source or request.dtype not in (None, present.dtype):
                     raise ConfigError(
                         f"{name} is already in the store, from {present.source} ({present.dtype})",
                         suggestion="remove it first or choose another name",
@@ -135,8 +172,10 @@ class Store:
                     manifest = self._adding().convert(name, present, progress)
                     with workspace(self._tmp, self._guard) as work, locked(self._guard):
                         self._sweep(work)
-                if digest not in (None, manifest.identity):
-                    raise ConfigError(f"{name} has digest {manifest.identity}, not {digest}")
+                if request.digest not in (None, manifest.identity):
+                    raise ConfigError(
+                        f"{name} has digest {manifest.identity}, not {request.digest}"
+                    )
                 return manifest
 
     def _adding(self) -> Adding:
@@ -175,6 +214,43 @@ class Store:
         bundle = self._read(name)
         read_texts(bundle.path, bundle.manifest)
         return bundle
+
+    def hold(self, name: str) -> Hold:
+        """Keep the bundle of a name (``Hold.bundle``) from being collected or removed.
+
+        For the time between ``get`` and the moment at which whoever loads it has a hold of its own.
+        Raises ``ConfigError`` as ``get`` does, or if it is just being removed.
+        """
+        check_name(name)
+        return Hold(self._read(name).path)
+
+    def open_partial(self, wanted: str) -> Bundle | None:
+        """A bundle that is arriving, if an engine can begin to load it: loaders wait for chunks.
+
+        ``wanted``: the name it is fetched by, its digest or its model's identity. None if nobody
+        fetches it now, or its text files are not all there yet. Its path is good until it is
+        complete, then ``get`` knows it.
+        """
+        for path, manifest in self.partials():
+            if wanted in (manifest.name, manifest.bundle, manifest.identity) and is_filled(path):
+                with suppress(ConfigError):
+                    check_claims(path, manifest)
+                    return Bundle(path, manifest)
+        return None
+
+    def partials(self) -> Iterator[tuple[Path, Manifest]]:
+        """All bundles that are not complete, whether somebody fills them or not."""
+        for path in sorted(self._partial.iterdir()) if self._partial.is_dir() else ():
+            with suppress(ConfigError):  # just begun, or gone since
+                yield path, read_manifest(path)
+
+    def bundle_path(self, digest: str) -> Path:
+        """Where the bundle of that digest is, if it is complete and here."""
+        return self._bundles / digest
+
+    def partial_path(self, digest: str) -> Path:
+        """Where the bundle of that digest is while it arrives."""
+        return self._partial / digest
 
     def pin(self, name: str, pinned: bool) -> None:
         """Whether ``gc`` must leave it alone; raises ``ConfigError`` as ``remove`` does."""
