@@ -1,0 +1,385 @@
+"""Which models are in this node's memory, decided without IO.
+
+    absent --Fetch--> fetching --Fetched--> on the disk
+    out --room is made--> queued --it is free--> loading --Ready--> warm --Unload--> leaving --> out
+
+Disk and memory are told apart, as a model may be loaded while the rest of it still arrives. Memory
+is *committed* when a model is promised its place and *resident* while an engine has it; neither is
+ever beyond the budget. A model gets a place at once or is refused at once: room is what is free and
+what models take that may leave, the least recently used first. None leaves that is pinned, has
+legs, or is asked for: a lease that runs is kept, whoever asks for another model. So every model
+that is queued comes in as soon as those that make room are gone, and nobody overtakes it for ever.
+
+An engine that ends by itself is started again by the node's lifecycle; one that does not come up
+``MAX_FAILURES`` times gives its place back, unless it is pinned. Without a budget every model is
+pinned in effect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import assert_never
+
+from pop_node.residency import events as ev
+from pop_node.residency.room import BUSY_S, committed_bytes, find_room, full
+from pop_node.residency.state import ModelState
+from topology.budget import by_precedence, first_fit
+
+MAX_FETCHES = 2
+MAX_PREFETCHES = 1
+"""Fetches at once, and those of them that nobody waits for: a few share a line without any of them
+being late, and one that is waited for is not behind the others. Guesses."""
+
+MAX_FAILURES = 3
+"""Starts in a row without a token until a model gives its place back. Guess: one may be bad luck,
+such as memory that another process had for a moment."""
+
+RETRY_FIRST_S = 5.0
+RETRY_MAX_S = 300.0
+"""Between a fetch or a model that failed and the next try; doubles. Guesses: a peer that restarts
+is back in seconds, a full disk is looked after by a person."""
+
+
+class Residency:
+    """State machine of one node. ``budget_bytes`` None: no bound."""
+
+    def __init__(
+        self,
+        models: Sequence[str],
+        *,
+        pinned: Iterable[str] = (),
+        fetchable: Iterable[str] = (),
+        budget_bytes: int | None = None,
+    ) -> None:
+        """``models`` in the order of precedence after ``pinned`` ones; ``fetchable`` are those that
+        can be had from elsewhere. What is on the disk already is told by ``Fetched`` before
+        ``Started``."""
+        stays = set(models if budget_bytes is None else pinned)
+        can_come = set(fetchable)
+        self._models = {name: ModelState(name, name in stays, name in can_come) for name in models}
+        self._budget = budget_bytes
+        self._queue: list[str] = []  # promised a place, waiting for others to leave it
+        self._to_fetch: list[str] = []
+        self._load_bytes_per_s = 0.0
+        self._is_started = False
+
+    # ---- questions -----------------------------------------------------------------------------
+
+    def state(self, model: str) -> ModelState:
+        """What is known of a model; not to be changed."""
+        return self._models[model]
+
+    def models(self) -> Mapping[str, ModelState]:
+        """All models by name; not to be changed."""
+        return self._models
+
+    def eta_s(self, model: str, now: float) -> float:
+        """Seconds until the model could answer if it were wanted now."""
+        return self._models[model].eta_s(now, self._load_bytes_per_s)
+
+    def why_refused(self, model: str, now: float) -> str:
+        """Why the model would be refused if it were wanted now; empty when it would not be."""
+        refusal = self._refusal(self._models[model], now)
+        return "" if refusal is None else refusal.why
+
+    @property
+    def committed_bytes(self) -> int:
+        """Memory of models that have a place or were promised one."""
+        return committed_bytes(self._models.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of models that have an engine."""
+        return sum(m.memory_bytes for m in self._models.values() if m.is_resident)
+
+    def next_deadline(self) -> float | None:
+        """When the shell must send ``Tick``."""
+        times = [m.wanted_until for m in self._models.values() if self._is_waited_for(m)]
+        times += [m.retry_at for m in self._models.values() if self._is_fetched_again(m)]
+        return min(times, default=None)
+
+    # ---- events --------------------------------------------------------------------------------
+
+    def handle(self, event: ev.Event, now: float) -> list[ev.Effect]:
+        """Advance by one event."""
+        effects = self._handle(event, now)
+        return effects + self._bring_pinned(now) if self._is_started else effects
+
+    def _handle(self, event: ev.Event, now: float) -> list[ev.Effect]:
+        match event:
+            case ev.Started():
+                return self._started(now)
+            case ev.Wanted(model, until):
+                return self._wanted(self._models[model], until, now)
+            case ev.Held(model, until):
+                return self._held(self._models[model], until, now)
+            case ev.Legs(model, count):
+                return self._legs(self._models[model], count, now)
+            case ev.Progress(model, done, total, rate):
+                state = self._models[model]
+                state.left_bytes, state.fetch_bytes_per_s = max(0, total - done), rate
+                return []
+            case ev.Fetched():
+                return self._fetched(event, now)
+            case ev.FetchFailed(model, why):
+                return self._fetch_failed(self._models[model], why, now)
+            case ev.Gone(model):
+                if self._models[model].memory == "out":
+                    self._models[model].disk = "absent"
+                return []
+            case ev.Ready(model, took_s):
+                return self._ready(self._models[model], took_s, now)
+            case ev.Exited(model):
+                return self._exited(self._models[model], now)
+            case ev.Left(model):
+                return self._left(self._models[model], now)
+            case ev.TakeDown(model):
+                self._models[model].barred = True
+                return self._let_go(self._models[model], now)
+            case ev.BringBack(model):
+                return self._bring_back(self._models[model], now)
+            case ev.Tick():
+                return self._tick(now)
+            case _:
+                assert_never(event)
+
+    def _started(self, now: float) -> list[ev.Effect]:
+        self._is_started = True
+        here = [m for m in self._models.values() if m.disk == "here"]
+        sizes = {m.name: m.memory_bytes for m in here}
+        pinned = [m.name for m in self._models.values() if m.pinned]
+        for name in first_fit(by_precedence(list(sizes), pinned), sizes, self._budget):
+            self._promise(self._models[name])
+        self._to_fetch = [
+            name
+            for name in by_precedence(list(self._models), pinned)
+            if self._models[name].disk == "absent" and self._models[name].fetchable
+        ]
+        return [*self._admit(now), *self._fetch_more(now)]
+
+    def _wanted(self, model: ModelState, until: float, now: float) -> list[ev.Effect]:
+        model.used_at = now
+        if model.memory == "warm" and not model.barred:
+            return []
+        refusal = self._refusal(model, now)
+        if refusal is not None:
+            return [refusal]
+        model.wanted_until = max(model.wanted_until, until)
+        return self._come(model, now)
+
+    def _held(self, model: ModelState, until: float, now: float) -> list[ev.Effect]:
+        if self._refusal(model, now) is not None:
+            return []  # routers read why in the load
+        model.held_until = max(model.held_until, until)
+        return self._come(model, now)
+
+    def _legs(self, model: ModelState, count: int, now: float) -> list[ev.Effect]:
+        model.legs, model.used_at = count, now
+        return self._let_go(model, now)
+
+    def _ready(self, model: ModelState, took_s: float, now: float) -> list[ev.Effect]:
+        if model.memory != "loading":
+            return []
+        model.memory, model.since, model.used_at = "warm", now, now
+        model.last_load_s, model.failures, model.why_failed = took_s, 0, ""
+        model.wanted_until = -math.inf
+        if model.load_bytes and took_s > 0:
+            self._load_bytes_per_s = model.load_bytes / took_s
+        return self._let_go(model, now)
+
+    def _exited(self, model: ModelState, now: float) -> list[ev.Effect]:
+        if model.memory == "warm":
+            model.memory, model.since = "loading", now
+            return self._let_go(model, now)
+        if model.memory != "loading":
+            return []
+        model.since = now
+        model.failures += 1
+        model.why_failed = f"the engine of {model.name} does not come up"
+        effects = self._refuse_waiting(model, model.why_failed, RETRY_FIRST_S)
+        if model.failures >= MAX_FAILURES and not model.pinned:
+            model.retry_at = now + _backoff_s(model.failures - MAX_FAILURES)
+            effects += self._leave(model)
+        return effects
+
+    def _left(self, model: ModelState, now: float) -> list[ev.Effect]:
+        if model.memory != "leaving":
+            return []
+        model.memory = "out"
+        if model.again:
+            model.again = False
+            self._promise(model)
+        return self._admit(now)
+
+    def _tick(self, now: float) -> list[ev.Effect]:
+        effects: list[ev.Effect] = []
+        for model in self._models.values():
+            if self._is_waited_for(model) and model.wanted_until <= now:
+                why = f"{model.name} did not come in time"
+                effects += self._refuse_waiting(model, why, self.eta_s(model.name, now))
+            if self._is_fetched_again(model) and model.retry_at <= now:
+                self._to_fetch.append(model.name)
+        return effects + self._fetch_more(now)
+
+    # ---- disk ----------------------------------------------------------------------------------
+
+    def _fetched(self, event: ev.Fetched, now: float) -> list[ev.Effect]:
+        model = self._models[event.model]
+        model.disk, model.failures, model.why_failed = "here", 0, ""
+        model.memory_bytes, model.load_bytes = event.memory_bytes, event.load_bytes
+        effects: list[ev.Effect] = []
+        if self._is_started and model.memory == "out" and not model.barred:
+            asked = model.pinned or model.is_asked_for(now)
+            victims = self._room(model, now)
+            if victims == [] or (victims and asked):
+                effects += self._make_room(model, victims, now)
+            elif self._is_waited_for(model):
+                effects += self._no_room(model, now)
+        return effects + self._fetch_more(now)
+
+    def _fetch_failed(self, model: ModelState, why: str, now: float) -> list[ev.Effect]:
+        model.disk = "absent"
+        model.failures += 1
+        wait_s = _backoff_s(model.failures - 1)
+        model.retry_at, model.why_failed = now + wait_s, why
+        return [*self._refuse_waiting(model, why, wait_s), *self._fetch_more(now)]
+
+    def _fetch_more(self, now: float) -> list[ev.Effect]:
+        """Begin what may begin: those that are asked for first."""
+        effects: list[ev.Effect] = []
+        self._to_fetch.sort(key=lambda name: not self._models[name].is_asked_for(now))
+        for name in list(self._to_fetch):
+            running = [m for m in self._models.values() if m.disk == "fetching"]
+            asked = self._models[name].is_asked_for(now)
+            if len(running) >= (MAX_FETCHES if asked else MAX_PREFETCHES):
+                break
+            self._to_fetch.remove(name)
+            if self._models[name].disk == "absent":
+                self._models[name].disk = "fetching"
+                effects.append(ev.Fetch(name))
+        return effects
+
+    def _is_fetched_again(self, model: ModelState) -> bool:
+        """A fetch of it failed, and the next try is not under way."""
+        failed = model.disk == "absent" and model.failures > 0
+        return failed and not model.barred and model.name not in self._to_fetch
+
+    # ---- memory --------------------------------------------------------------------------------
+
+    def _come(self, model: ModelState, now: float) -> list[ev.Effect]:
+        """Bring a model in that is not refused."""
+        if model.is_committed:
+            return []
+        if model.disk == "here":
+            return self._make_room(model, self._room(model, now), now)
+        if model.disk == "absent" and model.name not in self._to_fetch:
+            self._to_fetch.append(model.name)
+        return self._fetch_more(now)
+
+    def _refusal(self, model: ModelState, now: float) -> ev.Refuse | None:
+        """Why a model cannot come now; None when it can, or is here."""
+        if model.barred:
+            return ev.Refuse(model.name, f"a drill has {model.name}", BUSY_S)
+        if model.is_committed:
+            return None
+        if model.retry_at > now:
+            return ev.Refuse(model.name, model.why_failed, model.retry_at - now)
+        if model.disk == "absent" and not model.fetchable:
+            why = f"{model.name} is not on this node's disk, and there is nowhere to fetch it from"
+            return ev.Refuse(model.name, why, 0.0)
+        if model.disk == "here" and self._room(model, now) is None:
+            return self._full(model, now)
+        return None
+
+    def _room(self, model: ModelState, now: float) -> list[ModelState] | None:
+        return find_room(self._models.values(), model, self._budget, now)
+
+    def _full(self, model: ModelState, now: float) -> ev.Refuse:
+        assert self._budget is not None, "without a budget there is room"
+        models, rate = self._models.values(), self._load_bytes_per_s
+        return full(models, model, self._budget, now, rate)
+
+    def _bring_pinned(self, now: float) -> list[ev.Effect]:
+        """Pinned models that found no room, or nobody who could leave, come when they can."""
+        effects: list[ev.Effect] = []
+        for model in self._models.values():
+            lost = model.pinned and model.disk == "here" and model.memory == "out"
+            if lost and not model.barred and (room := self._room(model, now)) is not None:
+                effects += self._make_room(model, room, now)
+        return effects
+
+    def _make_room(
+        self, model: ModelState, victims: list[ModelState] | None, now: float
+    ) -> list[ev.Effect]:
+        assert victims is not None, "refused before"
+        effects: list[ev.Effect] = []
+        for victim in victims:
+            effects += self._leave(victim)
+        if model.memory == "leaving":
+            model.again = True
+        else:
+            self._promise(model)
+        return effects + self._admit(now)
+
+    def _no_room(self, model: ModelState, now: float) -> list[ev.Effect]:
+        full = self._full(model, now)
+        return self._refuse_waiting(model, full.why, full.retry_after_s)
+
+    def _promise(self, model: ModelState) -> None:
+        model.memory = "queued"
+        self._queue.append(model.name)
+
+    def _admit(self, now: float) -> list[ev.Effect]:
+        """Load those that were promised a place, in order, as far as it is free by now."""
+        effects: list[ev.Effect] = []
+        for name in list(self._queue):
+            model = self._models[name]
+            free = math.inf if self._budget is None else self._budget - self.resident_bytes
+            if model.memory_bytes <= free:
+                self._queue.remove(name)
+                model.memory, model.since = "loading", now
+                effects.append(ev.Load(name))
+        return effects
+
+    def _leave(self, model: ModelState) -> list[ev.Effect]:
+        model.memory = "leaving"
+        return [ev.Unload(model.name)]
+
+    def _let_go(self, model: ModelState, now: float) -> list[ev.Effect]:
+        """A model that a drill wants down goes when nobody uses it any more."""
+        if not model.barred or model.legs:
+            return []
+        effects = self._refuse_waiting(model, f"a drill has {model.name}", BUSY_S)
+        if model.name in self._queue:
+            self._queue.remove(model.name)
+            model.memory = "out"
+        return effects + (self._leave(model) if model.memory in ("loading", "warm") else [])
+
+    def _bring_back(self, model: ModelState, now: float) -> list[ev.Effect]:
+        """Its place was kept, so nobody has to leave."""
+        if not model.barred:
+            return []
+        model.barred = False
+        if model.memory == "leaving":
+            model.again = True
+        elif model.memory == "out" and model.disk == "here":
+            self._promise(model)
+        return self._admit(now)
+
+    # ---- who waits -----------------------------------------------------------------------------
+
+    @staticmethod
+    def _is_waited_for(model: ModelState) -> bool:
+        return model.wanted_until > -math.inf
+
+    def _refuse_waiting(self, model: ModelState, why: str, retry_after_s: float) -> list[ev.Effect]:
+        if not self._is_waited_for(model):
+            return []
+        model.wanted_until = -math.inf
+        return [ev.Refuse(model.name, why, retry_after_s)]
+
+
+def _backoff_s(failures: int) -> float:
+    """Before the next try after so many earlier failures."""
+    return min(RETRY_FIRST_S * 2.0 ** min(failures, 16), RETRY_MAX_S)

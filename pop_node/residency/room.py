@@ -1,0 +1,63 @@
+"""Who makes room for a model, and why nobody can. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pop_node.residency.events import Refuse
+from pop_node.residency.state import ModelState
+
+BUSY_S = 5.0
+"""Retry-After when memory is taken by models with legs. Guess: an answer of average length."""
+
+
+def committed_bytes(models: Iterable[ModelState]) -> int:
+    """Memory of models that have a place or were promised one."""
+    return sum(m.memory_bytes for m in models if m.is_committed)
+
+
+def find_room(
+    models: Iterable[ModelState], model: ModelState, budget: int | None, now: float
+) -> list[ModelState] | None:
+    """Who has to leave so that ``model`` fits ``budget`` bytes; None when that is not enough.
+
+    The least recently used leave first, and none of them without need.
+    """
+    if budget is None:
+        return []
+    models = list(models)
+    lacking = committed_bytes(models) + model.memory_bytes - budget
+    victims: list[ModelState] = []
+    for candidate in sorted((m for m in models if m.may_leave(now)), key=lambda m: m.used_at):
+        if lacking <= 0:
+            break
+        victims.append(candidate)
+        lacking -= candidate.memory_bytes
+    if lacking > 0:
+        return None
+    for victim in reversed(victims[:-1]):
+        if lacking + victim.memory_bytes <= 0:
+            victims.remove(victim)
+            lacking += victim.memory_bytes
+    return victims
+
+
+def full(
+    models: Iterable[ModelState], model: ModelState, budget: int, now: float, bytes_per_s: float
+) -> Refuse:
+    """What to say where ``find_room`` found none, with the time after which that may change.
+
+    ``bytes_per_s``: measured rate of loads on this node, 0 if there was none.
+    """
+    others = [m for m in models if m.is_committed and m is not model]
+    pinned = sum(m.memory_bytes for m in others if m.pinned)
+    need, have = model.memory_bytes / 1e9, budget / 1e9
+    if model.memory_bytes > budget - pinned:
+        why = f"{model.name} takes {need:.1f} GB, {have - pinned / 1e9:.1f} GB are not pinned"
+        return Refuse(model.name, why, 0.0)
+    waits = [m.held_until - now for m in others if m.held_until > now and not m.pinned]
+    waits += [m.eta_s(now, bytes_per_s) for m in others if m.memory == "loading"]
+    if any(m.legs for m in others):
+        waits.append(BUSY_S)
+    why = f"{model.name} takes {need:.1f} of {have:.1f} GB, and the others are in use"
+    return Refuse(model.name, why, max(1.0, min(waits, default=BUSY_S)))
