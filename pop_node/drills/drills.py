@@ -15,7 +15,14 @@ import sys
 from asyncio.subprocess import PIPE
 from collections.abc import Callable, Mapping
 
-from wire.messages import DRILL_FAULTS, MAX_FREEZE_MS, Drill, DrillStarted
+from wire.messages import (
+    DRILL_FAULTS,
+    LOSE_AGENT,
+    MAX_AWAY_MS,
+    MAX_FREEZE_MS,
+    Drill,
+    DrillStarted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +42,8 @@ def problem_with(drill: Drill, enabled: bool, engines: Engines) -> str:
         return f"no fault is called {drill.fault[:64]!r}; one of {', '.join(DRILL_FAULTS)}"
     if drill.fault.startswith("freeze") and not 0 < drill.duration_ms <= MAX_FREEZE_MS:
         return f"a freeze lasts up to {MAX_FREEZE_MS} ms, not {drill.duration_ms}"
+    if drill.fault == LOSE_AGENT and not 0 < drill.duration_ms <= MAX_AWAY_MS:
+        return f"a node stays away up to {MAX_AWAY_MS} ms, not {drill.duration_ms}"
     if drill.fault.endswith("agent"):
         return ""
     if not drill.model and len(engines) != 1:
@@ -75,12 +84,22 @@ class Drills:
             self._freezing = True
             self._tasks.create_task(self._freeze(pid, drill, answer))
             return
-        if of_agent:
+        if drill.fault == LOSE_AGENT:
+            asyncio.get_running_loop().call_later(ANSWER_LEAVES_S, self._lose, drill.duration_ms)
+        elif of_agent:
             asyncio.get_running_loop().call_later(ANSWER_LEAVES_S, os.kill, pid, signal.SIGKILL)
         else:
-            with contextlib.suppress(ProcessLookupError):  # it has died by itself just now
-                os.kill(pid, signal.SIGKILL)
+            _kill(pid)
         answer(DrillStarted(drill.number, ""))
+
+    def _lose(self, duration_ms: int) -> None:
+        """Die as by SIGKILL, but keep whoever would start us again waiting (``drills.away``)."""
+        for pid in self._engines().values():
+            if pid is not None:
+                _kill(pid)
+        # Sockets are closed by the kernel, without a word, as those of a process that was killed.
+        away = (sys.executable, "-m", "pop_node.drills.away", f"{duration_ms / 1e3:g}")
+        os.execv(sys.executable, away)
 
     async def _freeze(self, pid: int, drill: Drill, answer: Callable[[DrillStarted], None]) -> None:
         """Have a process of its own do it, and wait for the end."""
@@ -104,3 +123,8 @@ class Drills:
             answer(DrillStarted(drill.number, f"the helper cannot be started: {exc}"))
         finally:
             self._freezing = False
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has died by itself just now
+        os.kill(pid, signal.SIGKILL)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from pop_node.drills.drills import Drills, problem_with
@@ -56,6 +60,9 @@ def victim():
         (Drill(1, "kill-engine", "n", 0), True, {"m": None, "n": 1}, None),
         (Drill(1, "kill-agent", "", 0), True, {"m": None}, None),
         (Drill(1, "freeze-agent", "", 60_000), True, {}, None),
+        (Drill(1, "lose-agent", "", 0), True, {"m": 1}, "stays away up to"),
+        (Drill(1, "lose-agent", "", 3_600_001), True, {"m": 1}, "stays away up to"),
+        (Drill(1, "lose-agent", "", 3_600_000), True, {"m": None}, None),
     ],
 )
 def test_what_is_refused(drill, enabled, engines, words):
@@ -142,4 +149,65 @@ def test_an_agent_answers_before_the_blow(fault, changes):
     finally:
         agent.kill()
         agent.wait(10)
+        agent.stdout.close()
+
+
+LOST = """
+import asyncio, socket, subprocess, sys
+from pop_node.drills.drills import Drills
+from wire.messages import Drill
+
+async def main():
+    engine = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    door = socket.create_server(("127.0.0.1", 0))
+    async with asyncio.TaskGroup() as tasks:
+        said = lambda answer: print(engine.pid, door.getsockname()[1], answer.error, flush=True)
+        drills = Drills(True, lambda: {"m": engine.pid}, tasks)
+        drills.start(Drill(1, "lose-agent", "", int(sys.argv[1])), said)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def lost_agent(duration_ms: int) -> tuple[subprocess.Popen[bytes], int, int]:
+    """A process that loses itself; its engine's process id and its door."""
+    agent = subprocess.Popen((sys.executable, "-c", LOST, str(duration_ms)), stdout=subprocess.PIPE)
+    assert agent.stdout is not None
+    engine, port, *error = agent.stdout.readline().split()
+    assert not error
+    return agent, int(engine), int(port)
+
+
+def test_a_lost_agent_is_gone_for_everybody_but_who_would_start_it_again():
+    agent, engine, port = lost_agent(600_000)
+    try:
+        until = time.monotonic() + 30
+        refused = False
+        while not refused and time.monotonic() < until:
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                continue
+            refused = True
+        assert refused, "its door is closed"
+        assert not psutil.pid_exists(engine) or (
+            psutil.Process(engine).status() == psutil.STATUS_ZOMBIE
+        )
+        assert agent.poll() is None, "but it has not ended"
+        agent.terminate()
+        assert agent.wait(10) == -signal.SIGTERM
+    finally:
+        agent.kill()
+        agent.wait(10)
+        assert agent.stdout is not None
+        agent.stdout.close()
+
+
+def test_a_lost_agent_ends_as_by_a_crash_when_its_time_is_over():
+    agent, _, _ = lost_agent(1)
+    try:
+        assert agent.wait(30) == 1
+    finally:
+        agent.kill()
+        assert agent.stdout is not None
         agent.stdout.close()

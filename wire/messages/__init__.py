@@ -35,6 +35,8 @@ from wire.messages.from_node import (
 from wire.messages.from_router import (
     COLD_START,
     DRILL_FAULTS,
+    LOSE_AGENT,
+    MAX_AWAY_MS,
     MAX_FREEZE_MS,
     Attach,
     Cancel,
@@ -99,6 +101,8 @@ Message = RouterMessage | NodeMessage
 __all__ = [
     "COLD_START",
     "DRILL_FAULTS",
+    "LOSE_AGENT",
+    "MAX_AWAY_MS",
     "MAX_FREEZE_MS",
     "MAX_VERSION",
     "MIN_VERSION",

@@ -8,8 +8,15 @@ from wire.messages.inputs import Input, Sampling
 COLD_START = "cold-start"
 """The drill that takes a model down, drops its pages and starts it again; see ``Drill``."""
 
-DRILL_FAULTS = ("kill-agent", "kill-engine", "freeze-agent", "freeze-engine")
+LOSE_AGENT = "lose-agent"
+"""The agent and its engines die as by "kill-agent", and nothing of them comes back for the time of
+the drill: what a site that is lost looks like."""
+
+DRILL_FAULTS = ("kill-agent", "kill-engine", "freeze-agent", "freeze-engine", LOSE_AGENT)
 """What a node can be asked to do to itself, see ``Drill``."""
+
+MAX_AWAY_MS = 3_600_000
+"""Longest absence of a drill. Guess: whoever waits longer forgets that it was a drill."""
 
 MAX_FREEZE_MS = 60_000
 """Longest freeze of a drill: far beyond every detection time, and an operator sees its end."""
@@ -86,7 +93,7 @@ class Drill(WireStruct, frozen=True, tag=20):
     """Do this node harm on purpose; answered by ``DrillStarted`` (version 2).
 
     ``fault`` is one of ``DRILL_FAULTS``; ``model`` names the engine (empty: the only one) and
-    ``duration_ms`` is for the freezes. Nodes that were not started for drills refuse.
+    ``duration_ms`` is for the freezes and ``LOSE_AGENT``. Nodes not started for drills refuse.
 
     ``fault`` may also be ``COLD_START`` (version 3), which any node takes: ``DrillReport`` follows
     once the model answers again, within ``duration_ms`` or with an error. ``options`` is JSON; its
