@@ -107,6 +107,8 @@ class Caller:
             return self._lost(seen, exc)
         except (msgspec.DecodeError, PeerError) as exc:
             seen.error = ("protocol_error", str(exc))
+        if seen.error is not None and seen.error[0] == "taken_over" and seen.losses:
+            return self._lost(seen, ConnectionError(seen.error[1]))  # by our own late question
         if seen.complete or seen.error is not None:
             return None
         return self._lost(seen, ConnectionError("the stream ended without its end"))

@@ -121,6 +121,16 @@ def test_the_prefill_leg_hands_over_to_another_decode_node() -> None:
     assert second.recovery == Recovery("retarget", 0.1)
 
 
+def test_a_prefill_leg_that_nobody_takes_over_gives_its_blocks_back() -> None:
+    m = paired(first_token=True)
+    m.handle(LinkLost("d"), 0.2)
+    for number, node in ((2, "e"), (3, "f")):
+        m.handle(routed(number, decode=node, keeps=True), float(number))
+        effects = m.handle(LinkLost(node), number + 0.5)
+    assert effects[:-1] == [SendCancel("p", 1), CloseStream(1)]
+    assert asked(effects).running is None
+
+
 def test_a_decode_node_that_spoke_is_not_replaced_under_the_same_prefill() -> None:
     m = paired(first_token=True)
     m.handle(tokens("d", 1, 1), 0.2)

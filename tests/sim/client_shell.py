@@ -66,8 +66,8 @@ class SimClient:
     def heard(self, said: Said) -> None:
         if self.state != "reading":
             self.violations.append(f"{said} after the end")
-        elif said.code == "stream_unknown":
-            self._come_back_later()
+        elif said.code == "stream_unknown" or (said.code == "taken_over" and self.resumed):
+            self._come_back_later()  # its own question to another router may have come late
         elif said.code:
             self.code = said.code
             self._over("error")
