@@ -19,6 +19,7 @@ import msgspec
 
 from popmesh.sse import SseParser
 from wire.errors import ConfigError, MeshError, PeerError, RequestError, error_from_code
+from wire.messages import COLD_START
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_TIMEOUT_S = 120.0
@@ -204,6 +205,21 @@ class MeshClient:
             told["duration_s"] = duration_s
         async with self._request("POST", "/popmesh/drill", json=told):
             pass
+
+    async def cold_start(
+        self, node: str, model: str, options: dict[str, Any], longest_s: float, alone: bool
+    ) -> dict[str, Any]:
+        """Have a node start a model from cold, and wait for the report, as the router's JSON.
+
+        ``longest_s`` bounds the start; ``alone``: though nobody else can answer meanwhile.
+        """
+        told: dict[str, object] = {"node": node, "fault": COLD_START, "model": model}
+        told |= {"options": options, "duration_s": longest_s, "alone": alone}
+        timeout = aiohttp.ClientTimeout(
+            total=longest_s + IDLE_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S
+        )
+        path = "/popmesh/drill"
+        return await self._json("POST", path, dict[str, Any], json=told, timeout=timeout)
 
     async def metrics(self) -> str:
         """The router's metrics, in Prometheus' text format."""

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import click
 
+from popmesh.commands.cold_start import cold_start
 from popmesh.commands.common import DEFAULT_MESH, DIRECTORY, FILE
-
-FAILED = 1
-"""Exit code of a drill that was held and not passed; 2 is that of one that could not be held."""
-
-MAX_DURATION_S = 4 * 3600.0
-"""Every answer is kept until the end, some 5 KB each: 16 clients fill about a gigabyte in it."""
+from popmesh.commands.durations import FAILED, MAX_DURATION_S, Duration
 
 PER_KILL_S = 60.0
 """Time that ``--kills`` allows for each. Guess: a node starts again on a busy machine."""
-
-_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-class Duration(click.ParamType[float]):
-    """``90``, ``90s``, ``5m`` or ``1h`` as seconds."""
-
-    name = "duration"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        matched = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
-        seconds = float(matched[1]) * _SECONDS[matched[2]] if matched else 0.0
-        if not 0 < seconds <= MAX_DURATION_S:
-            self.fail(f"{value!r} is no time from 1s to {MAX_DURATION_S / 3600:.0f}h", param, ctx)
-        return seconds
 
 
 @click.group()
@@ -43,8 +19,13 @@ def drill() -> None:
     """Rehearse failures in a mesh that runs.
 
     \b
-    Example: popmesh drill chaos --local ready.json --duration 2m
+    Examples:
+      popmesh drill chaos --local ready.json --duration 2m
+      popmesh drill cold-start --node ams-1 --budget 20s
     """
+
+
+drill.add_command(cold_start)
 
 
 @drill.command()

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from html import escape
 
 from popmesh.drill.report import Report
 from popmesh.render.drill import cells, waits
 from popmesh.render.drill_timeline import timeline
+from popmesh.render.page import items, keys, page, table
 
 MAX_ANSWERS_LISTED = 200
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #5d666f; --paper: #ffffff;
-  --line: #d9dee3; --right: #3f83c4; --gap: #d3e3f3; --hit: #f0a135; --differs: #b98900;
-  --bad: #c8322b; --fault: #8a63c9; --good: #1e7d46; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa4ae; --paper: #14171a;
-  --line: #343b42; --right: #5b9bd8; --gap: #23405c; --hit: #f2b25c; --differs: #d9ab2b;
-  --bad: #ef6a62; --fault: #a98be0; --good: #54c284; } }
-body { margin: 0 auto; max-width: 1240px; padding: 24px; background: var(--paper);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 32px 0 8px; }
-p { margin: 4px 0; } .soft, .axis { color: var(--soft); }
-.passed { color: var(--good); } .failed { color: var(--bad); }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: 8px; }
-.fit { width: fit-content; max-width: 100%; box-sizing: border-box; }
-table { border-collapse: collapse; } th, td { padding: 3px 12px 3px 0; text-align: left;
-  border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.axis { fill: var(--soft); font-size: 11px; } .tick { stroke: var(--line); }
 .answer.right { fill: var(--right); } .answer.differs { fill: var(--differs); }
 .answer.bad { fill: var(--bad); } .gap { fill: var(--gap); } .gap.hit { fill: var(--hit); }
 .fault { fill: var(--fault); fill-opacity: .35; } .fault.bad { fill: var(--bad); }
@@ -61,20 +44,16 @@ def drill_page(report: Report) -> str:
         f"Undisturbed: {calm}. Answers have to be exact: {'yes' if report.exact else 'no'}.",
         f"Recoveries: {recovered or 'none counted'}. Resumed by clients: {report.resumed}.",
     ]
-    keys = "".join(
-        f'<span class="key" style="background: var({color})"></span>{escape(text)}'
-        for color, text in _KEYS
-    )
     body = [
         f"<h1>Chaos drill of {escape(report.mesh)}: <span class={kind}>{word}</span></h1>",
         *(f"<p>{escape(fact)}</p>" for fact in facts),
-        *_problems(report),
+        *items(report.problems, "failed"),
         "<h2>Timeline</h2>",
-        f'<p class="soft">{keys}</p><div class="wide">{timeline(report)}</div>',
+        f'<p class="soft">{keys(_KEYS)}</p><div class="wide">{timeline(report)}</div>',
         "<h2>Waits</h2>",
         '<p class="soft">Seconds, at the client. Quantiles by nearest rank. A pause is the longest '
         "wait of an answer that was hit, while a fault was there.</p>",
-        _table(
+        table(
             ("", "n", "p50", "p90", "p99", "max"),
             [(name, *cells(figures)) for name, figures in waits(report)],
             numbers=range(1, 6),
@@ -86,19 +65,7 @@ def drill_page(report: Report) -> str:
         "<h2>Answers that were not right</h2>",
         _answers(report),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Chaos drill of {escape(report.mesh)}: {word}</title>"
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
-
-
-def _problems(report: Report) -> list[str]:
-    if not report.problems:
-        return []
-    items = "".join(f"<li>{escape(problem)}</li>" for problem in report.problems)
-    return [f'<ul class="failed">{items}</ul>']
+    return page(f"Chaos drill of {report.mesh}: {word}", _STYLE, body)
 
 
 def _faults(report: Report) -> str:
@@ -117,7 +84,7 @@ def _faults(report: Report) -> str:
         for row in report.faults
     ]
     head = ("", "at, s", "fault", "victim", "aimed at", "out, s", "answers hit", "longest pause, s")
-    return _table((*head, ""), rows, numbers=(0, 1, 5, 6, 7))
+    return table((*head, ""), rows, numbers=(0, 1, 5, 6, 7))
 
 
 def _rest(report: Report) -> str:
@@ -139,7 +106,7 @@ def _rest(report: Report) -> str:
     if not rows:
         return text
     head = ("process", "pid", "descriptors", "MB", "pid after", "descriptors after", "MB after")
-    return text + _table(head, rows, numbers=range(1, 7))
+    return text + table(head, rows, numbers=range(1, 7))
 
 
 def _answers(report: Report) -> str:
@@ -152,17 +119,4 @@ def _answers(report: Report) -> str:
     ]
     more = len(bad) - len(rows)
     note = f"<p>And {more} more, in report.json.</p>" if more else ""
-    return _table(("at, s", "client", "request", "verdict", ""), rows, numbers=(0, 1)) + note
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int]) -> str:
-    right = set(numbers)
-
-    def cell(tag: str, at: int, text: str) -> str:
-        return f"<{tag}{' class=n' if at in right else ''}>{escape(text)}</{tag}>"
-
-    def line(tag: str, texts: Sequence[str]) -> str:
-        return f"<tr>{''.join(cell(tag, at, text) for at, text in enumerate(texts))}</tr>"
-
-    body = "\n".join(line("td", row) for row in rows)
-    return f'<div class="wide fit"><table>{line("th", head)}\n{body}</table></div>'
+    return table(("at, s", "client", "request", "verdict", ""), rows, numbers=(0, 1)) + note

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,12 @@ MODEL = "fake"
 def words(body: dict[str, Any]) -> list[str]:
     """The tokens of the answer to a body."""
     return [f" {body['seed'] % 1000}.{index}" for index in range(body["max_tokens"])]
+
+
+def not_found() -> web.Response:
+    """A refusal."""
+    error = {"message": "no such node", "code": "not_found"}
+    return web.json_response({"error": error}, status=404)
 
 
 @dataclass
@@ -41,6 +47,7 @@ class FakeMesh:
     requests: int = 0
     recoveries: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    cold_start: Callable[[dict[str, Any]], web.Response] = field(default=lambda _: not_found())
 
     # ---- HTTP ----------------------------------------------------------------------------------
 
@@ -89,6 +96,9 @@ class FakeMesh:
 
     async def drill(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if body["fault"] == "cold-start":
+            self.drills.append(body)
+            return self.cold_start(body)
         if self.refuse_drills:
             error = {"message": "not started with --drills", "code": "drill_refused"}
             return web.json_response({"error": error}, status=409)

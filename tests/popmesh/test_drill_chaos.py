@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import msgspec
 import pytest
@@ -25,6 +24,7 @@ from popmesh.drill.setup import find_model
 from popmesh.render.drill import drill_view
 from popmesh.render.drill_page import drill_page
 from tests.popmesh.fake_doors import MODEL, FakeMesh, doors
+from tests.popmesh.html_page import Page, read_page
 from wire.errors import ConfigError
 
 CONFIG = Config(
@@ -155,49 +155,13 @@ async def test_a_mesh_that_is_not_whole_is_not_drilled():
 # ---- what is handed over ------------------------------------------------------------------------
 
 
-class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects what it meets."""
-
-    VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data) -> None:
-        self.words.append(data)
-
-
 def parsed(report: Report) -> Page:
-    page = Page()
-    page.feed(drill_page(report))
-    page.close()
-    assert page.open == []
-    return page
+    return read_page(drill_page(report))
 
 
 def test_the_page_is_whole_and_needs_nothing_else(passed_report):
     page = parsed(passed_report)
-    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")]
-    for _, attributes in page.tags:
-        assert not attributes.keys() & {"src", "href", "srcset"}
-    style = "".join(page.words)
-    assert "prefers-color-scheme: dark" in style
-    assert "url(" not in style
-    assert "@import" not in style
+    page.check_needs_nothing_else()
     rects = [attributes.get("class") for tag, attributes in page.tags if tag == "rect"]
     assert rects.count("fault") == 2
     assert rects.count("answer right") == len(passed_report.answers)
