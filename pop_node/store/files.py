@@ -19,6 +19,17 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def read_at(path: Path, offset: int, limit: int) -> bytes:
+    """At most ``limit`` bytes of a file from ``offset`` on; raises ``OSError``."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        pieces = []
+        while limit and (piece := file.read(limit)):
+            pieces.append(piece)
+            limit -= len(piece)
+        return b"".join(pieces)
+
+
 def sync_directory(path: Path) -> None:
     """Wait until the directory's entries are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -215,6 +215,16 @@ class Store:
         read_texts(bundle.path, bundle.manifest)
         return bundle
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a name with a bundle of this format; damaged or not."""
+        try:
+            self._read(name)
+        except OutdatedBundleError:
+            return False
+        except ConfigError:
+            return self._names.path(name).is_file()
+        return True
+
     def hold(self, name: str) -> Hold:
         """Keep the bundle of a name (``Hold.bundle``) from being collected or removed.
 
@@ -237,6 +247,12 @@ class Store:
                     check_claims(path, manifest)
                     return Bundle(path, manifest)
         return None
+
+    def entries(self) -> Iterator[tuple[str, NameEntry]]:
+        """All names and what they mean, those left out whose file is damaged; reads no bundle."""
+        for name in self._names.all():
+            with suppress(ConfigError):
+                yield name, self._names.need(name)
 
     def partials(self) -> Iterator[tuple[Path, Manifest]]:
         """All bundles that are not complete, whether somebody fills them or not."""

@@ -1,0 +1,1 @@
+"""Bundles between nodes: giving what is here, bringing what is not."""
