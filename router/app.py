@@ -24,7 +24,7 @@ from router.http.auth import Authenticator
 from router.http.completions import ModelApi
 from router.http.guard import GuardedHandler, error_response
 from router.http.operator_api import OperatorApi
-from router.links.node_link import LinkIdentity
+from router.links.link_words import LinkIdentity
 from router.links.node_links import SERVICE, LinkPool
 from router.request.admission import MAX_BODY_BYTES, Admission, Limits
 from router.router_metrics import RouterMetrics

@@ -29,7 +29,8 @@ from router.request.exchange import Exchange
 from router.request.record import RequestRecord
 from router.request.resume_book import Resumable
 from router.routing.geo import GEO_HEADER, ClientLocator, ClientPlace
-from router.routing.policy import ROUTE_HEADER, Pin, Plan, RouteRequest, check_model, known_models
+from router.routing.policy import Pin, Plan, RouteRequest
+from router.routing.refusals import ROUTE_HEADER, check_model, known_models
 from wire.errors import MeshError, RequestError
 
 _PARSERS: dict[ApiKind, Callable[[bytes], ParsedRequest]] = {

@@ -11,15 +11,20 @@ import asyncio
 import logging
 import random
 import ssl
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import assert_never
 
+from router.links.link_words import LinkEvents, LinkIdentity, StreamListener
 from router.links.node_connection import NodeConnection
-from router.links.questions import ANSWER_TIMEOUT_S, Answer, Questions
+from router.links.questions import (
+    ANSWER_TIMEOUT_S,
+    Answer,
+    Questions,
+    reports,
+    version_of,
+)
 from topology.model import Node
-from wire.address import Dialer, is_loopback
+from wire.address import is_loopback
 from wire.errors import ConfigError, MeshError, PeerError
 from wire.framing import negotiate
 from wire.messages import (
@@ -33,23 +38,26 @@ from wire.messages import (
     Detached,
     Draining,
     Drill,
+    DrillReport,
     DrillStarted,
     Failed,
     Finished,
     Goodbye,
     Hello,
     Load,
+    Loading,
     NodeMessage,
+    Offers,
     Part,
     Ping,
     Pong,
     Refused,
     Retarget,
     Step,
-    StepEntry,
     Submit,
+    Warm,
 )
-from wire.tls import Credentials, peer_identity
+from wire.tls import peer_identity
 
 log = logging.getLogger(__name__)
 
@@ -69,61 +77,6 @@ waits)."""
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 5.0
 """Pause before connecting again: doubles from the first to the second, halved by jitter at most."""
-
-
-StreamMessage = Accepted | Refused | Finished | Failed | Detached
-"""What a node says about one stream, tokens apart."""
-
-
-class StreamListener(Protocol):
-    """Who hears what is said about one stream. Calls come from the event loop, must not block."""
-
-    def tokens(self, node: str, entry: StepEntry) -> None:
-        """New tokens."""
-
-    def said(self, node: str, message: StreamMessage) -> None:
-        """A control message."""
-
-    def link_lost(self, node: str) -> None:
-        """The link went away while the stream was open on it."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinkEvents:
-    """Where a link reports facts about its node; ``closed`` carries why."""
-
-    up: Callable[[str, Hello], None]
-    down: Callable[[str, MeshError], None]
-    rtt: Callable[[str, float], None]
-    load: Callable[[str, Load], None]
-    cache: Callable[[str, CacheDelta], None]
-    draining: Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class LinkIdentity:
-    """Who this router says it is, and how it reaches nodes."""
-
-    mesh: str
-    name: str
-    site: str
-    incarnation: str
-    dialer: Dialer
-    credentials: Credentials | None
-
-    def hello(self) -> Hello:
-        """This router's greeting."""
-        return Hello(
-            min_version=MIN_VERSION,
-            max_version=MAX_VERSION,
-            mesh=self.mesh,
-            kind="router",
-            name=self.name,
-            site=self.site,
-            incarnation=self.incarnation,
-            roles=[],
-            models=[],
-        )
 
 
 class NodeLink:
@@ -189,8 +142,8 @@ class NodeLink:
     def send(self, message: Submit | Cancel) -> bool:
         """Write now, or in parts as room comes; False when there is no link.
 
-        What version 1 of the wire does not know goes through ``retarget`` and ``ask``, which look
-        at the version that was agreed on.
+        What version 1 of the wire does not know goes through ``retarget``, ``warm`` and ``ask``,
+        which look at the version that was agreed on.
         """
         if self._connection is None:
             return False
@@ -204,36 +157,45 @@ class NodeLink:
         self._connection.send(message)
         return True
 
+    def warm(self, message: Warm) -> bool:
+        """Have a model in memory there; False when there is no link, or one that knows no such
+        word."""
+        if self._connection is None or self._connection.version < 3:
+            return False
+        self._connection.send(message)
+        return True
+
     def reborn(self) -> None:
         """The node has started anew: give up a connection to its older start, connect at once."""
         if self._connection is not None:
             self._connection.give_up(PeerError("the node has started anew", code="link_lost"))
         self._hurry.set()
 
-    async def ask(self, number: int, question: Attach | Drill) -> Answer:
+    async def ask(
+        self, number: int, question: Attach | Drill, within_s: float = ANSWER_TIMEOUT_S
+    ) -> Answer:
         """The node's answer to a question with a number never used before.
 
-        Raises ``PeerError`` when the node cannot be asked or says nothing within
-        ``ANSWER_TIMEOUT_S``.
+        A drill that reports is answered by its report, or by why it did not begin. Raises
+        ``PeerError`` when the node cannot be asked or says nothing within ``within_s``.
         """
         if self._connection is None:
             raise PeerError(f"there is no link to {self.node.name}", code="link_lost")
-        if self._connection.version < 2:
+        needs, version = version_of(question), self._connection.version
+        if version < needs:
             raise PeerError(
-                f"{self.node.name} speaks version {self._connection.version} of the mesh wire, "
-                f"{type(question).__name__} needs 2",
+                f"{self.node.name} speaks version {version} of the mesh wire, "
+                f"{type(question).__name__} needs {needs}",
                 code="version_mismatch",
                 retryable=False,
             )
-        answer = self._questions.open(number)
+        answer = self._questions.open(number, reports=reports(question))
         try:
             self._connection.send(question)
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            async with asyncio.timeout(within_s):
                 return await answer
         except TimeoutError as exc:
-            raise PeerError(
-                f"{self.node.name} did not answer within {ANSWER_TIMEOUT_S:g} s"
-            ) from exc
+            raise PeerError(f"{self.node.name} did not answer within {within_s:g} s") from exc
         finally:
             self._questions.close(number)
 
@@ -373,7 +335,7 @@ class NodeLink:
                         listener.tokens(name, entry)
                     else:
                         self.unknown_stream_messages += 1
-            case Accepted() | Refused() | Finished() | Failed() | Detached():
+            case Accepted() | Loading() | Refused() | Finished() | Failed() | Detached():
                 listener = self._streams.get(message.stream)
                 if listener is not None:
                     listener.said(self.node.name, message)
@@ -383,15 +345,17 @@ class NodeLink:
                     ):
                         return
                     self.unknown_stream_messages += 1
-                    if isinstance(message, Accepted):
+                    if isinstance(message, (Accepted, Loading)):
                         # A Cancel may overtake a long Submit still going out in parts.
                         self.send(Cancel(message.stream))
             case Attached(stream):
                 self._questions.answered(stream, message)
-            case DrillStarted(number):
+            case DrillStarted(number) | DrillReport(number):
                 self._questions.answered(number, message)
             case Load():
                 self._events.load(self.node.name, message)
+            case Offers(models):
+                self._events.offers(self.node.name, models)
             case CacheDelta():
                 self._events.cache(self.node.name, message)
             case Draining():

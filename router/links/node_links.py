@@ -13,7 +13,8 @@ import random
 from collections.abc import Iterable
 
 from registry.entries import ServiceEntry
-from router.links.node_link import LinkEvents, LinkIdentity, NodeLink
+from router.links.link_words import LinkEvents, LinkIdentity
+from router.links.node_link import NodeLink
 from router.routing.view_builder import ViewBuilder
 from topology.geography import great_circle_km
 from topology.model import Topology
@@ -58,6 +59,7 @@ class LinkPool:
             load=lambda name, load: builder.set_load(name, load, self._loop.time()),
             cache=builder.apply_cache,
             draining=builder.set_draining,
+            offers=builder.set_offers,
         )
 
     def get(self, name: str) -> NodeLink | None:

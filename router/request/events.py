@@ -15,14 +15,16 @@ from wire.messages import (
     Failed,
     Finished,
     Input,
+    Loading,
     Refused,
     Retarget,
     Sampling,
     StepEntry,
     Submit,
+    Warm,
 )
 
-LegMessage = Accepted | Refused | Finished | Failed | Detached
+LegMessage = Accepted | Loading | Refused | Finished | Failed | Detached
 """What a node says about one leg, tokens apart."""
 
 
@@ -126,7 +128,10 @@ class Replan:
 
 @dataclass(frozen=True, slots=True)
 class SendSubmit:
-    """Start a leg at ``node``."""
+    """Start a leg at ``node``.
+
+    A transfer without an address goes to where its decode node takes KV by now.
+    """
 
     node: str
     message: Submit
@@ -138,6 +143,14 @@ class SendRetarget:
 
     node: str
     message: Retarget
+
+
+@dataclass(frozen=True, slots=True)
+class SendWarm:
+    """Have ``node`` load the model for a leg that it will get later."""
+
+    node: str
+    message: Warm
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +218,7 @@ Effect = (
     Replan
     | SendSubmit
     | SendRetarget
+    | SendWarm
     | SendCancel
     | CloseLeg
     | CloseStream

@@ -11,9 +11,11 @@ from collections import deque
 from dataclasses import replace
 from typing import Literal, Protocol, assert_never
 
+import msgspec
+
 from router.api.render import ClientFinish, Usage
 from router.dispatch import Dispatch
-from router.links.node_link import StreamMessage
+from router.links.link_words import StreamMessage
 from router.request.events import (
     ClientGone,
     CloseLeg,
@@ -33,6 +35,7 @@ from router.request.events import (
     SendCancel,
     SendRetarget,
     SendSubmit,
+    SendWarm,
     Tick,
     Tokens,
     Unroutable,
@@ -176,6 +179,10 @@ class Exchange:
                 link = self._dispatch.pool.get(node)
                 if link is None or not link.retarget(retarget):
                     self._feed(LinkLost(node))
+            case SendWarm(node, warm):
+                link = self._dispatch.pool.get(node)
+                if link is not None and link.warm(warm):
+                    self._dispatch.builder.set_wanted(node, warm.model, self._loop.time())
             case SendCancel(node, stream):
                 link = self._dispatch.pool.get(node)
                 if link is not None:
@@ -201,6 +208,10 @@ class Exchange:
                 assert_never(effect)
 
     def _submit(self, node: str, message: Submit) -> None:
+        transfer = message.transfer
+        if message.leg == "prefill" and transfer is not None and not transfer.address:
+            transfer = msgspec.structs.replace(transfer, address=self._kv_address(transfer.peer))
+            message = msgspec.structs.replace(message, transfer=transfer)
         link = self._dispatch.pool.get(node)
         if link is None or not link.up:
             self._feed(LinkLost(node))
@@ -247,15 +258,20 @@ class Exchange:
     def _routed(
         self, route: Route, keeps_prefill: bool = False, recovery: Recovery | None = None
     ) -> Routed:
-        offers = self._dispatch.builder.snapshot().nodes[route.decode].offers
         return Routed(
             route,
             self._dispatch.next_stream(),
             self._dispatch.transfer_id(),
-            offers[self._model].kv_address,
+            self._kv_address(route.decode),
             keeps_prefill,
             recovery,
         )
+
+    def _kv_address(self, node: str) -> str:
+        """Where a node takes KV of the model; empty while it does not."""
+        view = self._dispatch.builder.snapshot().nodes.get(node)
+        offer = None if view is None else view.offers.get(self._model)
+        return "" if offer is None else offer.kv_address
 
     def _arm(self) -> None:
         """One timer, at the machine's next deadline."""

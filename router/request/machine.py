@@ -32,7 +32,6 @@ from router.request.attempt import ANSWER_COMPLETE, Attempt, begin, hand_on
 from router.request.events import (
     ClientGone,
     CloseLeg,
-    CloseStream,
     Done,
     Effect,
     Event,
@@ -50,7 +49,7 @@ from router.request.events import (
 from router.request.record import RequestRecord
 from router.request.setbacks import Setbacks, told_error
 from wire.errors import DeadlineError, MeshError, PeerError
-from wire.messages import Accepted, Detached, Failed, Finished, Refused, StepEntry
+from wire.messages import Accepted, Detached, Failed, Finished, Loading, Refused, StepEntry
 
 SETTLE_S = 5.0
 """How long a complete answer waits for the prefill leg's transfer report before cancelling it."""
@@ -197,10 +196,12 @@ class RequestMachine:
             return []
         match message:
             case Accepted():
-                attempt.accepted(node)
                 if self._answer.prompt is None and attempt.open_legs[node] != "decode":
                     self._answer.prompt = message
-                return []
+                return attempt.accepted(node, self._spec, now)
+            case Loading():  # it may wait as long as the request does
+                late = attempt.loads(node, message, self._spec.deadline, now)
+                return self._fail(node, late, now) if late and self.phase == "running" else []
             case Detached():
                 return self._on_detached(attempt, node, message, now)
             case Finished():
@@ -214,7 +215,7 @@ class RequestMachine:
         self, attempt: Attempt, node: str, message: LegMessage, now: float
     ) -> list[Effect]:
         """A node that was told to stop answers."""
-        if isinstance(message, Accepted):  # a long Submit was overtaken by its Cancel
+        if isinstance(message, (Accepted, Loading)):  # a long Submit was overtaken by its Cancel
             return [SendCancel(node, attempt.stream)]
         if isinstance(message, Detached):
             return []
@@ -264,9 +265,7 @@ class RequestMachine:
     ) -> list[Effect]:
         leg = attempt.open_legs.pop(node)
         if leg != "decode":
-            self.record.node_queue_ms = message.queue_ms
-            self.record.node_prefill_ms = message.prefill_ms
-            self.record.transfer = message.transfer
+            self.record.leg_finished(message)
         if self.phase == "settling":
             return self._close()
         wrong = attempt.wrong_end(node, leg, message, len(self._answer))
@@ -394,6 +393,4 @@ class RequestMachine:
             return []
         self._attempt = None
         self._answer.relay.forget_waiting()
-        effects: list[Effect] = [SendCancel(node, attempt.stream) for node in attempt.open_legs]
-        effects.append(CloseStream(attempt.stream))
-        return effects
+        return attempt.cancel()

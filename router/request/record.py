@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from router.api.render import Usage
 from router.routing.policy import Route
 from router.routing.recovery import Recovery
-from wire.messages import TransferReport
+from wire.messages import Finished, TransferReport
 
 MAX_RECORDS = 1024
 """Finished and running requests remembered per router; some 2 KB each."""
@@ -20,11 +20,21 @@ MAX_ATTEMPTS_KEPT = 32
 """Attempts remembered per request, the newest; a long answer in a bad hour may take more."""
 
 
+@dataclass(frozen=True, slots=True)
+class LoadWaited:
+    """A leg that came before its model was in memory: the node's newest estimate, from when it was
+    said, and how long the wait was; None: it has not ended well."""
+
+    eta_ms: int
+    waited_ms: float | None
+
+
 @dataclass(slots=True)
 class AttemptRecord:
     """One try; ``forced_tokens`` were already relayed when it began, ``outcome`` is a word or code.
 
-    ``recovery`` says how it takes over from the one before it, and at what price.
+    ``recovery`` says how it takes over from the one before it, and at what price; ``loads`` has the
+    nodes that had to load the model first.
     """
 
     number: int
@@ -33,6 +43,7 @@ class AttemptRecord:
     recovery: Recovery | None = None
     outcome: str = "running"
     message: str = ""
+    loads: dict[str, LoadWaited] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -57,6 +68,12 @@ class RequestRecord:
     transfer: TransferReport | None = None
     stale_messages: int = 0
     resumed_from: int | None = None
+
+    def leg_finished(self, message: Finished) -> None:
+        """The leg that computed the prompt has ended well."""
+        self.node_queue_ms = message.queue_ms
+        self.node_prefill_ms = message.prefill_ms
+        self.transfer = message.transfer
 
     def begin(self, attempt: AttemptRecord) -> None:
         """Add an attempt, forgetting the oldest beyond the bound."""

@@ -1,10 +1,11 @@
 """Cost of serving one request with one pair of nodes, in seconds.
 
-    total = to_prefill + queue + prefill + kv_tail + interference + decode + to_client
+    total = to_prefill + load + queue + prefill + kv_tail + interference + decode + to_client
 
 Every term estimates time that the client waits, so terms add up without unit tricks. The one
 weighted term is ``decode``: a second spread over a whole answer hurts less than a second before its
-first token (``DECODE_WEIGHT``). Pure functions of a frozen view; know no HTTP and no clock.
+first token (``DECODE_WEIGHT``). ``load`` is the wait until the model is in memory at both nodes
+(``router.routing.loading``). Pure functions of a frozen view; know no HTTP and no clock.
 """
 
 from __future__ import annotations

@@ -7,16 +7,16 @@ decision can be replayed, explained and tested. The cost model is ``router.routi
 from __future__ import annotations
 
 import bisect
+import math
 import random
 from dataclasses import dataclass
 
 from router.routing import costs
 from router.routing.costs import Reason, Work
+from router.routing.loading import LoadWait, is_cold, load_wait, needless_loads
+from router.routing.refusals import MAX_EXCUSE, check_model, check_pin, no_route
 from router.routing.view import NodeView, View
 from topology.model import Position
-from wire.errors import OverloadError, RequestError
-
-ROUTE_HEADER = "x-popmesh-route"
 
 MAX_ROUTES = 4
 """Ranked routes that a plan can show: the choice and three fallbacks, as many as a request has
@@ -26,9 +26,6 @@ TIE_SECONDS = 0.002
 TIE_FRACTION = 0.005
 """Routes within this of the best are ties; independent routers spread over them by two random
 choices instead of all picking the same one. Guess: below the noise of the estimates."""
-
-MAX_EXCUSES = 8
-"""Nodes named in the message of a refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +41,25 @@ class RouteRequest:
     """What routing needs to know of a request.
 
     ``regions`` limits both sites (empty: anywhere). ``avoid_nodes`` and ``avoid_pairs`` failed this
-    very request before.
+    very request before. ``deadline`` is on the router's clock, seconds.
     """
 
     work: Work
     client: Position
     regions: frozenset[str] = frozenset()
     pin: Pin = Pin()
+    deadline: float = math.inf
     avoid_nodes: frozenset[str] = frozenset()
     avoid_pairs: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One pair of nodes, as they started last; ``reasons`` sum to ``cost_s``."""
+    """One pair of nodes, as they started last; ``reasons`` sum to ``cost_s``.
+
+    A node with a ``..._load_s`` above 0 does not have the model in memory yet and will so much
+    later.
+    """
 
     prefill: str
     decode: str
@@ -67,6 +69,8 @@ class Route:
     reasons: tuple[Reason, ...]
     prefill_incarnation: str = ""
     decode_incarnation: str = ""
+    prefill_load_s: float = 0.0
+    decode_load_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,29 +96,37 @@ def choose(
     """
     model = request.work.model
     check_model(view, model)
-    _check_pin(view, request.pin, model)
+    check_pin(view, "prefill", request.pin.prefill, model)
+    check_pin(view, "decode", request.pin.decode, model)
     rejected: list[tuple[str, str]] = []
     prefills: list[_Candidate] = []
     decodes: list[_Candidate] = []
+    loads: list[LoadWait] = []
     for name, node in view.nodes.items():
-        why = obstacle(node, request, view)
+        why, load = obstacle(node, request, view), load_wait(node, model, now)
+        if why is None and load.seconds:
+            loads.append(load)
+            why = _too_late(view, node, load, request, now)
         if why is not None:
             rejected.append((name, why))
             continue
         trip, _ = costs.client_rtt_s(view, request.client, node)
         if "prefill" in node.roles and request.pin.prefill in (None, name):
-            prefills.append(_prefill_candidate(view, node, request.work, trip, now))
+            prefills.append(_prefill_candidate(view, node, load, request.work, trip, now))
         if "decode" in node.roles and request.pin.decode in (None, name):
-            decodes.append(_decode_candidate(view, node, request.work, trip))
-    ranked = _best_pairs(prefills, decodes, request, view, now)
+            decodes.append(_decode_candidate(view, node, load, request.work, trip))
+    ranked = _best_pairs(_needed(prefills), _needed(decodes), request, view, now)
+    if not ranked:  # those that are loading it cannot hand over to each other
+        ranked = _best_pairs(prefills, decodes, request, view, now)
     if not ranked:
-        raise _no_route(request, rejected, bool(prefills), bool(decodes))
+        missing = {"prefill": not prefills, "decode": not decodes}
+        raise no_route(model, rejected, missing, loads)
     first = _among_ties(ranked, rng)
     route = ranked.pop(first)
     return Plan(
         _explained(route, request, view, now),
         tuple(_explained(pair, request, view, now) for pair in ranked[:fallbacks]),
-        tuple(rejected),
+        (*rejected, *_needless(prefills, decodes).items()),
     )
 
 
@@ -132,19 +144,33 @@ def obstacle(node: NodeView, request: RouteRequest, view: View) -> str | None:
         return "no link"
     if node.draining:
         return "draining"
-    offer = node.offers.get(model)
-    if offer is None:
+    offer, engine, cold = node.offers.get(model), node.engines.get(model), is_cold(node, model)
+    if offer is None and not cold:
         return f"does not serve {model}"
-    if configured is not None and configured.digest not in (None, offer.identity):
+    pinned = None if configured is None else configured.digest
+    if offer is not None and pinned not in (None, offer.identity):
         return f"its {model} is not the one the topology pins"
-    engine = node.engines.get(model)
-    if engine is None or not engine.ready:
+    if engine is None or not (engine.ready or cold):
         return "engine not ready"
+    if cold and engine.warm_refused:
+        return f"cannot load it: {engine.warm_refused[:MAX_EXCUSE]}"
+    if offer is None:  # of a model that is not on its disk yet; it checks what it fetches
+        return None
     room = offer.total_blocks * offer.block_tokens
     # A prompt over the context is let through: the node says so with the exact count.
     if room < request.work.prompt_tokens <= offer.context_tokens:
         return f"its KV cache holds {room} tokens"
     return None
+
+
+def _too_late(
+    view: View, node: NodeView, load: LoadWait, request: RouteRequest, now: float
+) -> str | None:
+    """No model is loaded for a request that could not have its first token in time."""
+    compute, _ = costs.compute_s(view, node, request.work)
+    if now + load.seconds + compute < request.deadline:
+        return None
+    return f"{load.detail}, too late for this request"
 
 
 # ---- candidates --------------------------------------------------------------------------------
@@ -156,6 +182,7 @@ class _Candidate:
 
     cost_s: float
     node: NodeView
+    load: LoadWait
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,19 +190,36 @@ class _Pair:
     cost_s: float
     prefill: NodeView
     decode: NodeView
+    prefill_load: LoadWait
+    decode_load: LoadWait
 
 
 def _prefill_candidate(
-    view: View, node: NodeView, work: Work, trip: float, now: float
+    view: View, node: NodeView, load: LoadWait, work: Work, trip: float, now: float
 ) -> _Candidate:
     queue, _ = costs.queue_s(view, node, work.model, now)
     compute, _ = costs.compute_s(view, node, work)
-    return _Candidate(trip + queue + compute, node)
+    return _Candidate(trip + load.seconds + queue + compute, node, load)
 
 
-def _decode_candidate(view: View, node: NodeView, work: Work, trip: float) -> _Candidate:
+def _decode_candidate(
+    view: View, node: NodeView, load: LoadWait, work: Work, trip: float
+) -> _Candidate:
+    """What its load adds depends on that of the prefill node: both go on at the same time."""
     decode, _ = costs.decode_s(view, node, work)
-    return _Candidate(trip / 2 + decode, node)
+    return _Candidate(trip / 2 + decode, node, load)
+
+
+def _needless(*lists: list[_Candidate]) -> dict[str, str]:
+    """Nodes of none of these lists that should load the model for this request, with why."""
+    loads = [needless_loads((c.node.name, c.load) for c in found) for found in lists]
+    kept = {c.node.name for found in lists for c in _needed(found)}
+    return {name: why for load in loads for name, why in load.items() if name not in kept}
+
+
+def _needed(candidates: list[_Candidate]) -> list[_Candidate]:
+    needless = needless_loads((found.node.name, found.load) for found in candidates)
+    return [found for found in candidates if found.node.name not in needless]
 
 
 def _best_pairs(
@@ -202,8 +246,10 @@ def _best_pairs(
             p, d = prefill.node, decode.node
             if not may_hand_over(p, d, request):
                 continue
-            cost = floor + sum(term.seconds for term in _pair_terms(p, d, request.work, view, now))
-            bisect.insort(best, _Pair(cost, p, d), key=_pair_order)
+            cost = floor + max(0.0, decode.load.seconds - prefill.load.seconds)
+            cost += sum(term.seconds for term in _pair_terms(p, d, request.work, view, now))
+            pair = _Pair(cost, p, d, prefill.load, decode.load)
+            bisect.insort(best, pair, key=_pair_order)
             del best[MAX_ROUTES:]
     return best
 
@@ -223,10 +269,12 @@ def may_hand_over(prefill: NodeView, decode: NodeView, request: RouteRequest) ->
     if prefill.name == decode.name:
         return True
     model = request.work.model
-    ours, theirs = prefill.offers[model], decode.offers[model]
-    return (
-        ours.identity == theirs.identity and ours.dtype == theirs.dtype and bool(theirs.kv_address)
-    )
+    ours, theirs = prefill.offers.get(model), decode.offers.get(model)
+    if ours is None or theirs is None:
+        return False
+    # Where a cold decode node takes KV is known once it has the model in memory.
+    reachable = bool(theirs.kv_address) or is_cold(decode, model)
+    return ours.identity == theirs.identity and ours.dtype == theirs.dtype and reachable
 
 
 def _pair_terms(
@@ -243,8 +291,11 @@ def _pair_terms(
 def _among_ties(ranked: list[_Pair], rng: random.Random) -> int:
     """Index of the better of two random routes among those as good as the best.
 
-    A hand-over spends bandwidth that no term prices, so it loses against a single node.
+    A hand-over spends bandwidth that no term prices, so it loses against a single node. When the
+    best one waits for a load, chance would only make independent routers load more copies.
     """
+    if ranked[0].prefill_load.seconds or ranked[0].decode_load.seconds:
+        return 0
     limit = ranked[0].cost_s * (1 + TIE_FRACTION) + TIE_SECONDS
     ties = [at for at, pair in enumerate(ranked) if pair.cost_s <= limit]
     ties = [at for at in ties if ranked[at].prefill is ranked[at].decode] or ties
@@ -255,8 +306,12 @@ def _explained(pair: _Pair, request: RouteRequest, view: View, now: float) -> Ro
     work, prefill, decode = request.work, pair.prefill, pair.decode
     there, there_detail = costs.client_rtt_s(view, request.client, prefill)
     back, back_detail = costs.client_rtt_s(view, request.client, decode)
+    load = max(pair.prefill_load, pair.decode_load, key=lambda load: load.seconds)
+    node = prefill if load is pair.prefill_load else decode
+    loading = (Reason("load", load.seconds, f"{node.name}: {load.detail}"),)
     reasons = (
         Reason("to_prefill", there, there_detail),
+        *(loading if load.seconds else ()),
         Reason("queue", *costs.queue_s(view, prefill, work.model, now)),
         Reason("prefill", *costs.compute_s(view, prefill, work)),
         *_pair_terms(prefill, decode, work, view, now),
@@ -272,58 +327,6 @@ def _explained(pair: _Pair, request: RouteRequest, view: View, now: float) -> Ro
         reasons=reasons,
         prefill_incarnation=prefill.incarnation,
         decode_incarnation=decode.incarnation,
-    )
-
-
-# ---- refusals ----------------------------------------------------------------------------------
-
-
-def known_models(view: View) -> list[str]:
-    """Names that the topology lists or a node offers."""
-    return sorted(view.topology.models.keys() | view.offered.keys())
-
-
-def check_model(view: View, model: str) -> None:
-    """Raises ``RequestError`` (``model_not_found``) for a name that nobody knows."""
-    if model in view.offered or model in view.topology.models:
-        return
-    known = ", ".join(known_models(view))
-    raise RequestError(
-        f"the model {model[:80]!r} does not exist; available: {known or 'none'}",
-        code="model_not_found",
-        param="model",
-    )
-
-
-def _check_pin(view: View, pin: Pin, model: str) -> None:
-    for role, name in (("prefill", pin.prefill), ("decode", pin.decode)):
-        if name is None:
-            continue
-        node = view.topology.nodes.get(name)
-        if node is None:
-            problem = f"there is no node {name[:80]!r}"
-        elif role not in node.roles:
-            problem = f"{name} has no {role} role"
-        elif model not in node.models:
-            problem = f"{name} does not serve {model}"
-        else:
-            continue
-        raise RequestError(f"{ROUTE_HEADER}: {problem}", code="invalid_value", param=ROUTE_HEADER)
-
-
-def _no_route(
-    request: RouteRequest, rejected: list[tuple[str, str]], any_prefill: bool, any_decode: bool
-) -> OverloadError:
-    if any_prefill and any_decode:
-        missing = "no two nodes that can hand over to each other"
-    else:
-        missing = " and ".join(
-            name for name, have in (("prefill", any_prefill), ("decode", any_decode)) if not have
-        )
-        missing = f"no node for {missing}"
-    excuses = "; ".join(f"{name}: {why}" for name, why in rejected[:MAX_EXCUSES])
-    return OverloadError(
-        f"{request.work.model}: {missing} at the moment" + (f" ({excuses})" if excuses else ""),
-        code="no_route",
-        retry_after_s=1.0,
+        prefill_load_s=pair.prefill_load.seconds,
+        decode_load_s=pair.decode_load.seconds,
     )

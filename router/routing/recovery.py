@@ -19,6 +19,7 @@ from typing import Literal
 from router.routing import costs
 from router.routing.avoidance import NodeStart, Pair
 from router.routing.costs import Reason, Work
+from router.routing.loading import is_cold
 from router.routing.policy import Route, RouteRequest, choose, may_hand_over, obstacle
 from router.routing.view import NodeView, View
 from wire.errors import MeshError, OverloadError
@@ -214,6 +215,7 @@ def _may_take_over(
         and "decode" in decode.roles
         and request.pin.decode in (None, decode.name)
         and obstacle(decode, request, view) is None
+        and not is_cold(decode, request.work.model)  # the leg waits a few seconds at most
         and may_hand_over(prefill, decode, request)
     )
 

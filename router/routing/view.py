@@ -17,10 +17,15 @@ LinkPhase = Literal["connecting", "up"]
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Work this router sent to one engine that the engine's last ``Load`` cannot contain yet."""
+    """Work this router sent to one engine that the engine's last ``Load`` cannot contain yet.
+
+    ``wanted_at``: when it first asked for the model, on its clock in seconds; None: it did not. A
+    node that did not have it in memory loads it since.
+    """
 
     prefill_tokens: int = 0
     streams: int = 0
+    wanted_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,8 @@ class NodeView:
 
     ``load_at`` is the router's clock at the last ``Load`` (seconds). Maps are by model name, except
     ``links``, by peer node. ``kin`` names what computes alike: nodes of one kin are expected to be
-    equally fast. ``version`` of the mesh wire is 0 without a link.
+    equally fast. ``version`` of the mesh wire is 0 without a link. ``memory_bytes`` is the budget
+    for models, 0 without one, ``memory_used_bytes`` what models take of it.
     """
 
     name: str
@@ -49,6 +55,8 @@ class NodeView:
     engines: Mapping[str, EngineLoad]
     links: Mapping[str, LinkRate]
     pending: Mapping[str, Pending]
+    memory_bytes: int = 0
+    memory_used_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@ concerns, so a snapshot per request stays cheap in a mesh of hundreds of nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from router.routing.prefix_index import PrefixIndex
 from router.routing.speeds import typical_speeds
@@ -37,6 +39,12 @@ class _Facts:
     load: Load | None = None
     load_at: float = 0.0
     reservations: dict[int, Reservation] = field(default_factory=dict)
+    wanted: dict[str, float] = field(default_factory=dict)  # models asked for since the last Load
+
+    def forget_sent(self) -> None:
+        """Nothing that was sent counts any more."""
+        self.reservations.clear()
+        self.wanted.clear()
 
 
 class ViewBuilder:
@@ -74,7 +82,7 @@ class ViewBuilder:
 
         def change(facts: _Facts) -> None:
             facts.hello, facts.load, facts.draining = hello, None, False
-            facts.reservations.clear()
+            facts.forget_sent()
 
         self._change(name, change)
         self.prefixes.forget(name)
@@ -85,7 +93,7 @@ class ViewBuilder:
 
         def change(facts: _Facts) -> None:
             facts.hello, facts.load = None, None
-            facts.reservations.clear()
+            facts.forget_sent()
 
         self._change(name, change)
         self.prefixes.forget(name)
@@ -104,9 +112,28 @@ class ViewBuilder:
             horizon = now - (facts.rtt_ms or 0.0) / 1e3
             for key in [k for k, r in facts.reservations.items() if r.at <= horizon]:
                 del facts.reservations[key]
+            facts.wanted = {model: at for model, at in facts.wanted.items() if at > horizon}
 
         self._change(name, change)
         self._loads_changed = True
+
+    def set_offers(self, name: str, models: list[ModelOffer]) -> None:
+        """The node serves other models than it said before, or elsewhere."""
+
+        def change(facts: _Facts) -> None:
+            if facts.hello is not None:
+                facts.hello = msgspec.structs.replace(facts.hello, models=models)
+
+        self._change(name, change)
+        self._offers_changed = True
+
+    def set_wanted(self, name: str, model: str, now: float) -> None:
+        """The node was asked to have a model in memory."""
+
+        def change(facts: _Facts) -> None:
+            facts.wanted.setdefault(model, now)
+
+        self._change(name, change)
 
     def set_draining(self, name: str) -> None:
         """The node said that it takes no new work."""
@@ -188,16 +215,20 @@ class ViewBuilder:
             offers=offers,
             engines=engines,
             links=links,
-            pending=_sum_by_model(facts.reservations.values()),
+            pending=_sum_by_model(facts),
+            memory_bytes=0 if facts.load is None else facts.load.memory_bytes,
+            memory_used_bytes=0 if facts.load is None else facts.load.memory_used_bytes,
         )
 
 
-def _sum_by_model(reservations: Iterable[Reservation]) -> dict[str, Pending]:
-    totals: dict[str, Pending] = {}
-    for item in reservations:
+def _sum_by_model(facts: _Facts) -> dict[str, Pending]:
+    totals = {model: Pending(wanted_at=at) for model, at in facts.wanted.items()}
+    for item in facts.reservations.values():
         held = totals.get(item.model, Pending())
         totals[item.model] = Pending(
-            held.prefill_tokens + item.prefill_tokens, held.streams + item.streams
+            held.prefill_tokens + item.prefill_tokens,
+            held.streams + item.streams,
+            item.at if held.wanted_at is None else min(held.wanted_at, item.at),
         )
     return totals
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from router.links.node_connection import MAX_BULK_BACKLOG, NodeConnection
-from router.links.node_link import LinkEvents, LinkIdentity, NodeLink, StreamMessage
+from router.links.link_words import LinkEvents, LinkIdentity, StreamMessage
+from router.links.node_link import NodeLink
 from tests.fakes.fake_node import FakeMesh, FakeNode
 from tests.router.router_mesh import make_topology
 from wire.address import Dialer
@@ -89,6 +90,7 @@ def events(heard: Heard) -> LinkEvents:
         load=load,
         cache=cache,
         draining=lambda name: heard.note("draining"),
+        offers=lambda name, models: heard.note("offers", models),
     )
 
 

@@ -27,11 +27,14 @@ from wire.messages import (
     Goodbye,
     Hello,
     Load,
+    Loading,
+    Offers,
     Ping,
     Pong,
     Refused,
     Retarget,
     Step,
+    Warm,
 )
 
 
@@ -61,7 +64,7 @@ class LinkOwner(Protocol):
     def link_rtt(self, name: str, rtt_ms: float) -> None: ...
 
     def link_said(self, name: str, message: Any) -> None:
-        """``Load``, ``CacheDelta``, ``Draining``."""
+        """``Load``, ``CacheDelta``, ``Draining``, ``Offers``."""
 
 
 class SimNodeLink:
@@ -137,6 +140,9 @@ class SimNodeLink:
 
     def retarget(self, message: Retarget) -> bool:
         return self.send(message)
+
+    def warm(self, message: Warm) -> bool:
+        return self.version >= 3 and self.send(message)
 
     def ask(self, number: int, question: Any, done: Callable[[str, Any], None]) -> None:
         """A question with one answer; None when none comes in time."""
@@ -267,7 +273,7 @@ class SimNodeLink:
                 self._ping()
             case Goodbye():
                 self._down()
-            case Load() | CacheDelta() | Draining():
+            case Load() | CacheDelta() | Draining() | Offers():
                 self._owner.link_said(self.name, message)
             case Attached(stream):
                 self._answered(stream, message)
@@ -279,5 +285,5 @@ class SimNodeLink:
                 if isinstance(message, Refused) and self._answered(message.stream, message):
                     return
                 self.unknown_stream_messages += 1
-                if isinstance(message, Accepted):
+                if isinstance(message, (Accepted, Loading)):
                     self.send(Cancel(message.stream), 40)

@@ -27,6 +27,7 @@ from wire.messages import (
     CacheDelta,
     Hello,
     Load,
+    Offers,
 )
 
 
@@ -135,5 +136,7 @@ class SimRouter:
             self.builder.set_load(name, message, self.process.time())
         elif isinstance(message, CacheDelta):
             self.builder.apply_cache(name, message)
+        elif isinstance(message, Offers):
+            self.builder.set_offers(name, message.models)
         else:
             self.builder.set_draining(name)
