@@ -122,8 +122,9 @@ def cold_start(
     import msgspec
     from rich.console import Console
 
-    from popmesh.drill.cold_start.report import ColdStartDrill, write_json
+    from popmesh.drill.cold_start.report import ColdStartDrill
     from popmesh.drill.cold_start.runner import ColdStarts, Config
+    from popmesh.drill.report import write_json
     from popmesh.drill.setup import check_permission, find_model, routers_of
     from popmesh.render.cold_start import cold_start_view
     from popmesh.render.cold_start_page import cold_start_page

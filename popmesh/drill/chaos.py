@@ -13,31 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from popmesh.drill import plan
-from popmesh.drill.check import judge
+from popmesh.drill.crowd import ask_references, calm_wave, keep_asking
 from popmesh.drill.drivers import LocalDriver, RouterDriver
 from popmesh.drill.faults import Fault, Stage
 from popmesh.drill.ledger import Answers, Ledger, outages, problems
 from popmesh.drill.local import LocalMesh
 from popmesh.drill.look import LOOK_S, Lookout
 from popmesh.drill.observation import Observation
-from popmesh.drill.report import SCHEMA, AskRow, Report, Rest
+from popmesh.drill.report import SCHEMA, Report, Rest, ask_row
 from popmesh.drill.statistics import quantiles
 from popmesh.drill.stream import Caller, session
 from popmesh.drill.strikes import Striker
-from popmesh.drill.workload import Ask, make_asks
+from popmesh.drill.workload import make_asks
 from wire.errors import PeerError
 
 ASKS = 32
 """Different requests: few enough to ask them all beforehand, enough to outgrow a small cache."""
-
-REFERENCES_AT_ONCE = 4
-"""Guess: a batch, but no queue."""
-
-CALM_ROUNDS = 2
-"""Answers of each client before the first fault: connections are made, buffers have grown."""
-
-UNLUCKY_PAUSE_S = 0.5
-"""A client whose request was refused asks again, but does not storm."""
 
 RECOVERIES = "popmesh_router_recoveries_total"
 
@@ -123,33 +114,12 @@ class Chaos:
 
     async def _ask_references(self, caller: Caller) -> None:
         self._say(f"Asking {len(self._asks)} requests undisturbed, to compare with.")
-        gate = asyncio.Semaphore(REFERENCES_AT_ONCE)
-
-        async def one(ask: Ask) -> None:
-            async with gate:
-                seen = await caller.ask(ask, ask.number)
-            if not seen.complete:
-                code, message = seen.error or ("peer_failed", "it ended without its end")
-                raise PeerError(f"an undisturbed request failed: {message}", code=code)
-            self._references[ask.number] = seen
-
-        async with asyncio.TaskGroup() as tasks:
-            for ask in self._asks:
-                tasks.create_task(one(ask))
+        self._references = await ask_references(self._asks, caller)
 
     async def _calm_wave(self, caller: Caller) -> None:
-        self._say(f"Asking undisturbed, {self._config.streams} at a time.")
-
-        async def client(number: int) -> None:
-            rng = random.Random(f"calm {self._config.seed} {number}")
-            for _ in range(CALM_ROUNDS):
-                seen = await caller.ask(rng.choice(self._asks), number)
-                verdict = judge(seen, self._references[seen.ask.number], ())
-                self._calm.add(seen, verdict, None)
-
-        async with asyncio.TaskGroup() as tasks:
-            for number in range(self._config.streams):
-                tasks.create_task(client(number))
+        clients, seed = self._config.streams, self._config.seed
+        self._say(f"Asking undisturbed, {clients} at a time.")
+        self._calm = await calm_wave(self._asks, self._references, caller, clients, seed)
 
     # ---- with faults ---------------------------------------------------------------------------
 
@@ -188,13 +158,12 @@ class Chaos:
             await asyncio.sleep(LOOK_S)
 
     async def _client(self, number: int, caller: Caller, lookout: Lookout) -> None:
-        rng = random.Random(f"client {self._config.seed} {number}")
-        while not self._closing:
-            seen = await caller.ask(rng.choice(self._asks), number)
-            seen.attempts = await lookout.attempts(seen.url, seen.request_id)
+        async def answered(seen: Observation) -> None:
+            seen.attempts = len(await lookout.routes(seen.url, seen.request_id))
             self._ledger.over(seen)
-            if not seen.complete:
-                await asyncio.sleep(UNLUCKY_PAUSE_S)
+
+        seed = self._config.seed
+        await keep_asking(number, self._asks, caller, seed, answered, lambda: self._closing)
 
     def _stream_at(self, seen: Observation, stage: Stage) -> None:
         if self._striker is not None and not self._closing:
@@ -236,18 +205,6 @@ class Chaos:
             before=before,
             after=after,
             faults=ledger.faults,
-            asks=[_ask_row(ask, self._references[ask.number]) for ask in self._asks],
+            asks=[ask_row(ask, self._references[ask.number]) for ask in self._asks],
             answers=answers.rows,
         )
-
-
-def _ask_row(ask: Ask, reference: Observation) -> AskRow:
-    return AskRow(
-        number=ask.number,
-        kind=ask.kind,
-        prompt_bytes=len(ask.prompt.encode()),
-        max_tokens=ask.max_tokens,
-        temperature=ask.temperature,
-        ignore_eos=ask.ignore_eos,
-        tokens=reference.completion_tokens or 0,
-    )

@@ -60,7 +60,7 @@ class Lookout:
         meshes = {str(status["mesh"]) for status in statuses.values()}
         if len(meshes) > 1:
             raise ConfigError(f"these routers serve different meshes: {', '.join(sorted(meshes))}")
-        mesh = self._seen(statuses)
+        mesh = self.seen(statuses)
         away = [node.name for node in mesh.nodes if not node.ready and self._model in node.models]
         away += [router.name for router in mesh.routers if not router.ready]
         if away or not mesh.nodes:
@@ -72,18 +72,20 @@ class Lookout:
 
     async def mesh(self) -> MeshSeen:
         """How it is now."""
-        return self._seen(await self._statuses())
+        return self.seen(await self.statuses())
 
-    async def attempts(self, url: str, request_id: str) -> int:
-        """How many attempts an answer took, as its router tells; 0 if it does not."""
+    async def routes(self, url: str, request_id: str) -> list[tuple[str, str]]:
+        """Prefill and decode node of every attempt of an answer, as its router tells; empty if it
+        does not."""
         for client in self.clients:
             if client.url == url and request_id:
                 try:
                     async with asyncio.timeout(ANSWER_S):
-                        return len((await client.record(request_id)).attempts)
+                        record = await client.record(request_id)
                 except (MeshError, TimeoutError):
                     break
-        return 0
+                return [(one.route.prefill, one.route.decode) for one in record.attempts]
+        return []
 
     async def count(self) -> None:
         """Take the routers' counters into ``growth``."""
@@ -94,18 +96,21 @@ class Lookout:
         """Wait until everything is at rest, or has had its time; then what processes hold."""
         deadline = asyncio.get_running_loop().time() + REST_S
         while True:
-            found = busy(await self._statuses(), await self._metrics())
+            found = busy(await self.statuses(), await self._metrics())
             if not found or asyncio.get_running_loop().time() >= deadline:
                 break
             await asyncio.sleep(LOOK_S)
         return Rest(found, self._local.footprints() if self._local is not None else {})
 
-    def _seen(self, statuses: Mapping[str, Mapping[str, Any] | None]) -> MeshSeen:
+    def seen(self, statuses: Mapping[str, Mapping[str, Any] | None]) -> MeshSeen:
+        """The mesh as these statuses have it."""
         starts = self._local.router_pids() if self._local is not None else {}
         self._known = mesh_seen(statuses, starts, self._model, self._known)
         return self._known
 
-    async def _statuses(self) -> dict[str, dict[str, Any] | None]:
+    async def statuses(self) -> dict[str, dict[str, Any] | None]:
+        """``/popmesh/status`` of every router by its URL; None where it does not answer."""
+
         async def ask(client: MeshClient) -> dict[str, Any] | None:
             try:
                 async with asyncio.timeout(ANSWER_S):

@@ -10,7 +10,9 @@ from pathlib import Path
 import msgspec
 
 from popmesh.drill.local import Footprint
+from popmesh.drill.observation import Observation
 from popmesh.drill.statistics import Quantiles
+from popmesh.drill.workload import Ask
 
 SCHEMA = 1
 
@@ -118,6 +120,19 @@ class Report(msgspec.Struct):
     answers: list[StreamRow]
 
 
-def write_json(report: Report, path: Path) -> None:
+def ask_row(ask: Ask, reference: Observation) -> AskRow:
+    """A request with how long its answer is."""
+    return AskRow(
+        number=ask.number,
+        kind=ask.kind,
+        prompt_bytes=len(ask.prompt.encode()),
+        max_tokens=ask.max_tokens,
+        temperature=ask.temperature,
+        ignore_eos=ask.ignore_eos,
+        tokens=reference.completion_tokens or 0,
+    )
+
+
+def write_json(report: msgspec.Struct, path: Path) -> None:
     """Write the document; raises ``OSError``."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")

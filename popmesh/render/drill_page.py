@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
-from popmesh.drill.report import Report
+from popmesh.drill.report import Report, StreamRow
 from popmesh.render.drill import cells, waits
 from popmesh.render.drill_timeline import timeline
 from popmesh.render.page import items, keys, page, table
 
 MAX_ANSWERS_LISTED = 200
 
-_STYLE = """
+TIMELINE_STYLE = """
 .answer.right { fill: var(--right); } .answer.differs { fill: var(--differs); }
 .answer.bad { fill: var(--bad); } .gap { fill: var(--gap); } .gap.hit { fill: var(--hit); }
 .fault { fill: var(--fault); fill-opacity: .35; } .fault.bad { fill: var(--bad); }
@@ -20,7 +21,7 @@ _STYLE = """
 .key { display: inline-block; width: 14px; height: 10px; margin: 0 4px 0 14px; }
 """
 
-_KEYS = (
+KEYS = (
     ("--right", "answer as it should be"),
     ("--gap", "wait of a quarter second or more"),
     ("--hit", "pause by a fault"),
@@ -44,12 +45,13 @@ def drill_page(report: Report) -> str:
         f"Undisturbed: {calm}. Answers have to be exact: {'yes' if report.exact else 'no'}.",
         f"Recoveries: {recovered or 'none counted'}. Resumed by clients: {report.resumed}.",
     ]
+    drawn = timeline(report.faults, report.answers, report.duration_s)
     body = [
         f"<h1>Chaos drill of {escape(report.mesh)}: <span class={kind}>{word}</span></h1>",
         *(f"<p>{escape(fact)}</p>" for fact in facts),
         *items(report.problems, "failed"),
         "<h2>Timeline</h2>",
-        f'<p class="soft">{keys(_KEYS)}</p><div class="wide">{timeline(report)}</div>',
+        f'<p class="soft">{keys(KEYS)}</p><div class="wide">{drawn}</div>',
         "<h2>Waits</h2>",
         '<p class="soft">Seconds, at the client. Quantiles by nearest rank. A pause is the longest '
         "wait of an answer that was hit, while a fault was there.</p>",
@@ -63,9 +65,9 @@ def drill_page(report: Report) -> str:
         "<h2>At rest, before and after</h2>",
         _rest(report),
         "<h2>Answers that were not right</h2>",
-        _answers(report),
+        answers_listed(report.answers),
     ]
-    return page(f"Chaos drill of {report.mesh}: {word}", _STYLE, body)
+    return page(f"Chaos drill of {report.mesh}: {word}", TIMELINE_STYLE, body)
 
 
 def _faults(report: Report) -> str:
@@ -109,8 +111,9 @@ def _rest(report: Report) -> str:
     return text + table(head, rows, numbers=range(1, 7))
 
 
-def _answers(report: Report) -> str:
-    bad = [row for row in report.answers if row.verdict != "right"]
+def answers_listed(answers: Sequence[StreamRow]) -> str:
+    """Those that were not right, as a table."""
+    bad = [row for row in answers if row.verdict != "right"]
     if not bad:
         return "<p>None.</p>"
     rows = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 from popmesh.drill.check import FAILURES
-from popmesh.drill.report import FaultRow, Report, StreamRow
+from popmesh.drill.report import FaultRow, StreamRow
 
 ROW_PX, BAR_PX, BAND_PX, LABEL_PX, FOOT_PX = 18, 12, 34, 64, 24
 
@@ -43,26 +44,26 @@ class _Scale:
         return f'class="{kind}" x="{self.x(start_s)}" y="{y}" width="{width}" height="{height}"'
 
 
-def timeline(report: Report) -> str:
+def timeline(faults: Sequence[FaultRow], answers: Sequence[StreamRow], duration_s: float) -> str:
     """SVG text; colours are the page's, by class."""
-    starts = [row.at_s for row in report.faults] + [row.started_s for row in report.answers]
+    starts = [row.at_s for row in faults] + [row.started_s for row in answers]
     begin_s = min(starts, default=0.0)
-    span_s = max(report.duration_s - begin_s, 1.0)
+    span_s = max(duration_s - begin_s, 1.0)
     scale = _Scale(
         begin_s,
         begin_s + span_s,
         min(max(MIN_WIDTH_PX / span_s, MIN_PX_PER_S), MAX_PX_PER_S),
-        max((row.client for row in report.answers), default=0) + 1,
+        max((row.client for row in answers), default=0) + 1,
     )
     parts = [
         f'<svg role="img" aria-label="Timeline of answers and faults" width="{scale.width}" '
         f'height="{scale.height}" viewBox="0 0 {scale.width} {scale.height}">',
         *_axes(scale),
     ]
-    for fault in report.faults:
+    for fault in faults:
         if fault.done:
             parts += _fault(fault, scale)
-    for row in report.answers:
+    for row in answers:
         parts += _answer(row, scale)
     return "\n".join([*parts, "</svg>"])
 

@@ -19,8 +19,9 @@ from rich.console import Console
 
 from popmesh.cli import main
 from popmesh.drill.cold_start import runner
-from popmesh.drill.cold_start.report import ColdStartDrill, Regression, write_json
+from popmesh.drill.cold_start.report import ColdStartDrill, Regression
 from popmesh.drill.cold_start.runner import ColdStarts, Config
+from popmesh.drill.report import write_json
 from popmesh.render.cold_start import BAR_CELLS, bar, cold_start_view
 from popmesh.render.cold_start_page import cold_start_page
 from tests.popmesh.cold_start_world import answer, drill_of, failure, runs_of

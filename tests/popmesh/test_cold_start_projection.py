@@ -19,7 +19,7 @@ from popmesh.drill.cold_start.projection import (
     parse_shapes,
     project,
 )
-from popmesh.drill.cold_start.report import write_json
+from popmesh.drill.report import write_json
 from tests.popmesh.cold_start_world import drill_of, runs_of
 from wire.errors import ConfigError
 

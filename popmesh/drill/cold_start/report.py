@@ -7,8 +7,6 @@ Times of a run are seconds since the model's new process was started, see
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 
 from pop_node.drills.report import Cold, ColdStartReport, Phase, Source
@@ -100,11 +98,6 @@ class ColdStartDrill(msgspec.Struct, rename={"source": "from"}):
     regressions: list[Regression]
     threshold: str
     runs: list[Run]
-
-
-def write_json(report: ColdStartDrill, path: Path) -> None:
-    """Write the document; raises ``OSError``."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
 
 
 def make_run(number: int, said: RouterSaid) -> Run:
