@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class CudaArena:
         self._streams = [cuda.Stream(device) for _ in range(workers)]
         self._copied = [[cuda.Event() for _ in range(TURNS)] for _ in range(workers)]
         self._turns = [0] * workers
+
+    def prepare(self, stop: threading.Event) -> None:
+        """Page-locked buffers are touched already."""
 
     def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
         """The worker's next buffer, once what it held is on the device."""

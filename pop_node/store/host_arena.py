@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import threading
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,13 @@ HUGE_PAGE_BYTES = 2 * 1024 * 1024
 """x86-64 and arm64 with 4 KiB pages. First touch of memory in such pages costs a fraction of what
 it costs in small ones, and the first touch is most of what a load spends beside the drive."""
 
+PREPARE_BYTES = 16 * HUGE_PAGE_BYTES
+"""Touched at a time: 2 ms of one processor, after which ``stop`` is looked at."""
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14, asm-generic/mman-common.h
+
+_LIBC = ctypes.CDLL(None)
+
 
 class HostArena:
     """See ``loader.Arena``. The memory lives as long as an array or tensor that views it."""
@@ -27,8 +36,21 @@ class HostArena:
         """Raises ``ConfigError`` if there is no room for it."""
         self.memory = aligned_memory(plan.arena_bytes)
         self._view = self.memory.data
+        # The first reads touch their own memory before ``prepare`` could.
+        self._prepare_from = workers * chunk_bytes
         moved = any(chunk.in_place is None for chunk in plan.chunks)
         self._buffers = [aligned_memory(chunk_bytes) for _ in range(workers if moved else 0)]
+
+    def prepare(self, stop: threading.Event) -> None:
+        """Touch the memory ahead of the reads: a read that does it itself keeps the drive waiting.
+
+        Measured: 3.37 GB/s without, 3.66 with, where 16 readers without any checking get 3.61.
+        """
+        base, end = self.memory.ctypes.data, len(self.memory)
+        for start in range(self._prepare_from, end, PREPARE_BYTES):
+            length = min(PREPARE_BYTES, end - start)
+            if stop.is_set() or not _populate(base + start, length):
+                return
 
     def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
         """Where ``worker`` is to read ``chunk`` to: its last place or the worker's own buffer."""
@@ -68,3 +90,10 @@ def aligned_memory(nbytes: int) -> NDArray[Any]:
     everything = np.frombuffer(mapping, np.uint8)
     start = -everything.ctypes.data % HUGE_PAGE_BYTES
     return everything[start : start + nbytes]
+
+
+def _populate(address: int, nbytes: int) -> bool:
+    """Have pages from ``address`` on writable, with what is in them; False where that fails, and
+    first use will say why. Through ctypes, which unlike ``mmap`` lets other threads run."""
+    at, length = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
+    return bool(_LIBC.madvise(at, length, _MADV_POPULATE_WRITE) == 0)

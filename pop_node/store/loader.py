@@ -34,6 +34,9 @@ class Arena(Protocol):
 
     phase: str
 
+    def prepare(self, stop: threading.Event) -> None:
+        """Runs beside the workers in a thread of its own; ends soon after ``stop`` is set."""
+
     def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
         """Where to read the chunk to: ``chunk.nbytes``, aligned for direct reads."""
 
@@ -93,8 +96,9 @@ def load_chunks(
             raise
 
     with DirectFile(directory / manifest.data.name) as file:
-        with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
-            futures = [pool.submit(work, worker) for worker in range(workers)]
+        with ThreadPoolExecutor(workers + 1, thread_name_prefix="load") as pool:
+            futures = [pool.submit(arena.prepare, stop)]
+            futures += [pool.submit(work, worker) for worker in range(workers)]
             try:
                 for future in futures:
                     future.result()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 from tiny_models import tensors, write_huggingface
@@ -20,10 +21,10 @@ from tiny_models import tensors, write_huggingface
 from kernels.ops import load_ops
 from pop_node.models import registry
 from pop_node.models.registry import load, load_model, load_weights
-from pop_node.store import layout
+from pop_node.store import host_arena, layout
 from pop_node.store.holding import Hold
-from pop_node.store.host_arena import HUGE_PAGE_BYTES, HostArena, aligned_memory
-from pop_node.store.load_plan import plan_load
+from pop_node.store.host_arena import HUGE_PAGE_BYTES, PREPARE_BYTES, HostArena, aligned_memory
+from pop_node.store.load_plan import LoadPlan, plan_load
 from pop_node.store.loader import load_chunks
 from pop_node.store.store import Bundle, Store
 from wire.errors import ConfigError
@@ -261,6 +262,32 @@ def test_what_a_load_touches_is_the_model_and_the_pool(
     buffer = bundle.manifest.data.chunk_bytes + HUGE_PAGE_BYTES
     assert sorted(sizes) == sorted([4096, arena, *[buffer] * registry.READERS])
     gc.collect()
+
+
+def test_memory_is_touched_ahead_of_the_reads_and_keeps_what_is_in_it() -> None:
+    plan = LoadPlan(8 * HUGE_PAGE_BYTES, [], [])
+    arena = HostArena(plan, 2, HUGE_PAGE_BYTES)  # the first two chunks are left to the workers
+    arena.memory[-1] = 7
+    process = psutil.Process()
+    before = process.memory_info().rss
+    arena.prepare(threading.Event())
+    # The last huge page may have been touched above; the process may give back a little.
+    assert process.memory_info().rss - before > 4 * HUGE_PAGE_BYTES
+    assert arena.memory[-1] == 7
+
+
+def test_touching_ends_with_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, touched = threading.Event(), []
+
+    def populate(address: int, nbytes: int) -> bool:
+        touched.append(nbytes)
+        stop.set()
+        return True
+
+    monkeypatch.setattr(host_arena, "_populate", populate)
+    arena = HostArena(LoadPlan(4 * PREPARE_BYTES, [], []), 1, 4096)
+    arena.prepare(stop)
+    assert touched == [PREPARE_BYTES]
 
 
 # ---- in use ------------------------------------------------------------------------------------
