@@ -1,26 +1,63 @@
-"""``POST /popmesh/drill``: ask a node to harm itself, see ``pop_node.drills.drills``.
+"""``POST /popmesh/drill``: ask a node to harm itself, or to rehearse a cold start.
 
-The router only passes the question on; whether to comply is the node's business.
+Harm is the node's business (``pop_node.drills.drills``): the router passes the question on. A cold
+start (``pop_node.drills.cold_start``) is safe on any mesh, since the router sees to it that
+somebody else can answer meanwhile; it is answered with the node's report, and with when this router
+would have sent requests there again.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import asyncio
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from router.dispatch import Dispatch
-from wire.errors import PeerError, RequestError
-from wire.messages import DRILL_FAULTS, MAX_FREEZE_MS, Drill, DrillStarted
+from router.links.node_link import NodeLink
+from router.routing.costs import Work
+from router.routing.policy import RouteRequest, obstacle
+from wire.errors import MeshError, PeerError, RequestError
+from wire.messages import (
+    COLD_START,
+    DRILL_FAULTS,
+    LOSE_AGENT,
+    MAX_AWAY_MS,
+    MAX_FREEZE_MS,
+    Drill,
+    DrillReport,
+    DrillStarted,
+)
+
+FREEZE_S = 10.0
+"""Length of a freeze, or of an absence, that does not say how long."""
+
+COLD_START_S = 600.0
+"""Longest cold start that does not say how long it may take; a node waits as long for an engine."""
+
+MAX_COLD_START_S = 3600.0
+
+LOOK_S = 0.005
+"""Between two looks at the view: how exactly it is known when the router saw the node ready."""
+
+SEEN_S = 5.0
+"""Longest wait for the view once the node has reported: loads are pushed once a second."""
 
 
 class DrillBody(msgspec.Struct, forbid_unknown_fields=True):
-    """What an operator sends; ``model`` may be left out on nodes with one."""
+    """What an operator sends; ``model`` may be left out on nodes with one.
+
+    ``options`` and ``alone`` are for cold starts: how to hold it, see
+    ``pop_node.drills.report.Options``, and that it may be held though nobody else could answer.
+    """
 
     node: str
     fault: str
     model: str = ""
-    duration_s: Annotated[float, msgspec.Meta(gt=0.0, le=MAX_FREEZE_MS / 1e3)] = 10.0
+    duration_s: float | None = None
+    options: dict[str, Any] = {}
+    alone: bool = False
 
 
 def parse_drill(data: bytes) -> DrillBody:
@@ -32,36 +69,156 @@ def parse_drill(data: bytes) -> DrillBody:
             f'{exc}; send {{"node": NAME, "fault": FAULT, "model": NAME, "duration_s": SECONDS}}',
             code="invalid_value",
         ) from exc
-    if body.fault not in DRILL_FAULTS:
+    if body.fault not in (*DRILL_FAULTS, COLD_START):
         raise RequestError(
-            f"no fault is called {body.fault[:64]!r}; one of {', '.join(DRILL_FAULTS)}",
+            f"no fault is called {body.fault[:64]!r}; one of "
+            f"{', '.join((*DRILL_FAULTS, COLD_START))}",
             code="invalid_value",
             param="fault",
+        )
+    longest_s = _longest_s(body.fault)
+    if body.duration_s is not None and not 0 < body.duration_s <= longest_s:
+        raise RequestError(
+            f"duration_s of {body.fault} is more than 0 and at most {longest_s:g}, not "
+            f"{body.duration_s:g}",
+            code="invalid_value",
+            param="duration_s",
         )
     return body
 
 
-async def start_drill(dispatch: Dispatch, data: bytes) -> None:
-    """Returns once the node says that it begins.
+def _longest_s(fault: str) -> float:
+    if fault == COLD_START:
+        return MAX_COLD_START_S
+    return (MAX_AWAY_MS if fault == LOSE_AGENT else MAX_FREEZE_MS) / 1e3
+
+
+async def hold_drill(dispatch: Dispatch, data: bytes) -> dict[str, Any] | None:
+    """Returns once the node says that harm begins (None), or how its cold start went.
 
     Raises ``RequestError`` (``not_found``, ``invalid_value``, ``drill_refused``) or ``PeerError``
-    when the node cannot be asked.
+    when the node cannot be asked or could not do it.
     """
     body = parse_drill(data)
-    name = body.node
     nodes = dispatch.builder.snapshot().nodes
-    link = dispatch.pool.get(name)
+    link = dispatch.pool.get(body.node)
     if link is None:
         raise RequestError(
-            f"this router is linked to no node called {name[:64]!r}; "
+            f"this router is linked to no node called {body.node[:64]!r}; "
             f"known: {', '.join(nodes) or 'none'}",
             code="not_found",
             param="node",
         )
+    if body.fault == COLD_START:
+        return await _cold_start(dispatch, link, body)
     number = dispatch.next_stream()
-    duration_ms = max(1, round(body.duration_s * 1e3))
+    duration_ms = max(1, round((body.duration_s or FREEZE_S) * 1e3))
     answer = await link.ask(number, Drill(number, body.fault, body.model, duration_ms))
     if not isinstance(answer, DrillStarted):
-        raise PeerError(f"{name} answers a drill with {answer}", code="protocol_error")
+        raise _protocol_error(link, answer)
     if answer.error:
-        raise RequestError(f"{name}: {answer.error[:500]}", code="drill_refused")
+        raise _refused(link, answer.error)
+    return None
+
+
+async def _cold_start(dispatch: Dispatch, link: NodeLink, body: DrillBody) -> dict[str, Any]:
+    name, model = link.node.name, _model(dispatch, link.node.name, body.model)
+    if not body.alone:
+        _check_others(dispatch, name, model)
+    number = dispatch.next_stream()
+    longest_s = body.duration_s or COLD_START_S
+    options = msgspec.json.encode(body.options).decode()
+    question = Drill(number, COLD_START, model, max(1, round(longest_s * 1e3)), options)
+    loop = asyncio.get_running_loop()
+    asked_at = loop.time()
+    seen = _Seen()
+    looking = asyncio.create_task(_look(dispatch, name, model, seen))
+    try:
+        answer = await link.ask(number, question, longest_s + SEEN_S)
+        reported_at = loop.time()
+        if isinstance(answer, DrillStarted):
+            raise _refused(link, answer.error)
+        if not isinstance(answer, DrillReport):
+            raise _protocol_error(link, answer)
+        if answer.error:
+            raise PeerError(f"{name}: {answer.error[:2000]}", code="drill_failed", retryable=False)
+        report: dict[str, Any] = msgspec.json.decode(answer.report)
+        await asyncio.wait((looking,), timeout=SEEN_S)
+    finally:
+        looking.cancel()
+    # The report left the node ``total_s`` after the start, half a round trip ago.
+    offset_s = reported_at - report["total_s"] - (link.rtt_ms or 0.0) / 2e3
+    report["seen_ready_s"] = None if seen.ready_at is None else seen.ready_at - offset_s
+    report["wall_s"] = loop.time() - asked_at
+    return report
+
+
+@dataclass(slots=True)
+class _Seen:
+    """When the router's view had the model away, and then ready for requests again."""
+
+    away_at: float | None = None
+    ready_at: float | None = None
+
+
+async def _look(dispatch: Dispatch, name: str, model: str, seen: _Seen) -> None:
+    """Watch the view until the model was away and is back."""
+    loop = asyncio.get_running_loop()
+    while seen.ready_at is None:
+        ready = _is_ready(dispatch, name, model)
+        if not ready and seen.away_at is None:
+            seen.away_at = loop.time()
+        elif ready and seen.away_at is not None:
+            seen.ready_at = loop.time()
+        await asyncio.sleep(LOOK_S)
+
+
+def _is_ready(dispatch: Dispatch, name: str, model: str) -> bool:
+    """Would this router send a request for the model there now, and get it answered at once?"""
+    view = dispatch.builder.snapshot()
+    node = view.nodes.get(name)
+    engine = None if node is None else node.engines.get(model)
+    if node is None or engine is None or not engine.ready:
+        return False
+    return obstacle(node, RouteRequest(_small(model), view.position()), view) is None
+
+
+def _small(model: str) -> Work:
+    return Work(model, prompt_tokens=1, output_tokens=1, cached={})
+
+
+def _model(dispatch: Dispatch, name: str, model: str) -> str:
+    """The model meant; raises ``RequestError``."""
+    node = dispatch.builder.snapshot().nodes.get(name)
+    served = list(node.offers) if node is not None else []
+    if model in served or (not served and model):
+        return model
+    if not model and len(served) == 1:
+        return served[0]
+    raise RequestError(
+        f"{name} serves {', '.join(served) or 'nothing now'}; name one of them as model",
+        code="invalid_value",
+        param="model",
+    )
+
+
+def _check_others(dispatch: Dispatch, name: str, model: str) -> None:
+    """Could the rest of the mesh answer? Raises ``RequestError`` if not."""
+    view = dispatch.builder.snapshot()
+    request = RouteRequest(_small(model), view.position(), avoid_nodes=frozenset((name,)))
+    try:
+        dispatch.choose(request)
+    except MeshError as exc:
+        raise RequestError(
+            f"without {name} nobody could answer for {model}: {exc.message}; say alone if that "
+            "does not matter",
+            code="drill_refused",
+        ) from exc
+
+
+def _refused(link: NodeLink, error: str) -> RequestError:
+    return RequestError(f"{link.node.name}: {error[:500]}", code="drill_refused")
+
+
+def _protocol_error(link: NodeLink, answer: object) -> PeerError:
+    return PeerError(f"{link.node.name} answers a drill with {answer}", code="protocol_error")

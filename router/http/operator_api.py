@@ -13,7 +13,7 @@ from registry.watcher import Watcher
 from router.dispatch import Dispatch
 from router.http.auth import Authenticator
 from router.http.completions import ModelApi, peer_of
-from router.http.drill import start_drill
+from router.http.drill import hold_drill
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
 from router.request.record import RequestRecord
 from router.routing.costs import Work
@@ -107,9 +107,12 @@ class OperatorApi:
         )
 
     async def drill(self, request: web.Request) -> web.Response:
-        """``POST /popmesh/drill``: have a node harm itself; 202 once it begins."""
+        """``POST /popmesh/drill``: have a node harm itself, 202 once it begins; or rehearse a cold
+        start, 200 with the report once it is over."""
         self._operator(request)
-        await start_drill(self._dispatch, await self._models.read_body(request))
+        report = await hold_drill(self._dispatch, await self._models.read_body(request))
+        if report is not None:
+            return _json(report)
         return web.json_response({"started": True}, status=202)
 
     async def request_record(self, request: web.Request) -> web.Response:

@@ -149,7 +149,8 @@ class Spoken:
 @dataclass(slots=True)
 class FakeNode:
     """One fake node. ``go`` gates every token; ``submits``, ``cancels``, ``retargets``, ``drills``
-    and ``attaches`` are what routers said; ``drill_error`` is what it answers to a drill.
+    and ``attaches`` are what routers said; ``drill_error`` is what it answers to a drill;
+    ``cold_start`` is called then.
 
     ``rtt_s`` is how long a ping takes, as if the node were that far away; ``padding`` adds that
     many bytes to every token's text. ``max_version`` is the newest of the wire that it knows.
@@ -177,6 +178,7 @@ class FakeNode:
     retargets: list[Retarget] = field(default_factory=list)
     drills: list[Drill] = field(default_factory=list)
     drill_error: str = ""
+    cold_start: Callable[[Drill], None] | None = None
     attaches: list[Attach] = field(default_factory=list)
     answers: dict[tuple[str, str], Spoken] = field(default_factory=dict)
     max_version: int = MAX_VERSION
@@ -353,6 +355,8 @@ class _Connection(asyncio.Protocol):
             case Drill():
                 self.node.drills.append(message)
                 self.say(DrillStarted(message.number, self.node.drill_error))
+                if self.node.cold_start is not None and not self.node.drill_error:
+                    self.node.cold_start(message)
             case Attach():
                 self.node.attaches.append(message)
                 self.say(self._attached(message))
