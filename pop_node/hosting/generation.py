@@ -81,6 +81,7 @@ class Generation:
         self.ready: engine.Ready | None = None
         self.spec: KvSpec | None = None
         self.kv_address = ""
+        self._is_starving = False
 
     async def open_doors(self, ready: engine.Ready, kv_port: int) -> int | None:
         """The engine has produced a token: take KV streams from now on, at ``kv_port`` or, if that
@@ -97,6 +98,13 @@ class Generation:
             self.kv_address = format_address(host, port)
             self.ready = ready
             return port
+
+    def step_done(self, step: engine.StepDone) -> None:
+        """The engine said how things stand: transfers may have to give blocks back."""
+        is_starving = step.waiting > 0 and step.running == 0
+        if is_starving != self._is_starving:
+            self._is_starving = is_starving
+            self.endpoint.starving(is_starving)
 
     def engine_died(self) -> None:
         """Tell the peers of all transfers at once; ``close`` follows."""

@@ -248,6 +248,7 @@ class ModelHost:
         match message:
             case engine.StepDone():
                 self._legs.step_done(message)
+                generation.step_done(message)
                 if self.facts.step_done(message):
                     self._on_load_changed()
             case engine.Allocated() | engine.Declined() | engine.PrefillDone() | engine.Ended():

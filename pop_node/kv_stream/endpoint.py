@@ -245,6 +245,10 @@ class KvEndpoint:
         """The engine holds blocks for everything; tokens [0, have_tokens) are cached there."""
         self._to_receiver(ev.Allocated(transfer, have_tokens))
 
+    def starving(self, is_starving: bool) -> None:
+        """Whether the engine computes nothing while sequences wait for blocks."""
+        self._to_receiver(ev.Starving(is_starving))
+
     def imported(self, transfer: bytes, slot: int) -> None:
         """The engine answered ``on_import``: it reads the slot no more."""
         self._to_receiver(ev.Imported(slot))

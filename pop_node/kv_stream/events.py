@@ -323,6 +323,13 @@ class ConnLost:
     is_silent: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Starving:
+    """Whether the engine computes nothing while sequences wait for blocks."""
+
+    is_starving: bool
+
+
 ReceiverEvent = (
     Expected
     | Allocated
@@ -335,6 +342,7 @@ ReceiverEvent = (
     | ConnLost
     | Cancelled
     | EngineLost
+    | Starving
     | Tick
 )
 

@@ -105,6 +105,11 @@ class Incoming:
         return min(self.coverage.contiguous(self.have_tokens))
 
     @property
+    def is_idle(self) -> bool:
+        """The engine holds blocks for it, and nothing has come over this link."""
+        return self.have_tokens is not None and self.ids is None and self.bytes_seen == 0
+
+    @property
     def is_whole(self) -> bool:
         """The ``Commit`` is here, every piece that it needs too, and the engine has them all."""
         if self.ids is None or self.have_tokens is None or self.landing or self.importing:

@@ -13,7 +13,8 @@ the meantime is answered with ``Done``.
 Who waits for what: the machine itself bounds how long an ``Open`` is parked, the wait for the
 ``Open`` (the first, or again), the import of a piece, and the pieces that are missing after the
 ``Commit``. A prefill node that queues or computes is waited for as long as its connection answers
-pings (the shell reports ``ConnLost`` when it does not), and never past the request's deadline.
+pings (the shell reports ``ConnLost`` when it does not), and never past the request's deadline;
+``starvation`` is the exception.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pop_node.kv_stream.grants import Grants
 from pop_node.kv_stream.incoming import Incoming, Landed, ReceiverCounts
 from pop_node.kv_stream.landing import Importing, Landing, Receiving
 from pop_node.kv_stream.parking import PARK_S, Parked, Parking
+from pop_node.kv_stream.starvation import Starvation
 from wire.errors import MeshError, PeerError, TransferError, error_from_code
 
 
@@ -49,6 +51,7 @@ class Receiver:
         self._parking = Parking()
         self._grants = Grants(self.pool, slot_bytes, self._incoming)
         self._landing = Landing(self.pool)
+        self._starvation = Starvation()
         self._rtt_s: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -70,9 +73,10 @@ class Receiver:
 
     def next_deadline(self) -> float | None:
         """When ``Tick`` is due; None when nothing waits."""
-        waits = [self._deadline(t) for t in self._incoming.values()]
-        parked_until = self._parking.next_deadline()
-        return min(waits if parked_until is None else [*waits, parked_until], default=None)
+        incoming = self._incoming.values()
+        others = self._parking.next_deadline(), self._starvation.deadline(incoming)
+        waits = [self._deadline(t) for t in incoming]
+        return min([*waits, *(at for at in others if at is not None)], default=None)
 
     def handle(self, event: ev.ReceiverEvent, now: float) -> list[ev.ReceiverEffect]:
         """Advance by one event.
@@ -114,6 +118,9 @@ class Receiver:
                 return self._conn_lost(event, now)
             case ev.EngineLost(model):
                 return self._engine_lost(model, now)
+            case ev.Starving(is_starving):
+                self._starvation.told(is_starving, now)
+                return []
             case ev.Tick():
                 return self._tick(now)
 
@@ -346,6 +353,9 @@ class Receiver:
                 if incoming.conn is None:
                     what = "nobody resumed the KV transfer" if incoming.grants else "no Open came"
                 ends.append((incoming, timed_out(f"{what} ({incoming.expected.peer})")))
+        if not ends and (victim := self._starvation.take_victim(self._incoming.values(), now)):
+            text = f"others wait for its blocks, and {victim.expected.peer} has sent nothing"
+            ends.append((victim, timed_out(text)))
         return effects + self._end_all(ends, now)
 
     def _end_all(

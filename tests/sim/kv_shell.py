@@ -143,6 +143,9 @@ class SimKvEndpoint:
     def allocated(self, transfer: bytes, have_tokens: int) -> None:
         self.to_receiver(ev.Allocated(transfer, have_tokens))
 
+    def starving(self, is_starving: bool) -> None:
+        self.to_receiver(ev.Starving(is_starving))
+
     def imported(self, transfer: bytes, slot: int) -> None:
         self.to_receiver(ev.Imported(slot))
 

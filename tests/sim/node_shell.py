@@ -90,6 +90,7 @@ class SimGeneration(Generation):
         self._on_transfer = node.legs.transfer_event
         self.ready = None
         self.spec = fake.SPEC
+        self._is_starving = False
         self.staging = SimStaging(shape.engine.layout)
         hello = frames.Hello(
             frames.MIN_VERSION,
@@ -318,6 +319,7 @@ class SimNode:
         match message:
             case em.StepDone():
                 self.legs.step_done(message)
+                generation.step_done(message)
                 if self.facts.step_done(message):
                     self._load_changed()
             case em.Allocated() | em.Declined() | em.PrefillDone() | em.Ended():
