@@ -116,9 +116,8 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
 
     Raises ``ConfigError`` naming the file, chunk or tensor that differs.
     """
-    read_texts(path, manifest)
     data, weights = manifest.data, path / manifest.data.name
-    total = data.nbytes + sum(entry.nbytes for entry in manifest.tensors)
+    total = data.nbytes + _tensor_bytes(manifest)
     done = 0
     try:
         if weights.stat().st_size != data.nbytes:
@@ -128,6 +127,19 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
                 raise ConfigError(f"chunk {index} does not match its digest", where=str(weights))
             done += data.span(index)[1]
             progress("verify", done, total)
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc}", where=str(weights)) from exc
+    check_model(path, manifest, lambda phase, more, _: progress(phase, done + more, total))
+
+
+def check_model(path: Path, manifest: Manifest, progress: Progress) -> None:
+    """Of a bundle whose chunks match their digests: it is the model that it claims to be.
+
+    Reads every tensor and text file, phase ``verify``. Raises ``ConfigError`` naming what differs.
+    """
+    weights = path / manifest.data.name
+    total, done = _tensor_bytes(manifest), 0
+    try:
         for entry in manifest.tensors:
             whole = blake3()
             for rows in read_rows(weights, entry, manifest.stripes):
@@ -139,6 +151,10 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
     except OSError as exc:
         raise ConfigError(f"cannot be read: {exc}", where=str(weights)) from exc
     check_claims(path, manifest)
+
+
+def _tensor_bytes(manifest: Manifest) -> int:
+    return sum(entry.nbytes for entry in manifest.tensors)
 
 
 def _with_dtype(config: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
