@@ -26,6 +26,7 @@ from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import LoadPlan, plan_load
 from pop_node.store.loader import READERS, LoadReport, Phase, load_chunks
 from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pop_node.store.partial import published_as
 from wire.errors import ConfigError
 
 Model = Llama
@@ -99,11 +100,21 @@ def load(directory: Path, dtype: str, ops: Ops) -> Loaded:
     safetensors, sharded or not.
 
     Of a bundle every byte is verified before it is used. Its tensors are views of one allocation,
-    and it stays held.
+    and it stays held. One that is still arriving is loaded meanwhile, wherever it goes.
 
     Raises:
         ConfigError: a file is missing, damaged, not safetensors or not supported.
     """
+    try:
+        return _load(directory, dtype, ops)
+    except ConfigError:
+        published = published_as(directory)
+        if published is None:
+            raise
+        return _load(published, dtype, ops)  # it was completed just then; that happens only once
+
+
+def _load(directory: Path, dtype: str, ops: Ops) -> Loaded:
     if not (directory / MANIFEST_FILE).exists():
         config = _read_json(directory / CONFIG_FILE)
         return Loaded(build_model(config, read_weights(directory), dtype, ops))

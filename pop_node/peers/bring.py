@@ -129,18 +129,16 @@ class Bring:
                 return manifest
             self._survey.refresh(self._peers())
             self._survey.wait(FIRST_ANSWERS_S)
-            while True:
+            brought = None
+            while brought is None:
                 self._check_stop()
                 offer = self._offer()
                 if offer is not None:
-                    manifest = self._from_peers(offer)
-                    if manifest is not None:
-                        break
+                    brought = self._from_peers(offer)
                 elif not self._wait_for_others():
-                    manifest = self._from_origin()
-                    break
+                    brought = self._from_origin()
             self._tell(phase="done")
-            return manifest
+            return brought
         finally:
             self._survey.close()
 

@@ -14,16 +14,16 @@ from wire.errors import ConfigError
 
 
 class DirectFile:
-    """A file open for reading; ``direct`` is false where the file system refuses that.
+    """A file open for reading; ``direct`` is false if not asked for or refused.
 
     ``read`` may be called from several threads at once.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, direct: bool = True) -> None:
         """Raises ``ConfigError`` if the file cannot be opened."""
         self._path = path
         try:
-            self._fd, self.direct = _open(path)
+            self._fd, self.direct = _open(path) if direct else (_open_cached(path), False)
         except OSError as exc:
             raise ConfigError(f"cannot be opened: {exc}", where=str(path)) from exc
 
@@ -65,7 +65,7 @@ def _open(path: Path) -> tuple[int, bool]:
     except OSError as exc:
         if exc.errno != errno.EINVAL:
             raise
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+        return _open_cached(path), False
     try:
         with mmap.mmap(-1, ALIGNMENT) as page:
             os.preadv(fd, [page], 0)
@@ -73,5 +73,9 @@ def _open(path: Path) -> tuple[int, bool]:
         os.close(fd)
         if exc.errno != errno.EINVAL:
             raise
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+        return _open_cached(path), False
     return fd, True
+
+
+def _open_cached(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

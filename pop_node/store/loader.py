@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from blake3 import blake3
 
+from pop_node.store.arrivals import Arrivals
 from pop_node.store.direct_file import DirectFile
 from pop_node.store.load_plan import ChunkPlan, LoadPlan
 from pop_node.store.manifest import Manifest
@@ -74,14 +75,17 @@ def load_chunks(
 ) -> LoadReport:
     """Bring all chunks of ``plan`` into ``arena``, none of them unverified.
 
-    Raises ``ConfigError`` at the first chunk that cannot be read or does not match its digest; no
-    thread and no file is left behind, and the arena must not be used.
+    Of a bundle that is still arriving, chunks are loaded as they come, and this returns when its
+    tensors were checked too. Raises ``ConfigError`` at the first chunk that cannot be read, does
+    not match its digest or does not come; no thread and no file is left behind, and the arena must
+    not be used.
     """
     began = time.monotonic()
     clock = _Clock()
-    todo = iter(plan.chunks)
     drawing = threading.Lock()
     stop = threading.Event()
+    arrivals = Arrivals.of(directory, manifest)
+    todo = iter(plan.chunks) if arrivals is None else arrivals.as_they_come(plan.chunks, stop)
 
     def work(worker: int) -> None:
         try:
@@ -95,7 +99,9 @@ def load_chunks(
             stop.set()  # the others need not finish
             raise
 
-    with DirectFile(directory / manifest.data.name) as file:
+    # What has just arrived is in the page cache: a direct read would first write it to the drive.
+    direct = arrivals is None
+    with arrivals or nullcontext(), DirectFile(directory / manifest.data.name, direct) as file:
         with ThreadPoolExecutor(workers + 1, thread_name_prefix="load") as pool:
             futures = [pool.submit(arena.prepare, stop)]
             futures += [pool.submit(work, worker) for worker in range(workers)]
@@ -106,6 +112,8 @@ def load_chunks(
                 stop.set()
         with clock.phase(arena.phase, 0):
             arena.finish()
+        if arrivals is not None:
+            arrivals.wait_checked()
         return LoadReport(time.monotonic() - began, file.direct, clock.phases())
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from pop_node.store.arrivals import CHECKED, REFUSED, Marks
-from pop_node.store.bundle import check_bundle, check_claims
+from pop_node.store.bundle import check_claims, check_model
 from pop_node.store.files import sync_directory, try_lock, write_durably
 from pop_node.store.holding import claimed
 from pop_node.store.manifest import (
@@ -114,10 +114,11 @@ class Partial:
     def check(self, progress: Progress) -> None:
         """With everything there: it is the model that it claims to be; phase ``verify``.
 
-        Raises ``ConfigError`` if not; who loads what has arrived hears either.
+        Its chunks were checked when they arrived or were looked at. Raises ``ConfigError`` if not;
+        who loads what has arrived hears either.
         """
         try:
-            check_bundle(self.path, self.manifest, progress)
+            check_model(self.path, self.manifest, progress)
         except ConfigError:
             self._marks.judge(REFUSED)
             raise
@@ -210,3 +211,10 @@ def is_filled(path: Path) -> bool:
         return not try_lock(fd)
     finally:
         os.close(fd)
+
+
+def published_as(path: Path) -> Path | None:
+    """Where a partial bundle that was at ``path`` is since it is complete; None if it is not."""
+    published = path.parent.parent / "bundles" / path.name
+    was_partial = path.parent.name == "partial" and not path.exists()
+    return published if was_partial and published.is_dir() else None

@@ -1,7 +1,6 @@
-"""A few nodes with stores on loopback, each giving and bringing for real; only engines are missing.
+"""A few nodes with stores on loopback that give and bring for real; only engines are missing.
 
-``Neighbour`` stands for a node: its store, its ``Giver`` and its ``Bringer``. The registry is a list
-that tests change.
+``Neighbour`` stands for a node: its store, ``Giver`` and ``Bringer``. The registry is a dictionary.
 """
 
 from __future__ import annotations

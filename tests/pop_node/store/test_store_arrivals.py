@@ -1,0 +1,223 @@
+"""Loading while chunks still arrive: order, waits, lies, and the moment of completion."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from tiny_models import write_huggingface
+
+from kernels.ops import load_ops
+from pop_node.models import registry
+from pop_node.store import arrivals, layout
+from pop_node.store.arrivals import CHECKED, REFUSED, Arrivals, Marks
+from pop_node.store.holding import Hold
+from pop_node.store.manifest import Manifest, bundle_digest
+from pop_node.store.partial import Partial, partial_bundle
+from pop_node.store.source import unwatched
+from pop_node.store.store import Store
+from wire.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Number:
+    index: int
+
+
+@pytest.fixture
+def original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4096)
+    store = Store(tmp_path / "there")
+    store.add(str(write_huggingface(tmp_path / "source")), "tiny", "float32", unwatched)
+    return store
+
+
+@pytest.fixture
+def manifest(original: Store) -> Manifest:
+    return original.get("tiny").manifest
+
+
+class Sender:
+    """Stands for a fetch that a test drives: brings texts at once, and chunks when told."""
+
+    def __init__(self, original: Store, store: Store, manifest: Manifest) -> None:
+        self.original = original.get("tiny").path
+        self.store = store
+        self.manifest = manifest
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+        self.partial: Partial | None = None
+
+    def receive(self) -> Manifest:
+        return self.store.receive(self.manifest, "tiny", "test", self._fill, unwatched)
+
+    def send(self, *indexes: int) -> None:
+        weights = (self.original / "weights.bin").read_bytes()
+        for index in indexes:
+            offset, nbytes = self.manifest.data.span(index)
+            assert self.partial is not None
+            assert self.partial.put_chunk(index, weights[offset : offset + nbytes])
+
+    def _fill(self, partial: Partial) -> None:
+        partial.missing_chunks(unwatched)
+        for entry in partial.missing_texts():
+            assert partial.put_text(entry, (self.original / entry.name).read_bytes())
+        self.partial = partial
+        self.begun.set()
+        assert self.go_on.wait(30)
+
+
+@contextmanager
+def arriving(sender: Sender) -> Iterator[Callable[[], Manifest]]:
+    """The block runs while the bundle arrives; the value ends the fetch and gives its result."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(sender.receive)
+        assert sender.begun.wait(30)
+
+        def finish() -> Manifest:
+            sender.go_on.set()
+            return result.result(30)
+
+        try:
+            yield finish
+        finally:
+            sender.go_on.set()
+
+
+def test_what_is_there_comes_first_and_the_rest_as_it_arrives(tmp_path: Path) -> None:
+    marks = Marks(tmp_path, 5)
+    marks.mark(3)
+    reader = Arrivals(marks._fd, 5, "here")
+    order = reader.as_they_come([Number(i) for i in range(5)], threading.Event())
+    assert next(order).index == 3
+    marks.mark(1)
+    assert next(order).index == 1
+    for index in (4, 0, 2):
+        marks.mark(index)
+    assert [number.index for number in order] == [0, 2, 4]
+    marks.close()
+
+
+def test_patience_ends_when_nothing_comes_any_more(tmp_path: Path) -> None:
+    marks = Marks(tmp_path, 2)
+    reader = Arrivals(marks._fd, 2, "here")
+    with pytest.raises(ConfigError, match="nothing of the bundle has arrived"):
+        list(reader.as_they_come([Number(0)], threading.Event(), patience_s=0.05))
+    with pytest.raises(ConfigError, match="nothing of the bundle has arrived"):
+        reader.wait_checked(patience_s=0.05)
+    marks.judge(REFUSED)
+    with pytest.raises(ConfigError, match="not the one its manifest names"):
+        reader.wait_checked()
+    marks.judge(CHECKED)
+    reader.wait_checked()
+    stop = threading.Event()
+    stop.set()
+    assert not list(reader.as_they_come([Number(0)], stop))
+    marks.close()
+
+
+def test_a_new_writer_forgets_what_the_last_one_said(tmp_path: Path) -> None:
+    first = Marks(tmp_path, 3)
+    first.mark(1)
+    first.judge(CHECKED)
+    reader = Arrivals(first._fd, 3, "here")
+    assert reader.marks() == b"\0\1\0"
+    second = Marks(tmp_path, 3)
+    assert reader.marks() == b"\0\0\0"
+    second.close()
+    first.close()
+
+
+def test_a_model_is_loaded_while_it_arrives(
+    tmp_path: Path, original: Store, manifest: Manifest
+) -> None:
+    store = Store(tmp_path / "here")
+    sender = Sender(original, store, manifest)
+    assert store.open_partial("tiny") is None
+    chunks = range(len(manifest.data.chunks))
+    with arriving(sender) as finish, ThreadPoolExecutor(1) as pool:
+        bundle = store.open_partial(manifest.identity)
+        assert bundle is not None
+        sender.send(*chunks[::2])
+        loading = pool.submit(registry.load, bundle.path, "float32", load_ops("reference", 1))
+        sender.send(*chunks[1::2])
+        assert not loading.done(), "the model was not checked yet"
+        finish()
+        loaded = loading.result(30)
+    assert loaded.hold is not None
+    assert store.row("tiny").loaded, "the hold outlives the move"
+    loaded.hold.close()
+    assert not store.row("tiny").loaded
+    wanted = registry.load_weights(original.get("tiny").path, manifest, torch.device("cpu"))[0]
+    here = registry.load_weights(store.get("tiny").path, manifest, torch.device("cpu"))[0]
+    assert all(torch.equal(here[name], wanted[name]) for name in wanted)
+    assert store.open_partial("tiny") is None
+    assert not (store.get("tiny").path / arrivals.ARRIVED_FILE).exists()
+
+
+def test_a_path_from_before_the_end_is_good_after_it(
+    tmp_path: Path, original: Store, manifest: Manifest
+) -> None:
+    store = Store(tmp_path / "here")
+    sender = Sender(original, store, manifest)
+    with arriving(sender) as finish:
+        bundle = store.open_partial("tiny")
+        assert bundle is not None
+        sender.send(*range(len(manifest.data.chunks)))
+        finish()
+    assert not bundle.path.exists()
+    registry.load_model(bundle.path, "float32", load_ops("reference", 1))
+
+
+def test_a_bundle_that_is_another_model_is_never_loaded(
+    tmp_path: Path, original: Store, manifest: Manifest
+) -> None:
+    """Chunks and identity fit the manifest; the tensors are not those that the identity names."""
+    tensors = [msgspec.structs.replace(manifest.tensors[0], blake3="1" * 64)]
+    lie = msgspec.structs.replace(manifest, tensors=tensors + manifest.tensors[1:])
+    lie = msgspec.structs.replace(lie, bundle=bundle_digest(lie))
+    store = Store(tmp_path / "here")
+    sender = Sender(original, store, lie)
+    with arriving(sender) as finish, ThreadPoolExecutor(1) as pool:
+        assert store.open_partial("tiny") is None, "its claims do not fit together"
+        assert sender.partial is not None
+        path = sender.partial.path
+        loading = pool.submit(registry.load, path, "float32", load_ops("reference", 1))
+        sender.send(*range(len(manifest.data.chunks)))
+        with pytest.raises(ConfigError, match="is not the one named"):
+            finish()
+        with pytest.raises(ConfigError):
+            loading.result(30)
+    assert store.rows() == []
+
+
+def test_what_is_being_loaded_is_not_collected(tmp_path: Path, manifest: Manifest) -> None:
+    store = Store(tmp_path / "here")
+    root = store.root / "partial"
+    for folder in (root, store.root / "bundles", store.root / "names", store.root / "locks"):
+        folder.mkdir(parents=True)
+    (store.root / "tmp").mkdir()
+    with partial_bundle(root, manifest, on_wait=lambda: None) as partial:
+        assert store.gc().num_partials == 0, "it is being filled"
+        hold = Hold(partial.path)
+    assert store.gc().num_partials == 0, "an engine reads it"
+    hold.close()
+    assert store.gc().num_partials == 1
+
+
+def test_a_bundle_is_held_by_its_name(original: Store) -> None:
+    hold = original.hold("tiny")
+    assert hold.bundle == original.get("tiny").path
+    with pytest.raises(ConfigError, match="is loaded"):
+        original.remove("tiny")
+    hold.close()
+    original.remove("tiny")
+    with pytest.raises(ConfigError, match="no model tiny"):
+        original.hold("tiny")
