@@ -3,11 +3,13 @@
 Owns the order of things; ``pop_node.agent`` carries the effects out. Time is an argument in seconds
 of a monotonic clock.
 
-    starting --all engines ready--> serving --drain--> draining --no streams or timeout--> stopped
+    starting --engines ready--> serving --drain--> draining --no streams or timeout--> stopped
         \\--drain------------------------------------------------------------------------/
 
-An engine that exits is started again after a delay that doubles from 0.25 s to 30 s and falls back
-once the engine has stayed up for a minute. One that does not become ready in time is ended, and
+Which engines there shall be may change: ``Want`` and ``Unwant``. The doors wait for those that are
+wanted from the beginning, unless they are given up. An engine that exits while it is wanted is
+started again after a delay that doubles from 0.25 s to 30 s and falls back once the engine has
+stayed up for a minute. One that does not become ready in time is ended, and
 started again like any other. A node that drains takes no new work, so its engines are not started
 again.
 """
@@ -32,6 +34,20 @@ State = Literal["starting", "serving", "draining", "stopped"]
 @dataclass(frozen=True, slots=True)
 class Started:
     """The process is up; engines may start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Start this model's engine, and keep it running."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unwant:
+    """Start this model's engine no more; whoever says so ends the one that runs."""
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +77,7 @@ class Tick:
     """The timer armed for ``next_deadline`` fired."""
 
 
-Event = Started | EngineReady | EngineExited | DrainRequested | StreamsLeft | Tick
+Event = Started | Want | Unwant | EngineReady | EngineExited | DrainRequested | StreamsLeft | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +94,7 @@ class EndEngine:
 
 @dataclass(frozen=True, slots=True)
 class OpenDoors:
-    """Listen and register: every engine has produced a token."""
+    """Listen and register: every engine that was waited for has produced a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +121,22 @@ class _Engine:
 
 @dataclass(slots=True)
 class NodeLifecycle:
-    """State machine of one node with the given models."""
+    """State machine of one node.
+
+    ``models`` are started at once. The doors wait for them, and for those of ``later``, which begin
+    with their ``Want``.
+    """
 
     models: tuple[str, ...]
     state: State = "starting"
+    later: tuple[str, ...] = ()
     _engines: dict[str, _Engine] = field(init=False)
+    _waiting_for: set[str] = field(init=False)
     _drain_until: float | None = None
 
     def __post_init__(self) -> None:
         self._engines = {name: _Engine() for name in self.models}
-
-    def ready(self, model: str) -> bool:
-        """Has this model's engine produced a token since its last start?"""
-        return self._engines[model].ready
+        self._waiting_for = {*self.models, *self.later}
 
     def next_deadline(self) -> float | None:
         """When the shell must send ``Tick``."""
@@ -133,11 +152,18 @@ class NodeLifecycle:
             return []
         match event:
             case Started():
-                return [self._start(model, now) for model in self.models]
+                starts = [self._start(model, now) for model in self.models]
+                return [*starts, *self._open_doors()]
+            case Want(model):
+                return self._want(model, now)
+            case Unwant(model):
+                self._engines.pop(model, None)
+                self._waiting_for.discard(model)
+                return self._open_doors()
             case EngineReady(model):
-                return self._engine_ready(self._engines[model], now)
+                return self._engine_ready(model, now)
             case EngineExited(model):
-                self._engine_exited(self._engines[model], now)
+                self._engine_exited(model, now)
                 return []
             case DrainRequested(timeout_s):
                 return self._drain(now + timeout_s)
@@ -148,18 +174,34 @@ class NodeLifecycle:
             case _:
                 assert_never(event)
 
+    def _want(self, model: str, now: float) -> list[Effect]:
+        if model in self._engines or self.state == "draining":
+            return []
+        self._engines[model] = _Engine()
+        return [self._start(model, now)]
+
     def _start(self, model: str, now: float) -> StartEngine:
         self._engines[model].ready_by = now + READY_WITHIN_S
         return StartEngine(model)
 
-    def _engine_ready(self, engine: _Engine, now: float) -> list[Effect]:
+    def _engine_ready(self, model: str, now: float) -> list[Effect]:
+        engine = self._engines.get(model)
+        if engine is None:
+            return []
         engine.ready, engine.ready_since, engine.ready_by = True, now, None
-        if self.state == "starting" and all(e.ready for e in self._engines.values()):
-            self.state = "serving"
-            return [OpenDoors()]
-        return []
+        return self._open_doors()
 
-    def _engine_exited(self, engine: _Engine, now: float) -> None:
+    def _open_doors(self) -> list[Effect]:
+        ready = {name for name, engine in self._engines.items() if engine.ready}
+        if self.state != "starting" or not self._waiting_for <= ready:
+            return []
+        self.state = "serving"
+        return [OpenDoors()]
+
+    def _engine_exited(self, model: str, now: float) -> None:
+        engine = self._engines.get(model)
+        if engine is None:
+            return  # it was not wanted any more
         if engine.ready and now - engine.ready_since >= STABLE_AFTER_S:
             engine.failures = 0
         engine.ready, engine.ready_by = False, None

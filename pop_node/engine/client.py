@@ -8,18 +8,15 @@ engine gets a new one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Literal
 
 from pop_node.engine.boundary import MessageReader, encode, send_setup
 from pop_node.engine.config import EngineConfig
 from pop_node.engine.messages import AgentMessage, Beat, EngineMessage, Ready, Stop
+from pop_node.engine.spawn import EngineProcess, Launch, launch_engine
 from pop_node.engine.watch import EngineWatch
 from pop_node.kv_stream.staging import Staging
 from wire.errors import PeerError
@@ -29,8 +26,6 @@ log = logging.getLogger(__name__)
 MAX_UNSENT_BYTES = 32 * 1024 * 1024
 """Commands that the engine has not read, beyond which it gets no new sequences. Guess: its full
 queue of long prompts."""
-
-_STDERR = 2
 
 TERMINATE_WAIT_S = 2.0
 """Between asking by signal and killing. Guess: an engine has nothing to save."""
@@ -51,7 +46,7 @@ class EngineClient:
         self._look: asyncio.TimerHandle | None = None
         self._on_message: Callable[[EngineMessage], None] | None = None
         self._on_exit: Callable[[int], None] | None = None
-        self._process: asyncio.SubprocessTransport | None = None
+        self._process: EngineProcess | None = None
         self._socket: asyncio.Transport | None = None
         self._reader = MessageReader()
         self._missing = {"process", "socket"}
@@ -61,7 +56,7 @@ class EngineClient:
     @property
     def pid(self) -> int | None:
         """Process id, from ``start`` on."""
-        return self._process.get_pid() if self._process is not None else None
+        return self._process.pid if self._process is not None else None
 
     async def start(
         self,
@@ -69,39 +64,30 @@ class EngineClient:
         staging: Staging,
         on_message: Callable[[EngineMessage], None],
         on_exit: Callable[[int], None],
+        launch: Launch = launch_engine,
     ) -> None:
         """Start the process; ``Ready`` or ``Crashed`` is the first thing it says.
 
-        Its standard output and error go to our standard error. Raises ``OSError`` when no process
-        can be started.
+        ``launch`` may know of one that waits already. Raises ``OSError`` when no process can be
+        started, or none that takes its set-up.
         """
         self._on_message, self._on_exit = on_message, on_exit
         self._warm_ups_per_step = config.token_budget / config.block_tokens
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                send_setup(ours, config, staging.layout, staging.fd)
-                ours.setblocking(False)
-                self._process, _ = await loop.subprocess_exec(
-                    lambda: _Process(lambda: self._ended("process")),
-                    *(sys.executable, "-m", "pop_node.engine", str(theirs.fileno())),
-                    stdin=subprocess.DEVNULL,
-                    stdout=_STDERR,
-                    stderr=None,
-                    pass_fds=(theirs.fileno(),),
-                )
-            except OSError:
-                ours.close()
-                raise
+        self._process = process = await launch()
+        process.on_end = lambda: self._ended("process")
         try:
+            send_setup(process.sock, config, staging.layout, staging.fd)
+            process.sock.setblocking(False)
             self._socket, _ = await loop.create_unix_connection(
-                lambda: _Socket(self._received, lambda: self._ended("socket")), sock=ours
+                lambda: _Socket(self._received, lambda: self._ended("socket")), sock=process.sock
             )
         except OSError:
-            ours.close()
-            self.kill()
+            self._process = process.on_end = None
+            await process.end()
             raise
+        if process.gone.is_set() and "process" in self._missing:
+            self._ended("process")
 
     @property
     def is_congested(self) -> bool:
@@ -139,7 +125,8 @@ class EngineClient:
                 return
             except TimeoutError:
                 force()
-        self._process.close()
+        assert self._process.transport is not None
+        self._process.transport.close()
 
     def kill(self) -> None:
         """End the process at once; ``on_exit`` follows."""
@@ -161,8 +148,7 @@ class EngineClient:
 
     def _signal(self, number: int) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):  # it is gone already
-                self._process.send_signal(number)
+            self._process.send_signal(number)
 
     # ---- callbacks -----------------------------------------------------------------------------
 
@@ -200,8 +186,9 @@ class EngineClient:
         if self._missing:
             return
         assert self._process is not None
-        code = self._process.get_returncode()
-        self._process.close()
+        assert self._process.transport is not None
+        code = self._process.transport.get_returncode()
+        self._process.transport.close()
         self._gone.set()
         self._exit(-1 if code is None else code)
 
@@ -213,16 +200,6 @@ class EngineClient:
         if self._look is not None:
             self._look.cancel()
         self._on_exit(code)
-
-
-class _Process(asyncio.SubprocessProtocol):
-    """Hears of the end of the process."""
-
-    def __init__(self, on_end: Callable[[], None]) -> None:
-        self._on_end = on_end
-
-    def process_exited(self) -> None:
-        self._on_end()
 
 
 class _Socket(asyncio.Protocol):

@@ -21,6 +21,8 @@ from pop_node.lifecycle import (
     StartEngine,
     StreamsLeft,
     Tick,
+    Unwant,
+    Want,
 )
 
 
@@ -127,8 +129,49 @@ def test_drain_while_starting_stops_at_once():
     assert node.handle(DrainRequested(30.0), 1.0) == [Shutdown()]
 
 
+def test_doors_open_at_once_where_nobody_is_waited_for():
+    node = NodeLifecycle(())
+    assert node.handle(Started(), 0.0) == [OpenDoors()]
+    assert node.handle(Want("a"), 1.0) == [StartEngine("a")]
+    assert node.handle(Want("a"), 1.0) == []
+    assert node.handle(EngineReady("a"), 2.0) == []
+    node.handle(EngineExited("a"), 3.0)
+    assert node.handle(Tick(), 3.0 + RESTART_FIRST_S) == [StartEngine("a")]
+
+
+def test_doors_wait_for_engines_that_begin_later():
+    node = NodeLifecycle(("a",), later=("b",))
+    assert node.handle(Started(), 0.0) == [StartEngine("a")]
+    assert node.handle(EngineReady("a"), 1.0) == []
+    assert node.handle(Want("b"), 2.0) == [StartEngine("b")]
+    assert node.handle(EngineReady("b"), 3.0) == [OpenDoors()]
+
+
+def test_an_engine_that_is_not_wanted_any_more_is_not_started_again():
+    node = serving()
+    node.handle(EngineExited("a"), 3.0)
+    assert node.handle(Unwant("a"), 3.1) == []
+    assert node.next_deadline() is None
+    node.handle(Unwant("b"), 4.0)
+    node.handle(EngineExited("b"), 4.1)
+    assert node.next_deadline() is None
+    assert node.handle(Want("a"), 5.0) == [StartEngine("a")]
+
+
+def test_doors_do_not_wait_for_an_engine_that_was_given_up():
+    node = NodeLifecycle(("a", "b"))
+    node.handle(Started(), 0.0)
+    assert node.handle(EngineReady("b"), 1.0) == []
+    assert node.handle(Unwant("a"), 2.0) == [OpenDoors()]
+    assert node.handle(DrainRequested(9.0), 3.0) == [AnnounceDrain()]
+    assert node.handle(Want("a"), 4.0) == []
+
+
 EVENTS = st.sampled_from(
     [
+        Want("a"),
+        Unwant("a"),
+        Want("b"),
         EngineReady("a"),
         EngineExited("a"),
         DrainRequested(9.0),
