@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
-from pop_node.store.dtypes import STORED_AS, Dtype, storage
+from pop_node.residency.memory import model_size
 from pop_node.store.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, decode_manifest
 from pop_node.store.origin import InterruptedReadError, is_url, open_origin
 from pop_node.store.store import Store
@@ -22,17 +21,6 @@ class Sizes:
 
     known: dict[str, ModelSize] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
-
-
-def manifest_size(manifest: Manifest) -> ModelSize:
-    """Bytes of the model that ``manifest`` describes."""
-    kv = manifest.kv
-    width = storage(STORED_AS[cast("Dtype", manifest.dtype)]).itemsize
-    return ModelSize(
-        disk_bytes=manifest.total_bytes,
-        weights_bytes=manifest.data.nbytes,
-        kv_bytes_per_token=2 * kv.layers * kv.kv_heads * kv.head_dim * width,
-    )
 
 
 def find_sizes(models: Iterable[Model], store: Path, given: Mapping[str, ModelSize]) -> Sizes:
@@ -55,7 +43,7 @@ def find_sizes(models: Iterable[Model], store: Path, given: Mapping[str, ModelSi
         except ConfigError as exc:
             sizes.unknown[model.name] = str(exc)
         else:
-            sizes.known[model.name] = manifest_size(manifest)
+            sizes.known[model.name] = model_size(manifest)
     return sizes
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from topology.geography import link_between
 from topology.model import Node, Topology
 
-PEERS_AT_ONCE = 4
+PEERS_AT_ONCE = 6
 """Peers that a node fetches one model from at the same time."""
 
 BITS_PER_MB = 8.0
