@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 import traceback
+from typing import TYPE_CHECKING
 
 from pop_node.engine.boundary import RECEIVE_BYTES, MessageReader, encode
 from pop_node.engine.messages import (
@@ -36,7 +37,9 @@ from pop_node.engine.messages import (
     StageFrom,
     Stop,
 )
-from pop_node.engine.stager import Stager
+
+if TYPE_CHECKING:  # it needs torch, which a port does not wait for
+    from pop_node.engine.stager import Stager
 
 INBOX_COMMANDS = 4096
 """Commands between two steps. Guess: every sequence of a full engine added and dropped several
@@ -144,7 +147,10 @@ class Port:
             self.send(Beat(0.0 if turned_at is None else max(0.0, now - turned_at)))
 
     def _read(self, reader: MessageReader) -> None:
-        data = self._sock.recv(RECEIVE_BYTES)
+        try:
+            data = self._sock.recv(RECEIVE_BYTES)
+        except ConnectionResetError:  # it died before it had read what we said
+            data = b""
         if not data:
             os._exit(EXIT_PARENT_GONE)
         for message in reader.feed(data):
