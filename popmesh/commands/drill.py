@@ -9,6 +9,7 @@ import click
 from popmesh.commands.cold_start import cold_start
 from popmesh.commands.common import DEFAULT_MESH, DIRECTORY, FILE
 from popmesh.commands.durations import FAILED, MAX_DURATION_S, Duration
+from popmesh.commands.site_loss import site_loss
 
 PER_KILL_S = 60.0
 """Time that ``--kills`` allows for each. Guess: a node starts again on a busy machine."""
@@ -22,10 +23,12 @@ def drill() -> None:
     Examples:
       popmesh drill chaos --local ready.json --duration 2m
       popmesh drill cold-start --node ams-1 --budget 20s
+      popmesh drill site-loss --site ams --duration 30s
     """
 
 
 drill.add_command(cold_start)
+drill.add_command(site_loss)
 
 
 @drill.command()

@@ -23,6 +23,12 @@ def words(body: dict[str, Any]) -> list[str]:
     return [f" {body['seed'] % 1000}.{index}" for index in range(body["max_tokens"])]
 
 
+def pinned(header: str) -> tuple[str, str]:
+    """Prefill and decode node that a request insists on."""
+    said = dict(part.split("=") for part in header.split(","))
+    return said["prefill"], said["decode"]
+
+
 def not_found() -> web.Response:
     """A refusal."""
     error = {"message": "no such node", "code": "not_found"}
@@ -44,6 +50,10 @@ class FakeMesh:
     drop_token_under_fault: bool = False
     break_after: int | None = None
     hold_blocks: bool = False
+    sites: dict[str, str] = field(default_factory=dict)
+    links_drop: bool = False
+    gone_for_good: set[str] = field(default_factory=set)
+    sent_to: list[tuple[str, str]] = field(default_factory=list)
     requests: int = 0
     recoveries: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -53,6 +63,9 @@ class FakeMesh:
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if not body.get("stream"):
+            self.sent_to.append(pinned(request.headers["x-popmesh-route"]))
+            return web.json_response({"usage": {"completion_tokens": 2}})
         texts = words(body)
         last = request.headers.get("last-event-id", "")
         begin = 0
@@ -104,14 +117,17 @@ class FakeMesh:
             return web.json_response({"error": error}, status=409)
         self.drills.append(body)
         self.away.add(body["node"])
-        task = asyncio.create_task(self._return(body["node"], body["fault"]))
+        away_s = body["duration_s"] if body["fault"] == "lose-agent" else self.away_s
+        task = asyncio.create_task(self._return(body["node"], body["fault"], away_s))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return web.json_response({"started": True}, status=202)
 
-    async def _return(self, node: str, fault: str) -> None:
-        await asyncio.sleep(self.away_s)
-        self.nodes[node] += fault == "kill-agent"
+    async def _return(self, node: str, fault: str, away_s: float) -> None:
+        await asyncio.sleep(away_s)
+        if node in self.gone_for_good:
+            return
+        self.nodes[node] += fault in ("kill-agent", "lose-agent")
         self.recoveries += 1
         self.away.discard(node)
 
@@ -137,9 +153,9 @@ class FakeMesh:
         }
         return {
             "name": name,
-            "site": "ams",
+            "site": self.sites.get(name, "ams"),
             "roles": ["prefill" if name.startswith("p") else "decode"],
-            "link": "up",
+            "link": "connecting" if name in self.away and self.links_drop else "up",
             "draining": False,
             "incarnation": str(self.nodes[name]),
             "models": [{"name": MODEL}],
@@ -159,7 +175,9 @@ class FakeMesh:
 
     async def record(self, request: web.Request) -> web.Response:
         route = {
-            **dict.fromkeys(("prefill", "decode", "prefill_site", "decode_site"), "x"),
+            **dict.fromkeys(("prefill_site", "decode_site"), "x"),
+            "prefill": "p1",
+            "decode": "d1",
             "cost_s": 0.1,
             "reasons": [],
         }
