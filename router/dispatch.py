@@ -91,6 +91,10 @@ class Dispatch:
     def finished(self, record: RequestRecord) -> None:
         """Count a request's end and what it used."""
         self.metrics.requests.add(record.outcome)
+        for attempt in record.attempts:
+            for load in attempt.loads.values():
+                if load.waited_ms is not None:
+                    self.metrics.load_wait.observe(load.waited_ms / 1e3)
         if record.usage is not None:
             self.metrics.tokens.add("prompt", amount=record.usage.prompt_tokens)
             self.metrics.tokens.add("cached", amount=record.usage.cached_tokens)

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from router.metrics import Counter, Histogram, Metric
 
+LOAD_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 60.0, 180.0, 600.0)
+"""From a small model on a fast drive to a large one over a network; 20 s is what a start may
+take."""
+
 
 @dataclass(slots=True)
 class RouterMetrics:
@@ -65,6 +69,13 @@ class RouterMetrics:
             "Request read to first token received, at the router.",
         )
     )
+    load_wait: Histogram = field(
+        default_factory=lambda: Histogram(
+            "popmesh_load_wait_seconds",
+            "Submit sent to a node without the model in memory -> the leg begins, per leg.",
+            LOAD_BUCKETS_S,
+        )
+    )
 
     def all(self) -> list[Metric]:
         """Every metric."""
@@ -77,4 +88,5 @@ class RouterMetrics:
             self.resumed,
             self.ignored_geo,
             self.ttft,
+            self.load_wait,
         ]

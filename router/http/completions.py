@@ -108,7 +108,7 @@ class ModelApi:
             parsed.model, caller.tenant, parsed.input, parsed.max_tokens
         )
         self._check_max_tokens(parsed)
-        routing = RouteRequest(work, place.position, caller.regions, pin)
+        routing = RouteRequest(work, place.position, caller.regions, pin, deadline=self._deadline())
         return Prepared(parsed, caller, place, routing, chain, prompt_bytes)
 
     # ---- generating ---------------------------------------------------------------------------
@@ -185,7 +185,9 @@ class ModelApi:
             work, chain, prompt_bytes = self._dispatch.measure(
                 model, caller.tenant, spec.input, spec.sampling.max_tokens
             )
-            routing = RouteRequest(work, place.position, caller.regions, pin)
+            routing = RouteRequest(
+                work, place.position, caller.regions, pin, deadline=spec.deadline
+            )
             record = self._record(spec, place, resumed_from=event.upto)
             spec = replace(spec, chain=chain)
             exchange = Exchange(self._dispatch, spec, record, routing, prompt_bytes, sink)
@@ -225,7 +227,7 @@ class ModelApi:
             input=parsed.input,
             sampling=parsed.sampling(secrets.randbits(64)),
             chain=prepared.chain,
-            deadline=self._deadline(),
+            deadline=prepared.routing.deadline,
         )
 
     def _deadline(self) -> float:

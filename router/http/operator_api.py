@@ -15,10 +15,12 @@ from router.http.auth import Authenticator
 from router.http.completions import ModelApi, peer_of
 from router.http.drill import hold_drill
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
+from router.model_metrics import model_gauges
 from router.request.record import RequestRecord
 from router.routing.costs import Work
 from router.routing.foresight import foresee
 from router.routing.policy import MAX_ROUTES, Route, RouteRequest, choose
+from router.routing.refusals import known_models
 from router.routing.view import NodeView
 from wire.errors import MeshError, RequestError
 
@@ -39,7 +41,11 @@ class OperatorApi:
         self._watcher = watcher
         self._auth = authenticator
         self._models = models
-        self._metrics = [*dispatch.metrics.all(), *self._gauges()]
+        self._metrics = [
+            *dispatch.metrics.all(),
+            *self._gauges(),
+            *model_gauges(dispatch.builder),
+        ]
         self.stopping = False
 
     async def health(self, request: web.Request) -> web.Response:
@@ -138,7 +144,7 @@ class OperatorApi:
         view = self._dispatch.builder.snapshot()
         now = asyncio.get_running_loop().time()
         found = []
-        for model in sorted(view.offered):
+        for model in known_models(view):
             work = Work(model, prompt_tokens=1, output_tokens=1, cached={})
             try:
                 choose(RouteRequest(work, view.position()), view, now, self._dispatch.rng, 0)
@@ -164,6 +170,8 @@ class OperatorApi:
             "streams": 0 if link is None else link.num_streams,
             "models": [msgspec.structs.asdict(offer) for offer in node.offers.values()],
             "engines": [msgspec.structs.asdict(engine) for engine in node.engines.values()],
+            "memory_bytes": node.memory_bytes,
+            "memory_used_bytes": node.memory_used_bytes,
             "kv_links": [msgspec.structs.asdict(rate) for rate in node.links.values()],
         }
 

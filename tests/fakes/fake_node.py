@@ -37,6 +37,7 @@ from wire.messages import (
     Hello,
     Input,
     Load,
+    Loading,
     ModelOffer,
     NodeMessage,
     Ping,
@@ -49,6 +50,8 @@ from wire.messages import (
     StepEntry,
     Submit,
     TransferReport,
+    Warm,
+    Warmth,
 )
 from wire.prefix import canonical_bytes
 
@@ -154,6 +157,9 @@ class FakeNode:
 
     ``rtt_s`` is how long a ping takes, as if the node were that far away; ``padding`` adds that
     many bytes to every token's text. ``max_version`` is the newest of the wire that it knows.
+    ``warmth`` other than "" makes the model one that comes and goes: a leg or a ``Warm`` (kept in
+    ``warms``) begins a load unless it is "warm", which ends when the test calls ``loaded``;
+    ``loads`` counts them, ``waiting`` are the streams that were told to wait for one.
     ``kept`` tokens are what a decode leg keeps of a hand-over that did not come. ``starts`` counts
     its incarnations.
     """
@@ -179,6 +185,12 @@ class FakeNode:
     drills: list[Drill] = field(default_factory=list)
     drill_error: str = ""
     cold_start: Callable[[Drill], None] | None = None
+    warmth: Warmth = ""
+    eta_ms: int = 0
+    warms: list[Warm] = field(default_factory=list)
+    loads: int = 0
+    waiting: list[int] = field(default_factory=list)
+    in_memory: asyncio.Event = field(default_factory=asyncio.Event)
     attaches: list[Attach] = field(default_factory=list)
     answers: dict[tuple[str, str], Spoken] = field(default_factory=dict)
     max_version: int = MAX_VERSION
@@ -239,7 +251,30 @@ class FakeNode:
 
     def load_message(self) -> Load:
         """An idle engine, unless ``load`` says otherwise."""
-        return Load([self.load or idle_engine(self.model)], [], False)
+        engine = self.load or idle_engine(self.model)
+        if self.warmth:
+            warm = self.warmth == "warm"
+            changes = {"ready": warm, "warmth": self.warmth, "eta_ms": 0 if warm else self.eta_ms}
+            engine = msgspec.structs.replace(engine, **changes)
+        return Load([engine], [], False)
+
+    def wanted(self) -> None:
+        """A model that is not in memory begins to be loaded."""
+        if self.warmth not in ("", "warm", "loading"):
+            self.loads += 1
+            self.warmth = "loading"
+
+    def loaded(self) -> None:
+        """The model is in memory: whoever waits for it begins."""
+        self.warmth = "warm"
+        self.in_memory.set()
+        self.tell(self.load_message())
+
+    def evicted(self) -> None:
+        """The model is on the disk alone."""
+        self.warmth = "disk"
+        self.in_memory.clear()
+        self.tell(self.load_message())
 
     def tell(self, message: NodeMessage) -> None:
         """Say something to every router."""
@@ -352,6 +387,10 @@ class _Connection(asyncio.Protocol):
                     if waiting.done():  # and not looked at yet
                         waiting = self._outgoing[stream] = asyncio.Future()
                     waiting.set_result(message)
+            case Warm():
+                assert self.node.max_version >= 3, "a word of version 3 on an older link"
+                self.node.warms.append(message)
+                self.node.wanted()
             case Drill():
                 self.node.drills.append(message)
                 self.say(DrillStarted(message.number, self.node.drill_error))
@@ -406,6 +445,12 @@ class _Connection(asyncio.Protocol):
             text = f"the prompt exceeds {node.context_tokens} tokens"
             self.say(Refused(submit.stream, "context_length_exceeded", text, False, 0))
             return
+        if node.warmth not in ("", "warm"):
+            node.wanted()
+            self.say(Loading(submit.stream, node.eta_ms))
+            node.waiting.append(submit.stream)
+            await node.note()
+            await node.in_memory.wait()
         self.say(Accepted(submit.stream, prompt_tokens(submit.input), 0))
         ids = list(submit.forced_ids)
         if submit.leg == "decode":

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from router.links.node_connection import MAX_BULK_BACKLOG, NodeConnection
 from router.links.link_words import LinkEvents, LinkIdentity, StreamMessage
+from router.links.node_connection import MAX_BULK_BACKLOG, NodeConnection
 from router.links.node_link import NodeLink
 from tests.fakes.fake_node import FakeMesh, FakeNode
 from tests.router.router_mesh import make_topology

@@ -1,0 +1,48 @@
+"""Gauges of the models in the mesh, read from the view: what is warm, how long loads take."""
+
+from __future__ import annotations
+
+from router.metrics import Gauge, Labels, Metric
+from router.routing.view_builder import ViewBuilder
+from wire.messages import EngineLoad
+
+
+def model_gauges(builder: ViewBuilder) -> list[Metric]:
+    """By node and model, as far as nodes have told."""
+
+    def engines() -> list[tuple[Labels, EngineLoad]]:
+        nodes = builder.snapshot().nodes
+        return [
+            ((name, model), engine)
+            for name, node in nodes.items()
+            for model, engine in node.engines.items()
+        ]
+
+    def swaps() -> dict[Labels, float]:
+        seen = engines()
+        return {at: engine.last_load_ms / 1e3 for at, engine in seen if engine.last_load_ms}
+
+    def used() -> dict[Labels, float]:
+        nodes = builder.snapshot().nodes.values()
+        return {(node.name,): float(node.memory_used_bytes) for node in nodes if node.memory_bytes}
+
+    return [
+        Gauge(
+            "popmesh_model_ready",
+            "1 when the model is in the node's memory and answers.",
+            lambda: {at: float(engine.ready) for at, engine in engines()},
+            ("node", "model"),
+        ),
+        Gauge(
+            "popmesh_model_swap_seconds",
+            "The model's last load there: begun to first token.",
+            swaps,
+            ("node", "model"),
+        ),
+        Gauge(
+            "popmesh_model_memory_used_bytes",
+            "What models take of the memory that the node has for them.",
+            used,
+            ("node",),
+        ),
+    ]
