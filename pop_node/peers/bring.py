@@ -19,6 +19,7 @@ from pop_node.peers.gathering import Gathering
 from pop_node.peers.neighbours import Peer
 from pop_node.peers.survey import Survey
 from pop_node.store.adding import check_identity
+from pop_node.store.bundle import FalseClaimError
 from pop_node.store.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -151,7 +152,10 @@ class Bring:
         return best_offer(self._model, peers, self._survey.found(), begun, self._refused)
 
     def _from_peers(self, offer: Offer) -> Manifest | None:
-        """None if these peers cannot bring it: they are not to be offered again."""
+        """None if these peers cannot bring it: they are not to be offered again.
+
+        Raises ``ConfigError`` where others would not help: the disk is full, the name is taken.
+        """
         manifest = self._manifest(offer)
         if manifest is None:
             return None
@@ -166,9 +170,7 @@ class Bring:
         except _NobodyError as exc:
             self._problems.append(str(exc))
             self._liars.update(peer.name for peer in offer.holders)
-        except ConfigError as exc:
-            if isinstance(exc.__cause__, OSError):  # our disk's fault: others would not help
-                raise
+        except FalseClaimError as exc:
             self._problems.append(str(exc))
             self._refused.add(offer.bundle)
         return None

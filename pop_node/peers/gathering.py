@@ -165,15 +165,16 @@ class Gathering:
             for piece in pieces:
                 kept += piece
                 while index < run.stop and len(kept) >= (nbytes := self._data.span(index)[1]):
-                    if not self._keep(line, index, bytes(kept[:nbytes])):
-                        return
+                    with memoryview(kept)[:nbytes] as chunk:
+                        if not self._keep(line, index, chunk):
+                            return
                     del kept[:nbytes]
                     index += 1
                 with self._changed:
                     if index < run.stop and not self._swarm.wanted(line, index):
                         return
 
-    def _keep(self, line: Line, index: int, chunk: bytes) -> bool:
+    def _keep(self, line: Line, index: int, chunk: memoryview) -> bool:
         """Verify and write a chunk; whether the line should go on with the next."""
         right = self._partial.put_chunk(index, chunk)
         with self._changed:

@@ -203,9 +203,9 @@ class Swarm:
         self._lines[line].paused_until = now + retry_after_s
 
     def lacks(self, line: Line, now: float) -> None:
-        """The peer does not have what it was asked for, whatever it said before."""
-        self._release(line)
-        self.has(line.peer, bytes(len(self._state)), now)
+        """The peer does not have what it was asked for: what it has is to be asked again."""
+        self.failed(line, "it does not have what it says", now)
+        self._peers[line.peer].marks = None
 
     def wanted(self, line: Line, index: int) -> bool:
         """Whether a chunk under way on this line is of use still."""
@@ -262,6 +262,8 @@ class Swarm:
     def _overtake(self, line: Line, marks: bytes, now: float) -> Run | None:
         """Take over the end of the run that lasts longest, or its only chunk if that is quicker."""
         mine = self._lines[line]
+        for other_line in self._lines:
+            self._skip_done(other_line)
         candidates = [
             (self._lasts_s(other, now), number, name.peer, other)
             for number, (name, other) in enumerate(self._lines.items())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from pop_node.store.bundle import write_bundle
+from pop_node.store.bundle import FalseClaimError, write_bundle
 from pop_node.store.dtypes import Dtype
 from pop_node.store.fetch import fetch_bundle, fetch_manifest
 from pop_node.store.files import locked, sync_directory, workspace
@@ -131,10 +131,10 @@ class Adding:
                 if final.is_dir() and self._publish(None, request.name, entry, work):
                     shutil.rmtree(partial.path)
                     return manifest
-                fill(partial)
                 try:
+                    fill(partial)
                     partial.check(progress)
-                except ConfigError:  # the manifest itself lies: nothing of this is worth keeping
+                except FalseClaimError:  # nothing of this is worth keeping
                     shutil.rmtree(partial.path, ignore_errors=True)
                     raise
                 partial.finish()

@@ -94,21 +94,27 @@ def read_texts(path: Path, manifest: Manifest) -> dict[str, bytes]:
     return texts
 
 
+class FalseClaimError(ConfigError):
+    """A manifest is not that of the model it names: whoever gave it, its bundle is of no use."""
+
+
 def check_claims(path: Path, manifest: Manifest) -> None:
     """The text files are there, and with the tensors as named they make the identity as named.
 
-    Raises ``ConfigError`` if they do not. What the tensors really are is left to ``check_bundle``.
+    Raises ``FalseClaimError`` if they do not, ``ConfigError`` if a file is damaged. What the
+    tensors really are is left to ``check_model``.
     """
     texts = read_texts(path, manifest)
     try:
         config = json.loads(texts["config.json"])
     except ValueError as exc:
-        raise ConfigError(f"cannot be read: {exc}", where=str(path / "config.json")) from exc
+        where = str(path / "config.json")
+        raise FalseClaimError(f"cannot be read: {exc}", where=where) from exc
     identity = model_identity(
         manifest.tensors, config, texts["tokenizer.json"], template_text(texts)
     )
     if identity != manifest.identity:
-        raise ConfigError("the model is not the one its manifest names", where=str(path))
+        raise FalseClaimError("the model is not the one its manifest names", where=str(path))
 
 
 def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
@@ -135,7 +141,8 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
 def check_model(path: Path, manifest: Manifest, progress: Progress) -> None:
     """Of a bundle whose chunks match their digests: it is the model that it claims to be.
 
-    Reads every tensor and text file, phase ``verify``. Raises ``ConfigError`` naming what differs.
+    Reads every tensor and text file, phase ``verify``. Raises as ``check_claims`` does, naming what
+    differs.
     """
     weights = path / manifest.data.name
     total, done = _tensor_bytes(manifest), 0
@@ -145,7 +152,9 @@ def check_model(path: Path, manifest: Manifest, progress: Progress) -> None:
             for rows in read_rows(weights, entry, manifest.stripes):
                 whole.update(rows)
             if whole.hexdigest() != entry.blake3:
-                raise ConfigError(f"tensor {entry.name} is not the one named", where=str(weights))
+                raise FalseClaimError(
+                    f"tensor {entry.name} is not the one named", where=str(weights)
+                )
             done += entry.nbytes
             progress("verify", done, total)
     except OSError as exc:

@@ -111,3 +111,15 @@ def entry_of(name: str, topology: Topology, address: str) -> ServiceEntry:
     node = topology.nodes[name]
     meta = {"mesh": topology.mesh, "name": name, "site": node.site, "bundles": address}
     return ServiceEntry(f"test:{name}", "popmesh-node", "127.0.0.1", 1, meta, "passing")
+
+
+def same(store: Store, original: Store) -> None:
+    """The store has the original's bundle ``tiny`` and nothing besides."""
+    store.verify("tiny")
+    there, here = original.get("tiny").path, store.get("tiny").path
+    assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
+    for path in there.iterdir():
+        if path.name != "manifest.json":
+            assert (here / path.name).read_bytes() == path.read_bytes()
+    assert not list((store.root / "partial").iterdir())
+    assert not list((store.root / "tmp").iterdir())

@@ -10,21 +10,9 @@ import pytest
 from pop_node.peers.bring import Bringing
 from pop_node.store.store import Store
 from registry.entries import ServiceEntry
-from tests.pop_node.peers.peer_mesh import Neighbour, mesh_of
+from tests.pop_node.peers.peer_mesh import Neighbour, mesh_of, same
 from topology.model import Model
 from wire.errors import ConfigError
-
-
-def same(store: Store, original: Store) -> None:
-    """The store has the original's bundle and nothing besides."""
-    store.verify("tiny")
-    there, here = original.get("tiny").path, store.get("tiny").path
-    assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
-    for path in there.iterdir():
-        if path.name != "manifest.json":
-            assert (here / path.name).read_bytes() == path.read_bytes()
-    assert not list((store.root / "partial").iterdir())
-    assert not list((store.root / "tmp").iterdir())
 
 
 async def test_a_bundle_comes_from_the_peer_that_has_it(
