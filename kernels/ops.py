@@ -28,14 +28,16 @@ from kernels.reference.linear import linear, logits
 from kernels.reference.norm import add_rms_norm, rms_norm
 from kernels.reference.rope import rope_kv_write
 from kernels.reference.sampling import gumbel_sample
+from kernels.triton.available import TritonUnavailableError, find_device
 
-__all__ = ["Backend", "NativeUnavailableError", "Ops", "load_ops"]
+__all__ = ["Backend", "NativeUnavailableError", "Ops", "TritonUnavailableError", "load_ops"]
 
-Backend = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native", "triton"]
 
 INVARIANT_SUFFIX = "+batch_invariant"
 """In the name of operations of which batch invariance was asked."""
 
+_CPU = torch.device("cpu")
 _Tensor = torch.Tensor
 _logger = logging.getLogger(__name__)
 
@@ -45,10 +47,11 @@ class Ops:
     """Operations of one backend.
 
     ``name`` is for people, e.g. ``native/avx512_bf16``, or ``native/avx512_bf16+batch_invariant``
-    where that was asked for.
+    where that was asked for. Tensors given to them are on ``device``.
     """
 
     name: str
+    device: torch.device
     rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
     add_rms_norm: Callable[[_Tensor, _Tensor, _Tensor, float], tuple[_Tensor, _Tensor]]
     linear: Callable[[_Tensor, _Tensor, _Tensor | None], _Tensor]
@@ -80,6 +83,7 @@ def reference_ops(*, batch_invariant: bool = False) -> Ops:
     if batch_invariant:
         return Ops(
             name=f"reference{INVARIANT_SUFFIX}",
+            device=_CPU,
             rms_norm=invariant.rms_norm,
             add_rms_norm=invariant.add_rms_norm,
             linear=invariant.linear,
@@ -91,6 +95,7 @@ def reference_ops(*, batch_invariant: bool = False) -> Ops:
         )
     return Ops(
         name="reference",
+        device=_CPU,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         linear=linear,
@@ -118,6 +123,7 @@ def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = 
     native = NativeOps(ensure_library(), threads, isa)
     return Ops(
         name=f"native/{native.isa}{INVARIANT_SUFFIX if batch_invariant else ''}",
+        device=_CPU,
         rms_norm=native.rms_norm,
         add_rms_norm=native.add_rms_norm,
         linear=native.linear,
@@ -129,11 +135,42 @@ def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = 
     )
 
 
+def triton_ops(*, batch_invariant: bool = False) -> Ops:
+    """The Triton kernels and cuBLAS on the current CUDA device.
+
+    Also keeps cuBLAS, in this process, from adding up parts of a sum in bfloat16.
+
+    Raises:
+        TritonUnavailableError: no device that can run them, or no triton.
+    """
+    device = find_device()
+    from kernels.triton.ops import TritonOps  # needs triton, which is an optional part
+
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    facts = torch.cuda.get_device_properties(device)
+    ops = TritonOps(facts.multi_processor_count, batch_invariant=batch_invariant)
+    return Ops(
+        name=f"triton/sm_{facts.major}{facts.minor}{INVARIANT_SUFFIX if batch_invariant else ''}",
+        device=device,
+        rms_norm=ops.rms_norm,
+        add_rms_norm=ops.add_rms_norm,
+        linear=ops.linear,
+        rope_kv_write=ops.rope_kv_write,
+        attention=ops.attention,
+        silu_mul=ops.silu_mul,
+        logits=ops.logits,
+        gumbel_sample=ops.gumbel_sample,
+    )
+
+
 def load_ops(backend: Backend, threads: int, *, batch_invariant: bool = False) -> Ops:
-    """Operations of ``backend``; ``auto`` is native if it can be had, else reference and a warning.
+    """Operations of ``backend``.
+
+    ``auto`` is triton where there is a CUDA device for it, else native if it can be had, else
+    reference and a warning.
 
     Also sets how many threads torch itself uses in this process: ``threads`` for the reference, 1
-    beside the native pool, whose workers torch's own would compete with.
+    beside the native pool, whose workers torch's own would compete with, and beside a GPU.
 
     Args:
         batch_invariant: promise that a row's bits never depend on its batch (see the module).
@@ -141,11 +178,22 @@ def load_ops(backend: Backend, threads: int, *, batch_invariant: bool = False) -
     Raises:
         ValueError: ``threads`` is below 1, or the backend is unknown.
         NativeUnavailableError: ``native`` was asked for and cannot be had.
+        TritonUnavailableError: likewise, ``triton``.
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}, must be at least 1")
-    if backend not in ("auto", "reference", "native"):
+    if backend not in ("auto", "reference", "native", "triton"):
         raise ValueError(f"unknown backend {backend!r}")
+    if backend in ("auto", "triton"):
+        try:
+            ops = triton_ops(batch_invariant=batch_invariant)
+        except TritonUnavailableError as exc:
+            if backend == "triton":
+                raise
+            _logger.debug("no Triton kernels: %s", exc)
+        else:
+            torch.set_num_threads(1)
+            return ops
     if backend != "reference":
         try:
             ops = native_ops(threads, batch_invariant=batch_invariant)

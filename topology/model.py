@@ -13,7 +13,7 @@ from typing import Literal
 Role = Literal["prefill", "decode"]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["bfloat16", "float32"]
-Backend = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native", "triton"]
 
 TRUSTED_BY_DEFAULT = ("127.0.0.0/8", "::1/128")
 

@@ -1,9 +1,12 @@
 """Causal attention of a ragged batch over a paged KV cache.
 
 For each sequence: ``softmax(scale * q k^T + mask) v`` in float32. Query head h reads KV head
-``h // (Hq / Hk)`` (grouped-query attention). A query sees its own position and all before it.
+``h // (Hq / Hk)`` (grouped-query attention). A query sees its own position and all before it, as
+far as the layer's reach goes: the last ``window`` positions, its own included, or those of its own
+chunk, where position p is in chunk ``p // chunk``.
 
-Source: Vaswani et al. (2017), section 3.2; Ainslie et al., "GQA" (2023).
+Source: Vaswani et al. (2017), section 3.2; Ainslie et al., "GQA" (2023); Beltagy et al.,
+"Longformer" (2020), section 3.1, for windows.
 """
 
 from __future__ import annotations
@@ -28,13 +31,20 @@ def attention(
     v_cache: torch.Tensor,
     meta: AttentionMeta,
     scale: float,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Attend with ``q`` [T, Hq, D] (rotated) over the cache, whose slots already hold these tokens.
+
+    Args:
+        window: positions that a query sees, at least 1; None: all before it.
+        chunk: positions of a chunk, at least 1; None: one chunk holds all.
 
     Returns:
         [T, Hq, D] in the dtype of ``q``.
     """
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = q.shape[1] // k_cache.shape[2]
     row = 0
     for sequence, queries in enumerate(meta.query_lens_host):
@@ -44,8 +54,13 @@ def attention(
         values = gather(v_cache, table, context).repeat_interleave(group, dim=1)
         rows = slice(row, row + queries)
         scores = torch.einsum("qhd,khd->hqk", q[rows].float(), keys) * scale
-        position = torch.arange(context - queries, context)[:, None]
-        hidden = torch.arange(context)[None, :] > position
+        position = torch.arange(context - queries, context, device=q.device)[:, None]
+        key = torch.arange(context, device=q.device)[None, :]
+        hidden = key > position
+        if window is not None:
+            hidden |= key <= position - window
+        if chunk is not None:
+            hidden |= key // chunk != position // chunk
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         out[rows] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
         row += queries

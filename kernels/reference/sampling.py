@@ -10,6 +10,8 @@ The token at output ``index`` of ``choice`` is a pure function of the logits and
 ``r_j`` is lane ``j % 4`` of Philox-4x32-10 with the counter words (j // 4, index, choice, 0) and
 the key words (seed mod 2^32, seed / 2^32). Both additions round to nearest. The largest noise comes
 from ``v`` near 0, where float32 is finest, so all 32 random bits count there: g reaches 22.9.
+Logarithms are taken in float64 and g is rounded once: libraries disagree about their last bits, and
+rounding hides all but one such difference in 10^8.
 
 The nucleus holds token j if the probability (softmax of z) of all tokens that rank before j is
 below ``top_p``, and always the first. Tokens rank by z, downwards, equal ones by id, upwards.
@@ -63,7 +65,7 @@ def gumbel_noise(vocab: int, seed: int, choice: int, index: int) -> torch.Tensor
     )
     words = philox_4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)).flatten()[:vocab]
     v = ((words.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
-    return -torch.log(-torch.log1p(-v))
+    return (-torch.log(-torch.log1p(-v.double()))).float()
 
 
 def nucleus(z: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from wire.errors import ConfigError
 
-Backend = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native", "triton"]
 
 DEFAULT_BLOCK_TOKENS = 16
 """Guess between waste at the end of a sequence (half a block) and the length of block tables."""

@@ -56,13 +56,16 @@ def _fused(parts: list[torch.Tensor]) -> torch.Tensor:
 class _WeightReader:
     """Takes named tensors out of a mapping, checking shapes, and knows what was never taken."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._weights = weights
         self._dtype = dtype
+        self._device = device
         self._taken: set[str] = set()
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor ``name`` in the model's dtype. Raises ConfigError: missing or misshapen."""
+        """The tensor ``name`` in the model's dtype, on its device. Raises ConfigError: missing or misshapen."""
         tensor = self._weights.get(name)
         if tensor is None:
             raise ConfigError(f"weight {name} is missing", where="model.safetensors")
@@ -72,7 +75,7 @@ class _WeightReader:
                 where="model.safetensors",
             )
         self._taken.add(name)
-        return tensor.to(self._dtype).contiguous()
+        return tensor.to(self._device, self._dtype).contiguous()
 
     def leftover(self) -> list[str]:
         """Names that nobody took, sorted."""
@@ -102,7 +105,7 @@ class Llama:
         self.config = config
         self.dtype = dtype
         self._ops = ops
-        reader = _WeightReader(weights, DTYPES[dtype])
+        reader = _WeightReader(weights, DTYPES[dtype], ops.device)
         hidden, vocab = config.hidden_size, config.vocab_size
         self._embedding = reader.take("model.embed_tokens.weight", vocab, hidden)
         self._layers = [self._read_layer(reader, i) for i in range(config.layers)]
@@ -120,7 +123,7 @@ class Llama:
             )
         self._cos_sin = cos_sin_table(
             config.context_tokens, config.head_dim, config.rope_theta, config.rope_scaling
-        )
+        ).to(ops.device)
         self._scale = 1.0 / math.sqrt(config.head_dim)
 
     def _read_layer(self, reader: _WeightReader, index: int) -> LlamaLayer:
@@ -161,7 +164,8 @@ class Llama:
         """One tensor per component: [layers, num_blocks, block_tokens, kv_heads, head_dim]."""
         c = self.config
         shape = (c.layers, num_blocks, block_tokens, c.kv_heads, c.head_dim)
-        return tuple(torch.zeros(shape, dtype=DTYPES[self.dtype]) for _ in ("k", "v"))
+        dtype, device = DTYPES[self.dtype], self._ops.device
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in ("k", "v"))
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernels.ops import Backend, NativeUnavailableError, Ops, load_ops
+from kernels.ops import Backend, NativeUnavailableError, Ops, TritonUnavailableError, load_ops
 from pop_node.models.llama import Llama, LlamaConfig
 from pop_node.store.bundle import read_texts
 from pop_node.store.cuda_arena import CudaArena
@@ -79,6 +79,11 @@ def load_backend(backend: Backend, threads: int, *, batch_invariant: bool = Fals
         raise ConfigError(
             f"backend {backend!r} cannot be used: {exc}",
             suggestion="install a C compiler (cc, gcc or clang), or use backend 'auto'",
+        ) from exc
+    except TritonUnavailableError as exc:
+        raise ConfigError(
+            f"backend {backend!r} cannot be used: {exc}",
+            suggestion="install popmesh[gpu] on a machine with a CUDA device, or use 'auto'",
         ) from exc
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc

@@ -93,13 +93,13 @@ def place(
         blocks = [free.pop() for _ in range(needed[row])]
         tables[row, : needed[row]] = torch.tensor(blocks, dtype=torch.int32)
         used = [blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(context)]
-        caches.flatten(1, 2)[:, torch.tensor(used)] = contents[row]
+        caches.flatten(1, 2)[:, torch.tensor(used, dtype=torch.int64)] = contents[row]
         positions += range(context - new, context)
         slots += used[context - new :]
         starts.append(starts[-1] + new)
     meta = AttentionMeta(
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slots=torch.tensor(slots, dtype=torch.int64),
         query_starts=torch.tensor(starts, dtype=torch.int32),
         context_lens=torch.tensor([c for _, c in lens], dtype=torch.int32),
         block_tables=tables,

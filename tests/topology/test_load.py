@@ -238,7 +238,7 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
             hardware=draw(free_text),
             store=draw(st.none() | names.map(lambda name: Path("/nvme") / name)),
             threads=draw(st.integers(1, 4096)),
-            backend=draw(st.sampled_from(["auto", "reference", "native"])),
+            backend=draw(st.sampled_from(["auto", "reference", "native", "triton"])),
             kv_tokens=draw(tokens),
             batch_invariant=draw(st.booleans()),
             memory_gb=draw(st.none() | amounts),

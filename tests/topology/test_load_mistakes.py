@@ -110,7 +110,7 @@ MISTAKES = [
     ("models: [small", ["models: []"], 0, "models is empty"),
     ("models: [small", ["models: [small, small]"], 0, "models names 'small' twice"),
     ("device:", ["device: gpu"], 0, "device cannot be 'gpu' (write cpu or cuda)"),
-    ("backend:", ["backend: natve"], 0, "(write auto or reference or native)"),
+    ("backend:", ["backend: natve"], 0, "(write auto or reference or native or triton)"),
     ("dtype:", ["dtype: float16"], 0, "(write bfloat16 or float32)"),
     ("digest:", ["digest: abc"], 0, "digest must be 256 bits in hex, found 3 characters"),
     ("digest:", [f"digest: {'AB' * 32}"], 0, "(write it in lower case)"),

@@ -1,0 +1,270 @@
+"""Gumbel-max sampling with counter-based noise; every term is defined in
+``kernels.reference.sampling``.
+
+Three kernels over blocks of the vocabulary, without a word to the host between them: the largest
+logit, NaN or infinity found on the way; noise and scores, with each block's best token and its
+part of the softmax's mass; and one program per row that picks the winner.
+
+The nucleus is found without sorting: the best token overall is the answer if it lies inside.
+Otherwise it and all that rank behind it are out, and the search goes on among those before it. A
+try fails with a probability of at most 1 - top_p, and what remains is at least halved every other
+time, so tries are few.
+
+Logarithms are computed in float64 and rounded once, like the reference's, so noise has the same
+bits everywhere. z is float32 with a division that rounds to nearest.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+
+Roofline: 4 V bytes per row read twice, 4 V written and read again where there is a nucleus; about
+30 integer and 40 float64 operations per token of the vocabulary. Not measured on a device yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.launch import Launch, ceil_div, power_of_2, require
+
+BLOCK = 1024
+"""Tokens of one program: 125 programs for one row of 128,000. Guess."""
+
+DRAW_BLOCK = 2048
+"""Tokens per step of the program that walks over a row's nucleus. Guess."""
+
+LN_2 = tl.constexpr(0.6931471805599453)
+SQRT_HALF_BITS = tl.constexpr(0x3FE6A09E667F3BCD)
+"""The square root of 1/2 as the bits of a float64."""
+
+PARAMETERS = 5
+"""Words of 64 bits per row: temperature, top_p (both as bits of a float64), seed, choice, index."""
+
+
+@triton.jit
+def log_of_normal(x):
+    """Natural logarithm of positive normal float64 numbers, to about an ulp.
+
+    x = 2^n m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh s with s = (m - 1) / (m + 1), by
+    its series up to s^23: s^2 is below 0.0295, so the next term is below 1e-19.
+    """
+    bits = x.to(tl.int64, bitcast=True)
+    n = (bits - SQRT_HALF_BITS) >> 52
+    m = (bits - (n << 52)).to(tl.float64, bitcast=True)
+    s = (m - 1.0) / (m + 1.0)
+    square = s * s
+    series = tl.full(x.shape, 1.0 / 23.0, tl.float64)
+    for term in tl.static_range(11):
+        series = series * square + 1.0 / (21.0 - 2.0 * term)
+    return n.to(tl.float64) * LN_2 + 2.0 * s * series
+
+
+@triton.jit
+def gumbel_noise(block, seed, choice, index, BLOCK: tl.constexpr):
+    """Noise of the tokens [block BLOCK, (block + 1) BLOCK): [BLOCK] float32."""
+    counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    zero = counter * 0
+    c0, c1, c2, c3 = tl.philox(seed, counter, zero + index, zero + choice, zero)
+    word = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))  # in order of token ids
+    v = (word.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    v = tl.minimum(v, 0.999999940395355224609375)  # 1 - 2^-24
+    e = -log_of_normal(1.0 - v.to(tl.float64))
+    return (-log_of_normal(e)).to(tl.float32)
+
+
+@triton.jit
+def row_settings(parameters_ptr, row):
+    """(temperature float32, top_p float64, seed int64, choice int32, index int32) of a row."""
+    at = parameters_ptr + row * 5
+    temperature = tl.load(at).to(tl.float64, bitcast=True).to(tl.float32)
+    top_p = tl.load(at + 1).to(tl.float64, bitcast=True)
+    return (
+        temperature,
+        top_p,
+        tl.load(at + 2),
+        tl.load(at + 3).to(tl.int32),
+        tl.load(at + 4).to(tl.int32),
+    )
+
+
+@triton.jit
+def peaks_kernel(logits_ptr, peaks_ptr, vocab, blocks, BLOCK: tl.constexpr):
+    """The largest logit of each block; infinity where there is a NaN."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * vocab + token, mask=token < vocab, other=float("-inf"))
+    unsound = tl.max((x != x).to(tl.int32), axis=0)
+    peak = tl.max(tl.where(x != x, float("-inf"), x), axis=0)
+    tl.store(peaks_ptr + row * blocks + block, tl.where(unsound > 0, float("inf"), peak))
+
+
+@triton.jit
+def scores_kernel(
+    logits_ptr, parameters_ptr, peaks_ptr, scores_ptr, best_ptr, winners_ptr, masses_ptr,
+    vocab, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Scores of a block, its best token, and its sum of e^z."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    temperature, top_p, seed, choice, index = row_settings(parameters_ptr, row)
+    number = tl.arange(0, BLOCKS)
+    peaks = tl.load(peaks_ptr + row * blocks + number, mask=number < blocks, other=float("-inf"))
+    peak = tl.max(peaks, axis=0)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    held = token < vocab
+    score = tl.load(logits_ptr + row * vocab + token, mask=held, other=float("-inf"))  # [BLOCK]
+    sound = (peak > float("-inf")) & (peak < float("inf"))
+    if sound & (temperature > 0.0):
+        z = tl.div_rn(score - peak, tl.zeros((BLOCK,), tl.float32) + temperature)
+        score = z + gumbel_noise(block, seed, choice, index, BLOCK)
+        if top_p < 1.0:
+            mass = tl.sum(tl.exp(z.to(tl.float64)), axis=0)
+            tl.store(masses_ptr + row * blocks + block, mass)
+            tl.store(scores_ptr + row * vocab + token, score, mask=held)
+    if sound:
+        best, winner = tl.max(score, axis=0, return_indices=True)
+        tl.store(best_ptr + row * blocks + block, best)
+        tl.store(winners_ptr + row * blocks + block, block * BLOCK + winner)
+
+
+@triton.jit
+def draw_kernel(
+    logits_ptr, parameters_ptr, peaks_ptr, scores_ptr, best_ptr, winners_ptr, masses_ptr, out_ptr,
+    vocab, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The token of one row; -1 if the row has no finite maximum."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature, top_p, _seed, _choice, _index = row_settings(parameters_ptr, row)
+    number = tl.arange(0, BLOCKS)
+    there = number < blocks
+    at = row * blocks + number
+    peak = tl.max(tl.load(peaks_ptr + at, mask=there, other=float("-inf")), axis=0)
+    chosen = tl.full((), -1, tl.int64)
+    if (peak > float("-inf")) & (peak < float("inf")):
+        best = tl.load(best_ptr + at, mask=there, other=float("-inf"))
+        _best, block = tl.max(best, axis=0, return_indices=True)
+        token = tl.load(winners_ptr + row * blocks + block)
+        if (temperature > 0.0) & (top_p < 1.0):
+            limit = top_p * tl.sum(tl.load(masses_ptr + at, mask=there, other=0.0), axis=0)
+            lane = tl.arange(0, BLOCK)
+            outside = True
+            while outside:
+                z = tl.div_rn(tl.load(logits_ptr + row * vocab + token) - peak, temperature)
+                before = tl.zeros((BLOCK,), tl.float64)
+                high = tl.full((BLOCK,), float("-inf"), tl.float32)
+                holder = lane
+                for start in range(0, vocab, BLOCK):
+                    other = start + lane
+                    held = other < vocab
+                    x = tl.load(
+                        logits_ptr + row * vocab + other, mask=held, other=float("-inf")
+                    )  # [BLOCK]
+                    other_z = tl.div_rn(x - peak, tl.zeros((BLOCK,), tl.float32) + temperature)
+                    ahead = (other_z > z) | ((other_z == z) & (other < token))
+                    before += tl.where(ahead, tl.exp(other_z.to(tl.float64)), 0.0)
+                    score = tl.load(
+                        scores_ptr + row * vocab + other, mask=ahead & held, other=float("-inf")
+                    )
+                    better = score > high  # equal ones: the first stays, its id is smaller
+                    high = tl.where(better, score, high)
+                    holder = tl.where(better, other, holder)
+                mass = tl.sum(before, axis=0)
+                outside = (mass >= limit) & (mass > 0.0)
+                if outside:
+                    top = tl.max(high, axis=0)
+                    token = tl.min(tl.where(high == top, holder, vocab), axis=0)
+        chosen = token.to(tl.int64)
+    tl.store(out_ptr + row, chosen)
+
+
+def pack_parameters(
+    temperature: Sequence[float],
+    top_p: Sequence[float],
+    seed: Sequence[int],
+    choice: Sequence[int],
+    index: Sequence[int],
+) -> torch.Tensor:
+    """What differs between rows, for one copy to the device: [S, PARAMETERS] int64 on the host."""
+    words = np.empty((len(temperature), PARAMETERS), dtype=np.int64)
+    words[:, 0] = np.array(temperature, dtype=np.float64).view(np.int64)
+    words[:, 1] = np.array(top_p, dtype=np.float64).view(np.int64)
+    for column, numbers in ((2, seed), (3, choice), (4, index)):
+        unsigned = [number & 0xFFFFFFFFFFFFFFFF for number in numbers]
+        words[:, column] = np.array(unsigned, dtype=np.uint64).view(np.int64)
+    return torch.from_numpy(words)
+
+
+def plan_sample(
+    logits: torch.Tensor, parameters: torch.Tensor, out: torch.Tensor
+) -> tuple[Launch, Launch, Launch]:
+    """One token of each row of ``logits`` [S, V] float32 into ``out`` [S] int64; -1: a row without
+    a finite maximum.
+
+    Args:
+        parameters: of ``pack_parameters``, on the device.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    rows, vocab = logits.shape
+    require(
+        vocab > 0
+        and logits.is_contiguous()
+        and logits.dtype is torch.float32
+        and parameters.shape == (rows, PARAMETERS)
+        and parameters.is_contiguous()
+        and out.shape == (rows,),
+        "sample",
+        *(logits, parameters, out),
+    )
+    blocks = ceil_div(vocab, BLOCK)
+    peaks, best = logits.new_empty(rows, blocks), logits.new_empty(rows, blocks)
+    winners = logits.new_empty(rows, blocks, dtype=torch.int32)
+    masses = logits.new_empty(rows, blocks, dtype=torch.float64)
+    shared: dict[str, torch.Tensor | int | float] = {
+        "logits_ptr": logits,
+        "peaks_ptr": peaks,
+        "vocab": vocab,
+        "blocks": blocks,
+    }
+    more = shared | {
+        "parameters_ptr": parameters,
+        "scores_ptr": torch.empty_like(logits),
+        "best_ptr": best,
+        "winners_ptr": winners,
+        "masses_ptr": masses,
+    }
+    tiles = {"BLOCK": BLOCK, "BLOCKS": power_of_2(blocks)}
+    return (
+        Launch(peaks_kernel, (rows, blocks), shared, {"BLOCK": BLOCK}),
+        Launch(scores_kernel, (rows, blocks), more, tiles),
+        Launch(
+            draw_kernel, (rows,), more | {"out_ptr": out}, tiles | {"BLOCK": DRAW_BLOCK}, warps=8
+        ),
+    )
+
+
+def sample_on_device(logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """``plan_sample``, run; nothing waits for the device. Raises as it does."""
+    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    for launch in plan_sample(logits.contiguous(), parameters, out):
+        launch.run()
+    return out
+
+
+def gumbel_sample(
+    logits: torch.Tensor,
+    temperature: Sequence[float],
+    top_p: Sequence[float],
+    seed: Sequence[int],
+    choice: Sequence[int],
+    index: Sequence[int],
+) -> list[int]:
+    """See ``kernels.reference.sampling.gumbel_sample``."""
+    parameters = pack_parameters(temperature, top_p, seed, choice, index).to(logits.device)
+    tokens: list[int] = sample_on_device(logits, parameters).tolist()
+    if -1 in tokens:
+        raise ValueError(f"row {tokens.index(-1)} of the logits has no finite maximum")
+    return tokens
