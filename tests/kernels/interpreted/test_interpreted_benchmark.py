@@ -1,0 +1,77 @@
+"""The GPU benchmark without a GPU: its checks of the kernels run, and tell right from wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from kernels.triton.shapes import ModelShape
+
+PATH = Path(__file__).parents[3] / "benchmarks" / "gpu" / "kernel_rates.py"
+TINY = ModelShape("tiny", 40, 6, 2, 16, 24, 300)
+
+
+@pytest.fixture(scope="module")
+def rates() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kernel_rates", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_case_checks_its_kernel(rates: ModuleType) -> None:
+    batches = [rates.Batch(2, 1, 40), rates.Batch(1, 20, 30)]
+    bench = rates.Bench(TINY, torch.device("cpu"), torch.float32)
+    cases = list(bench.cases(batches, [3]))
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        if "bits of" not in case.name:  # the interpreter's products depend on the row
+            assert rates.fault(case) is None
+        case.run()
+    x = torch.ones(3)
+    off = dataclasses.replace(cases[0], pairs=lambda: [(x, x), (x + 1e-3, x)])
+    assert "off by" in rates.fault(off)
+    nan = dataclasses.replace(cases[0], pairs=lambda: [(x / 0 * 0, x)])
+    assert "off by" in rates.fault(nan)
+    exact = dataclasses.replace(off, exact=True)
+    assert "3 elements differ" in rates.fault(exact)
+
+
+def test_the_visible_pairs_are_counted(rates: ModuleType) -> None:
+    assert rates.Batch(3, 1, 100).visible == 300
+    assert rates.Batch(2, 4, 4).visible == 2 * (1 + 2 + 3 + 4)
+    assert rates.Batch(1, 2, 10).visible == 9 + 10
+
+
+def test_the_share_is_of_the_nearer_ceiling(rates: ModuleType) -> None:
+    ceilings = rates.Ceilings(copy_bytes_s=4e12, product_flops_s=8e14, launch_s=2e-6)
+    case = rates.Case("x", lambda: None, list, 4_000_000_000, 8_000_000_000)
+    row = rates.summary(case, [2.0, 2.0, 9.0], ceilings)
+    assert row["median_ms"] == pytest.approx(2.0)
+    assert row["gigabytes_s"] == pytest.approx(2000)
+    assert row["teraflops_s"] == pytest.approx(4)
+    assert row["share"] == pytest.approx(0.5)  # 1 ms of bytes, 0.01 ms of FLOPs
+    compute = dataclasses.replace(case, flops=1_600_000_000_000)
+    assert rates.summary(compute, [4.0], ceilings)["share"] == pytest.approx(0.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so(
+    rates: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kernel_rates.py", "--out", str(tmp_path / "out.json")])
+    assert rates.main() == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
