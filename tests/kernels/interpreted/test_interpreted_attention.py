@@ -151,7 +151,7 @@ def test_blocks_behind_the_window_are_never_read(rng: torch.Generator) -> None:
     close(attention(q, *caches, meta, 0.25, window=12, multiprocessors=4), expected)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
     lens=st.lists(
         st.tuples(st.integers(0, 40), st.integers(0, 60)).map(lambda n: (n[0], n[0] + n[1])),

@@ -38,7 +38,7 @@ def log_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     [(0, 0, 0), (5, 1, 2), ((1 << 63) - 25, 3, 70_000), (-(1 << 63), 0, 9), (-1, 2**31 - 1, 1)],
 )
 def test_the_noise_is_the_references_bit_by_bit(seed: int, choice: int, index: int) -> None:
-    vocab = 64 * 1024
+    vocab = 16 * 1024
     out = torch.empty(vocab)
     noise_kernel[(vocab // 1024,)](out, seed, choice, index, BLOCK=1024)
     assert torch.equal(out, reference.gumbel_noise(vocab, seed, choice, index))

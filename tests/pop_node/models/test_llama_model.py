@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_float32_matches_transformers(ops: Ops, changes: dict[str, Any]) -> None
     sequences = Sequences(model)
     logits = sequences.step({sequences.new(): IDS})[0]
     assert_near(logits, hf_logits(theirs, IDS), "float32")
+
+
+def test_everything_lies_on_the_device_of_the_operations() -> None:
+    ops = dataclasses.replace(load_ops("reference", 1), device=torch.device("meta"))
+    model, _ = pair(ops)
+    assert {component.device.type for component in model.allocate_cache(3, 4)} == {"meta"}
+    tensors = [model._embedding, model._head, model._final_norm, model._cos_sin]
+    for layer in model._layers:
+        tensors += [getattr(layer, field.name) for field in dataclasses.fields(layer)]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_bfloat16_is_as_near_to_the_float32_oracle_as_transformers(ops: Ops) -> None:
