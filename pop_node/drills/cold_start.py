@@ -145,7 +145,8 @@ class ColdStarts:
         if options.libraries:
             libraries = await asyncio.to_thread(_libraries, host.engine_pid(model))
         began = time.monotonic()
-        with contextlib.ExitStack() as put_aside:
+        put_aside = contextlib.ExitStack()
+        try:
             self._is_down = True
             await host.take_down(model)
             down_at = time.monotonic()
@@ -154,6 +155,8 @@ class ColdStarts:
             self._is_down = False
             spans = await host.start(model, options.source)
             total_s = time.monotonic() - started_at
+        finally:
+            await asyncio.to_thread(put_aside.close)
         return ColdStartReport(
             schema=SCHEMA,
             node=host.name,
@@ -180,7 +183,7 @@ class ColdStarts:
         cold_libraries = await asyncio.to_thread(drop_pages, libraries) if libraries else None
         if options.source != "disk":
             assert self._aside is not None, "checked before"
-            put_aside.enter_context(self._aside(model))
+            await asyncio.to_thread(put_aside.enter_context, self._aside(model))
             return _cold(None, cold_libraries)
         cold_model = await asyncio.to_thread(drop_pages, _files(bundle))
         if cold_model.resident:

@@ -15,7 +15,7 @@ may share a store that is read-only to them; who loads or serves a bundle holds 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -23,6 +23,7 @@ from typing import get_args
 import msgspec
 
 from pop_node.store.adding import Adding, Request
+from pop_node.store.aside import put_aside
 from pop_node.store.bundle import check_bundle, check_claims, read_texts
 from pop_node.store.collect import Held, least_used
 from pop_node.store.dtypes import Dtype
@@ -298,6 +299,10 @@ class Store:
                         )
             self._names.forget(name)
             self._sweep(work)
+
+    def put_aside(self, name: str) -> AbstractContextManager[None]:
+        """Be without a model for a while, see there; raises ``ConfigError`` as ``remove`` does."""
+        return put_aside(name, self._names, self._bundles, self._tmp, self._guard)
 
     def verify(self, name: str, progress: Progress = unwatched) -> None:
         """Read every byte of a model and recompute its digests; phase ``verify``.

@@ -41,6 +41,8 @@ MAX_COLD_START_S = 3600.0
 LOOK_S = 0.005
 """Between two looks at the view: how exactly it is known when the router saw the node ready."""
 
+_ON_DISK = ("warm", "loading", "disk")
+
 SEEN_S = 5.0
 """Longest wait for the view once the node has reported: loads are pushed once a second."""
 
@@ -125,6 +127,8 @@ async def _cold_start(dispatch: Dispatch, link: NodeLink, body: DrillBody) -> di
     name, model = link.node.name, _model(dispatch, link.node.name, body.model)
     if not body.alone:
         _check_others(dispatch, name, model)
+    if body.options.get("from") == "peer":
+        _check_peers(dispatch, name, model)
     number = dispatch.next_stream()
     longest_s = body.duration_s or COLD_START_S
     options = msgspec.json.encode(body.options).decode()
@@ -214,6 +218,20 @@ def _check_others(dispatch: Dispatch, name: str, model: str) -> None:
             "does not matter",
             code="drill_refused",
         ) from exc
+
+
+def _check_peers(dispatch: Dispatch, name: str, model: str) -> None:
+    """Has another node the model on its disk? Raises ``RequestError`` if not."""
+    nodes = dispatch.builder.snapshot().nodes
+    if any(
+        other.name != name and model in other.engines and other.engines[model].warmth in _ON_DISK
+        for other in nodes.values()
+    ):
+        return
+    raise RequestError(
+        f"no other node is known to have {model}, so {name} cannot bring it from a peer",
+        code="drill_refused",
+    )
 
 
 def _refused(link: NodeLink, error: str) -> RequestError:

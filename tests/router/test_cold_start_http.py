@@ -122,3 +122,22 @@ async def test_what_cannot_be_held_is_refused_by_name(monkeypatch, node, body, s
         assert got == status
         assert words in said["error"]["message"]
         assert not any(fake.drills for fake in mesh.nodes.values())
+
+
+@pytest.mark.parametrize(
+    ("warmth", "status"),
+    [("disk", 200), ("warm", 200), ("absent", 409), ("fetching", 409), ("", 409)],
+)
+async def test_a_model_comes_from_a_peer_only_where_one_has_it(monkeypatch, warmth, status):
+    async with running_mesh(monkeypatch) as mesh:
+        for name in ("fra-1", "lhr-1"):
+            node = mesh.nodes[name]
+            node.load = idle_engine("fake-model", warmth=warmth)
+            node.tell(node.load_message())
+        await mesh.wait_status(lambda e: e["lhr-1"]["warmth"] == e["fra-1"]["warmth"] == warmth)
+        ColdStart(mesh, mesh.nodes["iad-1"])
+        got, said = await ask(mesh, options={"from": "peer"})
+        assert got == status
+        if status == 409:
+            assert "cannot bring it from a peer" in said["error"]["message"]
+            assert not mesh.nodes["iad-1"].drills
