@@ -49,7 +49,7 @@ def cold_start_page(report: ColdStartDrill) -> str:
 def _runs(report: ColdStartDrill) -> str:
     rows = []
     for run in report.runs:
-        rate = run.load_bytes_per_s()
+        rate = run.bytes_per_s()
         rows.append(
             (
                 str(run.number),
@@ -62,7 +62,7 @@ def _runs(report: ColdStartDrill) -> str:
                 coldness(run),
             )
         )
-    head = ("run", "node", "ready", "in the plan", "to end it", "to drop pages", "load rate", "")
+    head = ("run", "node", "ready", "in the plan", "to end it", "to drop pages", "rate", "")
     return table(head, rows, numbers=(0, 2, 3, 4, 5, 6))
 
 
