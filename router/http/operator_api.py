@@ -74,7 +74,7 @@ class OperatorApi:
         """``GET /popmesh/status``: the view, links, loads and counters."""
         self._operator(request)
         dispatch = self._dispatch
-        view = dispatch.builder.snapshot()
+        view, now = dispatch.builder.snapshot(), asyncio.get_running_loop().time()
         book = self._models.resumer.book
         return _json(
             {
@@ -90,6 +90,7 @@ class OperatorApi:
                 "models": {name: list(nodes) for name, nodes in view.offered.items()},
                 "routable": self._routable(),
                 "nodes": [self._node(node) for node in view.nodes.values()],
+                "placement": [_decision(decision, now) for decision in self._placer.decisions],
             }
         )
 
