@@ -252,14 +252,8 @@ class Bring:
         return self._model.source is not None and self._origin_wait_s(0.0) > 0
 
     def _origin_wait_s(self, waited_s: float) -> float:
-        return origin_wait_s(
-            self._model,
-            self._node,
-            self._topology,
-            self._peers(),
-            self._survey.found(),
-            waited_s,
-        )
+        found = self._survey.found()
+        return origin_wait_s(self._model, self._node, self._peers(), found, waited_s)
 
     def _wait_for_others(self) -> bool:
         """Wait until it is this node's turn; True if there is an offer before that."""

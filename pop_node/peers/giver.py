@@ -49,7 +49,15 @@ READ_BYTES = 1024 * 1024
 """Of one read from the disk: a hop to a thread costs 0.1 ms, such a read about 1 ms."""
 
 SEND_BYTES = 64 * 1024
-"""Between two turns of the event loop: encrypting as much takes 0.1 ms, so no answer waits."""
+"""At most between two turns of the event loop: encrypting as much takes 0.1 ms, so no answer waits.
+"""
+
+SEND_S = 0.1
+"""At most in one go, in seconds of the rate, so that ``MAX_TAKES`` takers each see something arrive
+long before they think that this node stalls."""
+
+MIN_SEND_BYTES = 1024
+"""At least in one go, however low the rate."""
 
 BURST_S = 0.02
 """How much the bucket lets pass at once, in seconds of its rate; as coarse as timers are."""
@@ -92,15 +100,17 @@ class Giver:
         rate_bytes_per_s: float,
         is_busy: Callable[[], bool],
         authorize: Authorize,
+        wanting: Callable[[], Iterable[str]] = tuple,
         bringing: Callable[[], Iterable[str]] = tuple,
     ) -> None:
-        """``is_busy``: whether the node serves answers now. ``bringing``: models that it fetches
-        from their origin now, see ``Inventory``."""
+        """``is_busy``: whether the node serves answers now. ``wanting``, ``bringing``: models, see
+        ``Inventory``; a ``Bringer`` knows them."""
         self._stock = Stock(store)
         self._node = node
         self._rate_bytes_per_s = rate_bytes_per_s
         self._is_busy = is_busy
         self._authorize = authorize
+        self._wanting = wanting
         self._bringing = bringing
         self._bucket = TokenBucket(BURST_S)
         self._takes: Counter[str] = Counter()
@@ -142,7 +152,8 @@ class Giver:
     async def _inventory(self, request: web.Request) -> web.Response:
         self._known(request)
         bundles = await self._on_thread(self._stock.listing)
-        inventory = Inventory(self._node, bundles, sorted(self._bringing()))
+        wanting, bringing = sorted(self._wanting()), sorted(self._bringing())
+        inventory = Inventory(self._node, bundles, wanting, bringing)
         return web.Response(body=msgspec.json.encode(inventory), content_type="application/json")
 
     async def _arrived(self, request: web.Request) -> web.Response:
@@ -200,8 +211,9 @@ class Giver:
                     raise ConnectionError("the data file is cut short")
                 start += len(data)
                 while data:
-                    piece, data = data[:SEND_BYTES], data[SEND_BYTES:]
                     rate = self._rate_bytes_per_s * (BUSY_SHARE if self._is_busy() else 1.0)
+                    nbytes = max(MIN_SEND_BYTES, min(SEND_BYTES, int(rate * SEND_S)))
+                    piece, data = data[:nbytes], data[nbytes:]
                     wait_s = self._bucket.take(len(piece), loop.time(), rate)
                     if wait_s > 0:
                         await asyncio.sleep(wait_s)

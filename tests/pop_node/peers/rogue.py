@@ -50,7 +50,7 @@ class Rogue:
             chunks=len(data.chunks),
             arrived=sum(self.marks),
         )
-        return msgspec.json.encode(Inventory(self.name, [stocked], self.bringing))
+        return msgspec.json.encode(Inventory(self.name, [stocked], [], self.bringing))
 
     def content(self, name: str) -> bytes:
         return self.spoil.get(name) or (self.bundle / name).read_bytes()
