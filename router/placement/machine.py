@@ -42,6 +42,13 @@ a lost connection or a restarted agent takes."""
 RESAY = 3
 """A lease is said again when a third of it is over, so that two lost words do not end it."""
 
+COOL_LEAST_S = 5.0
+"""A place lasts so long at least: leases must not end between two looks."""
+
+LEASE_MOST_S = 1800.0
+"""Longest lease that is asked for, whatever ``cool_after_s`` says: a router that dies asks no
+longer than that. Nodes bound what they give as well."""
+
 ROLES: tuple[Role, Role] = ("prefill", "decode")
 
 
@@ -114,6 +121,7 @@ class PlacementMachine:
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
         self._rules = topology.placement
+        self._cool_s = max(COOL_LEAST_S, topology.placement.cool_after_s)
         self._sites: dict[str, frozenset[str]] = {}  # by region
         for site in topology.sites.values():
             self._sites[site.region] = self._sites.get(site.region, frozenset()) | {site.name}
@@ -151,7 +159,7 @@ class PlacementMachine:
         """Look at once when a region begins to ask often, else with the next turn."""
         place = self._places.get((model, region))
         if place is None and self._is_hot(self._rates(model, region, now)):
-            self._places[model, region] = _Place([now + self._rules.cool_after_s])
+            self._places[model, region] = _Place([now + self._cool_s])
             self._look_at = now
         elif self._look_at is None:
             self._look_at = now + LOOK_S
@@ -164,7 +172,7 @@ class PlacementMachine:
 
     def _renew(self, place: _Place, copies: int, now: float) -> None:
         """So many copies are needed now; each stays needed a while longer."""
-        until = now + self._rules.cool_after_s
+        until = now + self._cool_s
         needed = [until] * copies + place.needed[copies:]
         place.needed = [until for until in needed if until > now]
 
@@ -283,9 +291,10 @@ class PlacementMachine:
             return []
         if model in self._topology.nodes[node.name].pinned:
             return []
+        until = min(until, now + LEASE_MOST_S)
         last = self._leases.get((model, node.name))
         if last is not None and last.incarnation == node.incarnation:
-            third = self._rules.cool_after_s / RESAY
+            third = min(self._cool_s, LEASE_MOST_S) / RESAY
             ends_soon = last.until - now <= third and until > last.until
             if until - last.until < third and not ends_soon:
                 return []

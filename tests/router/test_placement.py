@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from router.placement.demand import MEMORY_S, Demand, DemandSites
 from router.placement.machine import (
+    LEASE_MOST_S,
     LOOK_S,
     MISSING_S,
     Asked,
@@ -203,6 +204,20 @@ def test_a_lease_lasts_as_long_as_the_demand_and_the_rule_beyond_it() -> None:
     assert ended == pytest.approx(faded + 300.0, abs=5.0)
     assert mesh.machine.decisions == ()
     assert mesh.machine.next_deadline() is None
+
+
+@pytest.mark.parametrize(("cool_after_s", "every_s"), [(0.0, 1.0), (86_400.0, 600.0)])
+def test_short_and_long_leases_never_end_while_there_is_demand(
+    cool_after_s: float, every_s: float
+) -> None:
+    mesh = Driver(topology_of({"fra-1": BOTH}, Placement(2.0, cool_after_s)))
+    mesh.run(4000.0, ask_every=10.0)
+    ends = [at + word.message.hold_ms / 1e3 for at, word in mesh.words]
+    starts = [at for at, _ in mesh.words]
+    assert all(end > start for end, start in zip(ends, starts[1:], strict=False))
+    assert ends[-1] > mesh.now
+    assert len(starts) <= 4000.0 / every_s + 1
+    assert max(word.message.hold_ms for _, word in mesh.words) <= LEASE_MOST_S * 1e3
 
 
 def test_what_cools_says_so() -> None:
