@@ -30,7 +30,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Legs:
-    """So many legs of the model are there now, in any stage."""
+    """So many legs of the model are there now whose ending was not said."""
 
     model: str
     count: int

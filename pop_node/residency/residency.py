@@ -78,10 +78,23 @@ class Residency:
         """Seconds until the model could answer if it were wanted now."""
         return self._models[model].eta_s(now, self._load_bytes_per_s)
 
+    def first(self) -> list[str]:
+        """The models that ``Started`` loads: as many as fit of those on the disk."""
+        here = {m.name: m.memory_bytes for m in self._models.values() if m.disk == "here"}
+        return first_fit(self._by_precedence(), here, self._budget)
+
+    def _by_precedence(self) -> list[str]:
+        pinned = [m.name for m in self._models.values() if m.pinned]
+        return by_precedence(list(self._models), pinned)
+
     def why_refused(self, model: str, now: float) -> str:
         """Why the model would be refused if it were wanted now; empty when it would not be."""
-        refusal = self._refusal(self._models[model], now)
+        refusal = self.refusal(model, now)
         return "" if refusal is None else refusal.why
+
+    def refusal(self, model: str, now: float) -> ev.Refuse | None:
+        """What ``Wanted`` would be told now; None when the model can come, or is here."""
+        return self._refusal(self._models[model], now)
 
     @property
     def committed_bytes(self) -> int:
@@ -146,14 +159,11 @@ class Residency:
 
     def _started(self, now: float) -> list[ev.Effect]:
         self._is_started = True
-        here = [m for m in self._models.values() if m.disk == "here"]
-        sizes = {m.name: m.memory_bytes for m in here}
-        pinned = [m.name for m in self._models.values() if m.pinned]
-        for name in first_fit(by_precedence(list(sizes), pinned), sizes, self._budget):
+        for name in self.first():
             self._promise(self._models[name])
         self._to_fetch = [
             name
-            for name in by_precedence(list(self._models), pinned)
+            for name in self._by_precedence()
             if self._models[name].disk == "absent" and self._models[name].fetchable
         ]
         return [*self._admit(now), *self._fetch_more(now)]
