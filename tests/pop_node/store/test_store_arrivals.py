@@ -18,7 +18,7 @@ from kernels.ops import load_ops
 from pop_node.models import registry
 from pop_node.store import arrivals, layout
 from pop_node.store.arrivals import CHECKED, REFUSED, Arrivals, Marks
-from pop_node.store.holding import Hold
+from pop_node.store.holding import Hold, claimed
 from pop_node.store.manifest import Manifest, bundle_digest
 from pop_node.store.partial import Partial, partial_bundle
 from pop_node.store.source import unwatched
@@ -221,3 +221,29 @@ def test_a_bundle_is_held_by_its_name(original: Store) -> None:
     original.remove("tiny")
     with pytest.raises(ConfigError, match="no model tiny"):
         original.hold("tiny")
+
+
+def test_a_look_at_a_bundle_does_not_stop_who_begins_to_load_it(original: Store) -> None:
+    path = original.get("tiny").path
+    looking, seen = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with claimed(path) as free:
+            assert free
+            looking.set()
+            seen.wait(0.02)
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(look)
+        assert looking.wait(10)
+        Hold(path).close()
+        seen.set()
+        result.result(10)
+
+
+def test_a_bundle_that_is_being_removed_is_not_held(original: Store) -> None:
+    path = original.get("tiny").path
+    with claimed(path) as free:
+        assert free
+        with pytest.raises(ConfigError, match="is being removed"):
+            Hold(path)
