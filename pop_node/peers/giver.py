@@ -14,7 +14,7 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -45,12 +45,9 @@ BUSY_SHARE = 0.5
 RETRY_AFTER_S = 1
 """What those hear who are turned away: about the time of a range of 64 MiB at 400 Mbit/s."""
 
-READ_BYTES = 1024 * 1024
-"""Of one read from the disk: a hop to a thread costs 0.1 ms, such a read about 1 ms."""
-
 SEND_BYTES = 64 * 1024
 """At most between two turns of the event loop: encrypting as much takes 0.1 ms, so no answer waits.
-"""
+The allocator maps fresh memory for pieces from 128 KiB on, which costs more than reading them."""
 
 SEND_S = 0.1
 """At most in one go, in seconds of the rate, so that ``MAX_TAKES`` takers each see something arrive
@@ -205,26 +202,33 @@ class Giver:
         fd = os.open(item.path / item.manifest.data.name, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while start < stop:
-                nbytes = min(READ_BYTES, stop - start)
-                data = memoryview(await self._on_thread(partial(os.pread, fd, nbytes, start)))
-                if not data:
-                    raise ConnectionError("the data file is cut short")
-                start += len(data)
-                while data:
-                    rate = self._rate_bytes_per_s * (BUSY_SHARE if self._is_busy() else 1.0)
-                    nbytes = max(MIN_SEND_BYTES, min(SEND_BYTES, int(rate * SEND_S)))
-                    piece, data = data[:nbytes], data[nbytes:]
-                    wait_s = self._bucket.take(len(piece), loop.time(), rate)
-                    if wait_s > 0:
-                        await asyncio.sleep(wait_s)
-                    async with asyncio.timeout(STALL_S):
-                        await response.write(piece)
-                    self._given_bytes += len(piece)
+                rate = self._rate_bytes_per_s * (BUSY_SHARE if self._is_busy() else 1.0)
+                nbytes = max(MIN_SEND_BYTES, min(SEND_BYTES, int(rate * SEND_S)))
+                nbytes = min(nbytes, stop - start)
+                wait_s = self._bucket.take(nbytes, loop.time(), rate)
+                if wait_s > 0:
+                    await asyncio.sleep(wait_s)
+                piece = await self._read(fd, nbytes, start)
+                async with asyncio.timeout(STALL_S):
+                    await response.write(piece)
+                start += len(piece)
+                self._given_bytes += len(piece)
         except (OSError, TimeoutError):  # the taker is gone or the disk fails: it asks elsewhere
             if request.transport is not None:
                 request.transport.abort()
         finally:
             os.close(fd)
+
+    async def _read(self, fd: int, nbytes: int, start: int) -> bytes | bytearray:
+        """What is in the page cache is copied at once, everything else on a thread."""
+        data = bytearray(nbytes)
+        with suppress(OSError):  # not cached, or a file system that cannot say so
+            if os.preadv(fd, [data], start, os.RWF_NOWAIT) == nbytes:
+                return data
+        read = await self._on_thread(partial(os.pread, fd, nbytes, start))
+        if len(read) < nbytes:
+            raise ConnectionError("the data file is cut short")
+        return read
 
     # ---- who and how many ----------------------------------------------------------------------
 
