@@ -35,8 +35,8 @@ longer has no use for a rehearsal."""
 MAX_ERROR_CHARS = 2000
 
 Span = tuple[str, float, float, int]
-"""(phase, start_s, end_s, bytes), seconds since the engine's process was made; see
-``pop_node.engine.messages.Ready.phases``."""
+"""(phase, start_s, end_s, bytes), seconds since the start: of the engine's process, see
+``pop_node.engine.messages.Ready.phases``, or of the fetch before it."""
 
 
 class ColdStartHost(Protocol):
@@ -152,8 +152,9 @@ class ColdStarts:
             down_at = time.monotonic()
             cold = await self._make_cold(model, bundle, libraries, options, put_aside)
             started_at = time.monotonic()
-            self._is_down = False
+            self._is_down = options.source != "disk"  # a fetch may fail before there is a start
             spans = await host.start(model, options.source)
+            self._is_down = False
             total_s = time.monotonic() - started_at
         finally:
             await asyncio.to_thread(put_aside.close)

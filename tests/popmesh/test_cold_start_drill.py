@@ -117,7 +117,7 @@ async def test_slower_than_before_is_flagged_and_no_failure(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"node": "nobody"}, r"no node is called 'nobody' \(known: p1, p2, d1, d2\)"),
+        ({"node": "nobody"}, r"no node is called 'nobody' \(known: d1, d2, p1, p2\)"),
         ({"node": None, "site": "mars"}, r"no node is at site 'mars' \(known: ams\)"),
         ({"model": "other"}, r"p1 does not serve other \(it serves fake\)"),
     ],

@@ -168,7 +168,8 @@ def pick_nodes(status: dict[str, Any], model: str, node: str | None, site: str |
     nodes = status["nodes"]
     if node is not None:
         nodes = [said for said in nodes if said["name"] == node]
-        missing, known = f"no node is called {node!r}", [said["name"] for said in status["nodes"]]
+        missing = f"no node is called {node!r}"
+        known = sorted(said["name"] for said in status["nodes"])
     else:
         nodes = [said for said in nodes if said["site"] == site]
         missing = f"no node is at site {site!r}"
