@@ -132,7 +132,8 @@ class Adding:
                     shutil.rmtree(partial.path)
                     return manifest
                 try:
-                    fill(partial)
+                    with partial.checking_ahead():
+                        fill(partial)
                     partial.check(progress)
                 except FalseClaimError:  # nothing of this is worth keeping
                     shutil.rmtree(partial.path, ignore_errors=True)

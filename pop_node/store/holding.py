@@ -16,7 +16,6 @@ from pop_node.store.files import try_lock
 from pop_node.store.manifest import MANIFEST_FILE
 from wire.errors import ConfigError
 
-
 CLAIM_WAIT_S, CLAIM_WAITS = 0.002, 100
 """Whoever only looks whether a bundle is in use claims it for a moment, some microseconds; whoever
 removes it, for a rename. Guess: far more than either takes."""

@@ -17,8 +17,12 @@ from tiny_models import write_huggingface
 from kernels.ops import load_ops
 from pop_node.models import registry
 from pop_node.store import arrivals, layout
+from pop_node.store import bundle as bundle_module
+from pop_node.store import partial as partial_module
 from pop_node.store.arrivals import CHECKED, REFUSED, Arrivals, Marks
+from pop_node.store.bundle import check_tensor
 from pop_node.store.holding import Hold, claimed
+from pop_node.store.layout import TensorEntry
 from pop_node.store.manifest import Manifest, bundle_digest
 from pop_node.store.partial import Partial, partial_bundle
 from pop_node.store.source import unwatched
@@ -247,3 +251,47 @@ def test_a_bundle_that_is_being_removed_is_not_held(original: Store) -> None:
         assert free
         with pytest.raises(ConfigError, match="is being removed"):
             Hold(path)
+
+
+def test_tensors_are_checked_as_soon_as_they_are_whole(
+    tmp_path: Path, original: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial_module, "CHECK_S", 0.001)
+    seen: list[str] = []
+    some = threading.Event()
+
+    def check(path: Path, manifest: Manifest, entry: TensorEntry) -> None:
+        seen.append(entry.name)
+        check_tensor(path, manifest, entry)
+        some.set()
+
+    monkeypatch.setattr(partial_module, "check_tensor", check)
+    monkeypatch.setattr(bundle_module, "check_tensor", check)
+    sender = Sender(original, Store(tmp_path / "here"), manifest)
+    with arriving(sender) as finish:
+        first, *rest = range(len(manifest.data.chunks))
+        sender.send(*rest)
+        assert some.wait(30)
+        sender.send(first)
+        finish()
+    names = {tensor.name for tensor in manifest.tensors}
+    assert set(seen) == names
+    assert len(seen) == len(names), "each is read once"
+
+
+def test_a_bit_that_flips_after_its_chunk_arrived_is_found_by_the_loader(
+    tmp_path: Path, original: Store, manifest: Manifest
+) -> None:
+    store = Store(tmp_path / "here")
+    sender = Sender(original, store, manifest)
+    with arriving(sender):
+        bundle = store.open_partial("tiny")
+        assert bundle is not None
+        sender.send(*range(len(manifest.data.chunks)))
+        with (bundle.path / manifest.data.name).open("r+b") as file:
+            file.seek(5000)
+            byte = file.read(1)
+            file.seek(5000)
+            file.write(bytes([byte[0] ^ 8]))
+        with pytest.raises(ConfigError, match=r"chunk 1 .* does not match its digest"):
+            registry.load(bundle.path, "float32", load_ops("reference", 1))
