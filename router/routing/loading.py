@@ -63,9 +63,9 @@ def load_wait(node: NodeView, model: str, now: float) -> LoadWait:
 
     A load that has not begun starts with the request.
     """
-    if not is_cold(node, model):
+    engine = node.engines.get(model)
+    if engine is None or engine.ready or engine.warmth not in _STATES:
         return IN_MEMORY
-    engine = node.engines[model]
     words, begun, unknown_s = _STATES[engine.warmth]
     eta_s = engine.eta_ms / 1e3 or unknown_s
     since = node.load_at if begun else node.pending.get(model, Pending()).wanted_at

@@ -318,3 +318,32 @@ def test_no_plan_loads_what_it_must_not(states: list[Any], deadline: float, seed
             if wait_s:
                 assert wait_s < deadline
                 assert not engine.warm_refused
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    etas=st.lists(st.sampled_from([0, 500, 4000, 20_000]), min_size=4, max_size=4),
+    queued=st.lists(st.integers(0, 5000), min_size=4, max_size=4),
+    tokens=st.integers(1, 4000),
+)
+def test_the_search_finds_the_cheapest_pair_of_cold_and_warm_nodes(
+    etas: list[int], queued: list[int], tokens: int
+) -> None:
+    """Against brute force: pinning every pair in turn finds nothing cheaper."""
+    split = make_topology(
+        {"fra-1": BOTH, "lhr-1": BOTH, "iad-1": ("prefill",), "syd-1": ("decode",)}
+    )
+    changes = {
+        name.replace("-", "_"): cold("disk", eta_ms, ready=eta_ms == 0, queued_prefill_tokens=some)
+        for name, eta_ms, some in zip(split.nodes, etas, queued, strict=True)
+    }
+    view, asked = view_of(split, **changes), request(tokens=tokens)
+    costs = [
+        pick(view, replace(asked, pin=Pin(p, d))).route.cost_s
+        for p in ("fra-1", "lhr-1", "iad-1")
+        for d in ("fra-1", "lhr-1", "syd-1")
+    ]
+    plan = pick(view, asked)
+    ranked = [plan.route.cost_s, *(route.cost_s for route in plan.fallbacks)]
+    assert min(ranked) == pytest.approx(min(costs))
+    assert sorted(ranked) == pytest.approx(sorted(costs)[: len(ranked)])
