@@ -21,6 +21,9 @@ from pop_node.store.source import unwatched
 MAX_PEERS = 6
 """Asked at once: more than fill any port, few enough to stay near. Guess."""
 
+PATIENCE_S = 30.0
+"""Guess: longest without a chunk, because all who have it are busy, before others are asked."""
+
 LINES_PER_PEER = 2
 """While one waits a round trip for its next run, the other one's data flows."""
 
@@ -62,6 +65,7 @@ class Gathering:
 
         Raises ``OSError`` from the disk.
         """
+        left, since = self._swarm.num_left, time.monotonic()
         threads: list[threading.Thread] = []
         try:
             while not self._is_over():
@@ -70,7 +74,10 @@ class Gathering:
                     threads += self._engage(holders)
                 hold_out = self._hold_out()
                 with self._changed:
-                    if self._swarm.hopeless() and not hold_out:
+                    if self._swarm.num_left < left:
+                        left, since = self._swarm.num_left, time.monotonic()
+                    impatient = time.monotonic() - since > PATIENCE_S
+                    if (self._swarm.hopeless() or impatient) and not hold_out:
                         break
                     self._changed.wait_for(self._is_over, LOOK_S)
         finally:
@@ -160,16 +167,23 @@ class Gathering:
 
     def _pull(self, line: Line, source: PeerSource, run: Run) -> None:
         start, stop = self._data.span(run.first)[0], sum(self._data.span(run.stop - 1))
-        index, kept = run.first, bytearray()
-        with self._setbacks(line), closing(source.stream(self._data.name, start, stop)) as pieces:
+        index, at = run.first, 0
+        chunk = memoryview(bytearray(self._data.span(index)[1]))
+        with (
+            self._setbacks(line),
+            closing(source.stream(self._data.name, start, stop)) as pieces,
+        ):
             for piece in pieces:
-                kept += piece
-                while index < run.stop and len(kept) >= (nbytes := self._data.span(index)[1]):
-                    with memoryview(kept)[:nbytes] as chunk:
+                rest = memoryview(piece)
+                while rest:  # small copies only: a long one would hold up every other thread
+                    part, rest = rest[: len(chunk) - at], rest[len(chunk) - at :]
+                    chunk[at : at + len(part)] = part
+                    at += len(part)
+                    if at == len(chunk):
                         if not self._keep(line, index, chunk):
                             return
-                    del kept[:nbytes]
-                    index += 1
+                        index, at = index + 1, 0
+                        chunk = chunk[: self._data.span(index)[1]] if index < run.stop else chunk
                 with self._changed:
                     if index < run.stop and not self._swarm.wanted(line, index):
                         return

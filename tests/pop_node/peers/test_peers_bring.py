@@ -15,7 +15,7 @@ import pytest
 
 from kernels.ops import load_ops
 from pop_node.models.registry import load_model
-from pop_node.peers import giver
+from pop_node.peers import gathering, giver
 from pop_node.peers.bring import Bringing
 from pop_node.store.store import Store
 from popmesh.authority import init_authority, issue
@@ -342,3 +342,20 @@ async def test_a_giver_with_another_nodes_certificate_is_not_asked(
         with pytest.raises(ConfigError, match="no node gives"):
             await taker.bringer.bring("tiny")
         assert impostor.giver.statistics().given_bytes == 0
+
+
+async def test_peers_that_are_always_busy_are_not_waited_for_for_ever(
+    tmp_path: Path, original: Store, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathering, "PATIENCE_S", 0.2)
+    path = original.get("tiny").path
+    with serving(path) as site, misbehaving("n1", path) as peer:
+        peer.status = 503
+        model = dataclasses.replace(tiny, source=site.url)
+        topology = mesh_of(["n1", "n2"], model)
+        registry = {"n1": entry_of("n1", topology, peer.address)}
+        seen: list[Bringing] = []
+        async with Neighbour("n2", tmp_path / "here", topology, registry) as taker:
+            await taker.bringer.bring("tiny", seen.append)
+            same(taker.store, original)
+        assert set(seen[-1].sources) == {"origin"}
