@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import signal
 import ssl
@@ -16,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import assert_never
 
 from pop_node import lifecycle
-from pop_node.agent_config import SERVICE, AgentConfig
+from pop_node.agent_config import SERVICE, AgentConfig, check_listeners
 from pop_node.authorization import Authorization
 from pop_node.drills.cold_start import ColdStarts
 from pop_node.drills.drills import Drills
+from pop_node.drills.rebirth import Rebirth, take_reborn
 from pop_node.engine.spawn import Standby, launch_engine
 from pop_node.hosting.host_maker import HostMaker, Told
 from pop_node.legs.leg import refusal
@@ -32,7 +34,6 @@ from pop_node.router_link import RouterLink, link_factory
 from pop_node.status_file import write_status
 from registry.client import Registration, Registry
 from registry.keeper import Keeper
-from topology.model import Node
 from wire.address import format_address
 from wire.errors import ConfigError, OverloadError, RequestError
 from wire.messages import (
@@ -52,9 +53,8 @@ from wire.messages import (
     Warm,
 )
 from wire.messages import Role as WireRole
-from wire.tls import Credentials, require_tls
 
-__all__ = ["SERVICE", "Agent", "AgentConfig", "check_listeners", "serve"]
+__all__ = ["SERVICE", "Agent", "AgentConfig", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,10 @@ class Agent:
             ResidentColdStarts(self._node.name, self._residents, self._is_serving),
             tasks,
             self._supply.store.put_aside,
+            self._start_anew,
+            take_reborn(os.environ),
         )
+        self.rebirth: Rebirth | None = None
         self.on_doors_open: Callable[[str], None] | None = None
 
     def _make_residents(self) -> Residents:
@@ -153,12 +156,18 @@ class Agent:
 
     def drain(self) -> None:
         """Accept no new work, finish what runs, then stop; again to stop at once."""
+        self.rebirth = None
         timeout_s = DRAIN_TIMEOUT_S if self._lifecycle.state == "serving" else 0.0
         if self._lifecycle.state == "draining":
             self._apply(lifecycle.StreamsLeft(0))
         self._apply(lifecycle.DrainRequested(timeout_s))
         self._residents.drain()
         self._apply(lifecycle.StreamsLeft(self._residents.num_legs))
+
+    def _start_anew(self, rebirth: Rebirth) -> None:
+        """Drain, then have this process do what it is told."""
+        self.drain()
+        self.rebirth = rebirth
 
     def _apply(self, event: lifecycle.Event) -> None:
         loop = asyncio.get_running_loop()
@@ -381,14 +390,10 @@ class Agent:
             write_status(path, self._lifecycle.state, self._mesh_address, self._residents)
 
 
-def check_listeners(node: Node, credentials: Credentials | None) -> None:
-    """Off loopback all listeners need certificates; raises ``ConfigError``."""
-    for address in (node.mesh, node.kv, node.bundles):
-        require_tls(address.host, credentials)
-
-
-async def serve(config: AgentConfig, ready: Callable[[str], None] | None = None) -> None:
+async def serve(config: AgentConfig, ready: Callable[[str], None] | None = None) -> Rebirth | None:
     """Run one node until SIGTERM or SIGINT; ``ready`` gets its mesh address when doors open.
+
+    Returns what its process is to become then, if a drill wants it to start anew.
 
     Raises ``ConfigError`` for a missing model, a digest that differs from the topology's, or a
     listener off loopback without certificates.
@@ -401,3 +406,4 @@ async def serve(config: AgentConfig, ready: Callable[[str], None] | None = None)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, agent.drain)
         await agent.run()
+    return agent.rebirth

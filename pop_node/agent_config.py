@@ -7,7 +7,7 @@ from pathlib import Path
 
 from topology.model import Node, Topology
 from wire.address import Dialer
-from wire.tls import Credentials
+from wire.tls import Credentials, require_tls
 
 SERVICE = "popmesh-node"
 """Under which nodes are registered."""
@@ -25,3 +25,9 @@ class AgentConfig:
     credentials: Credentials | None = None
     status_file: Path | None = None
     drills: bool = False
+
+
+def check_listeners(node: Node, credentials: Credentials | None) -> None:
+    """Off loopback all listeners need certificates; raises ``ConfigError``."""
+    for address in (node.mesh, node.kv, node.bundles):
+        require_tls(address.host, credentials)

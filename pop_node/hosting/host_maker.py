@@ -64,7 +64,10 @@ class HostMaker:
 
         Raises ``ConfigError`` when it is not in the store, damaged, or not the one pinned.
         """
-        bundle = Store(self._config.store).get(name)
+        return self.open_bundle(name, Store(self._config.store).get(name))
+
+    def open_bundle(self, name: str, bundle: Bundle) -> Opened:
+        """As ``open``, of a bundle that may still be arriving."""
         _check_bundle(bundle, self._config.topology.models[name].digest, name)
         codec = TextCodec.load(bundle.path)
         memory_bytes = model_memory(bundle.manifest, self._config.node)

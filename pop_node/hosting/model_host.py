@@ -11,6 +11,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
 from typing import assert_never
 
 from pop_node.answers.answer_desk import AnswerDesk
@@ -140,6 +142,11 @@ class ModelHost:
                 await generation.client.stop(timeout_s=STOP_S)
                 await generation.close()
         self._on_load_changed()
+
+    def lies_in(self, model_dir: Path) -> None:
+        """Where the model's bundle is from now on; the next engine reads it there."""
+        engine = replace(self.settings.engine, model_dir=model_dir)
+        self.settings = replace(self.settings, engine=engine)
 
     def end_engine(self) -> None:
         """The engine took too long to be ready: end it; ``on_exited`` follows."""

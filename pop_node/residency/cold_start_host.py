@@ -72,7 +72,7 @@ class ResidentColdStarts:
         residents = self._residents
         fetched: list[Span] = []
         if source != "disk":
-            took_s, nbytes = await residents.fetch_again(model, source)
+            took_s, nbytes = await residents.fetching.again(model, source)
             fetched.append(("fetch", 0.0, took_s, nbytes))
         residents.feed(ev.BringBack(model))
         state = residents.state(model)

@@ -48,10 +48,19 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The model is on the disk, or so far there that an engine can begin to load it.
+    """The model is on the disk.
 
     ``memory_bytes`` is what it takes while it is warm, ``load_bytes`` what is read to get there.
     """
+
+    model: str
+    memory_bytes: int
+    load_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """So much of the model is on the disk that an engine can begin to load it; the rest comes."""
 
     model: str
     memory_bytes: int
@@ -119,6 +128,7 @@ Event = (
     | Legs
     | Progress
     | Fetched
+    | Arriving
     | FetchFailed
     | Gone
     | Ready

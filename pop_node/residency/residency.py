@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import assert_never
 
 from pop_node.residency import events as ev
-from pop_node.residency.room import BUSY_S, committed_bytes, find_room, full
+from pop_node.residency.room import BUSY_S, committed_bytes, find_room, why_not
 from pop_node.residency.state import ModelState
 from topology.budget import by_precedence, first_fit
 
@@ -135,6 +135,8 @@ class Residency:
                 return []
             case ev.Fetched():
                 return self._fetched(event, now)
+            case ev.Arriving():
+                return self._arriving(event, now)
             case ev.FetchFailed(model, why):
                 return self._fetch_failed(self._models[model], why, now)
             case ev.Gone(model):
@@ -236,7 +238,7 @@ class Residency:
 
     def _fetched(self, event: ev.Fetched, now: float) -> list[ev.Effect]:
         model = self._models[event.model]
-        model.disk, model.failures, model.why_failed = "here", 0, ""
+        model.disk, model.failures, model.why_failed, model.arriving = "here", 0, "", False
         model.memory_bytes, model.load_bytes = event.memory_bytes, event.load_bytes
         effects: list[ev.Effect] = []
         if self._is_started and model.memory == "out" and not model.barred:
@@ -244,16 +246,31 @@ class Residency:
             victims = self._room(model, now)
             if victims == [] or (victims and asked):
                 effects += self._make_room(model, victims, now)
-            elif self._is_waited_for(model):
-                effects += self._no_room(model, now)
+            elif refusal := self._refusal(model, now):
+                effects += self._refuse_waiting(model, refusal.why, refusal.retry_after_s)
         return effects + self._fetch_more(now)
 
+    def _arriving(self, event: ev.Arriving, now: float) -> list[ev.Effect]:
+        """Only what is asked for takes memory before all of it is here."""
+        model = self._models[event.model]
+        if model.disk != "fetching":
+            return []
+        model.arriving = True
+        model.memory_bytes, model.load_bytes = event.memory_bytes, event.load_bytes
+        if model.memory != "out" or not (model.pinned or model.is_asked_for(now)):
+            return []
+        victims = self._room(model, now)
+        return [] if victims is None else self._make_room(model, victims, now)
+
     def _fetch_failed(self, model: ModelState, why: str, now: float) -> list[ev.Effect]:
-        model.disk = "absent"
+        model.disk, model.arriving = "absent", False
         model.failures += 1
         wait_s = _backoff_s(model.failures - 1)
         model.retry_at, model.why_failed = now + wait_s, why
-        return [*self._refuse_waiting(model, why, wait_s), *self._fetch_more(now)]
+        effects = self._refuse_waiting(model, why, wait_s)
+        if model.memory != "warm":  # else it was read in time
+            effects += self._take_back(model)
+        return [*effects, *self._fetch_more(now)]
 
     def _fetch_more(self, now: float) -> list[ev.Effect]:
         """Begin what may begin: those that are asked for first."""
@@ -281,34 +298,18 @@ class Residency:
         """Bring a model in that is not refused."""
         if model.is_committed:
             return []
-        if model.disk == "here":
+        if model.is_loadable:
             return self._make_room(model, self._room(model, now), now)
         if model.disk == "absent" and model.name not in self._to_fetch:
             self._to_fetch.append(model.name)
         return self._fetch_more(now)
 
     def _refusal(self, model: ModelState, now: float) -> ev.Refuse | None:
-        """Why a model cannot come now; None when it can, or is here."""
-        if model.barred:
-            return ev.Refuse(model.name, f"a drill has {model.name}", BUSY_S)
-        if model.is_committed:
-            return None
-        if model.retry_at > now:
-            return ev.Refuse(model.name, model.why_failed, model.retry_at - now)
-        if model.disk == "absent" and not model.fetchable:
-            why = f"{model.name} is not on this node's disk, and there is nowhere to fetch it from"
-            return ev.Refuse(model.name, why, 0.0)
-        if model.disk == "here" and self._room(model, now) is None:
-            return self._full(model, now)
-        return None
+        rate = self._load_bytes_per_s
+        return why_not(self._models.values(), model, self._budget, now, rate)
 
     def _room(self, model: ModelState, now: float) -> list[ModelState] | None:
         return find_room(self._models.values(), model, self._budget, now)
-
-    def _full(self, model: ModelState, now: float) -> ev.Refuse:
-        assert self._budget is not None, "without a budget there is room"
-        models, rate = self._models.values(), self._load_bytes_per_s
-        return full(models, model, self._budget, now, rate)
 
     def _bring_pinned(self, now: float) -> list[ev.Effect]:
         """Pinned models that found no room, or nobody who could leave, come when they can."""
@@ -331,10 +332,6 @@ class Residency:
         else:
             self._promise(model)
         return effects + self._admit(now)
-
-    def _no_room(self, model: ModelState, now: float) -> list[ev.Effect]:
-        full = self._full(model, now)
-        return self._refuse_waiting(model, full.why, full.retry_after_s)
 
     def _promise(self, model: ModelState) -> None:
         model.memory = "queued"
@@ -361,10 +358,15 @@ class Residency:
         if not model.barred or model.legs:
             return []
         effects = self._refuse_waiting(model, f"a drill has {model.name}", BUSY_S)
+        return effects + self._take_back(model)
+
+    def _take_back(self, model: ModelState) -> list[ev.Effect]:
+        """Out of memory, or of the queue to it."""
         if model.name in self._queue:
             self._queue.remove(model.name)
             model.memory = "out"
-        return effects + (self._leave(model) if model.memory in ("loading", "warm") else [])
+        model.again = False
+        return self._leave(model) if model.memory in ("loading", "warm") else []
 
     def _bring_back(self, model: ModelState, now: float) -> list[ev.Effect]:
         """Its place was kept, so nobody has to leave."""

@@ -20,12 +20,11 @@ from pop_node.hosting.host_maker import HostMaker, Opened
 from pop_node.hosting.model_host import ModelHost
 from pop_node.legs.leg import refusal
 from pop_node.legs.parking import PARKING_VERSION, Parking
-from pop_node.peers.bring import Bringing
-from pop_node.peers.bringer import Via
 from pop_node.residency import events as ev
+from pop_node.residency.fetching import Fetching
 from pop_node.residency.residency import Residency
 from pop_node.residency.state import ModelState
-from pop_node.residency.supply import Supply
+from pop_node.residency.supply import Supply, can_be_fetched
 from pop_node.router_link import RouterLink
 from pop_node.store.holding import Hold
 from topology.budget import memory_budget
@@ -83,14 +82,14 @@ class Residents:
         self._machine = Residency(
             node.models,
             pinned=node.pinned,
-            fetchable=[name for name in node.models if _can_be_fetched(config, name)],
+            fetchable=[name for name in node.models if can_be_fetched(config, name)],
             budget_bytes=self._budget,
         )
         self.hosts: dict[str, ModelHost] = {}
         self._parking = Parking(self._eta_s)
         self._started_at: dict[str, float] = {}
         self._holds: dict[str, Hold] = {}
-        self._fetches: set[asyncio.Task[None]] = set()
+        self.fetching = Fetching(supply, maker, tasks, self.feed, self._install)
         self._filling: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
@@ -148,8 +147,9 @@ class Residents:
         log.info("%s is in memory after %.2f s", model, took_s)
         self._let_go_of(model)
         self.feed(ev.Ready(model, took_s))
-        for link, submit in self._parking.take(model):
-            self.hosts[model].submit(link, submit)
+        if self.serves(model):  # a drill may want it down by now
+            for link, submit in self._parking.take(model):
+                self.hosts[model].submit(link, submit)
         self._fill_standby()
         self._around.offers_changed()
 
@@ -161,7 +161,10 @@ class Residents:
     def legs_changed(self, model: str) -> None:
         """A leg of this model began or is over."""
         if self.is_bounded or self.state(model).barred:
-            self.feed(ev.Legs(model, self.hosts[model].num_open_legs))
+            count = self.hosts[model].num_open_legs
+            self.feed(ev.Legs(model, count))
+            if not count:  # another model may have its place now
+                self._around.changed()
 
     def drain(self) -> None:
         """Nobody waits for a model any more."""
@@ -174,9 +177,7 @@ class Residents:
             if timer is not None:
                 timer.cancel()
         self.drain()
-        for task in self._fetches:
-            task.cancel()
-        await asyncio.gather(*self._fetches, return_exceptions=True)
+        await self.fetching.close()
         for host in self.hosts.values():
             await host.stop()
         for model in list(self._holds):
@@ -324,9 +325,7 @@ class Residents:
                     self._around.unwant(model)
                     self._tasks.create_task(self._unload(model))
                 case ev.Fetch(model):
-                    task = self._tasks.create_task(self._fetch(model))
-                    self._fetches.add(task)
-                    task.add_done_callback(self._fetches.discard)
+                    self.fetching.begin(model)
                 case ev.Refuse(model, why, retry_after_s):
                     error = OverloadError(
                         why, code="not_loaded", retry_after_s=retry_after_s or None
@@ -381,54 +380,19 @@ class Residents:
 
     # ---- disk ----------------------------------------------------------------------------------
 
-    async def _fetch(self, model: str) -> None:
-        log.info("%s is being fetched", model)
-        try:
-            await self._supply.bring(model, lambda bringing: self._progress(model, bringing))
-            opened = await asyncio.to_thread(self._maker.open, model)
-        except MeshError as exc:
-            log.error("%s cannot be fetched: %s", model, exc)
-            self.feed(ev.FetchFailed(model, str(exc)))
-            return
-        for name in await self._supply.make_room(model):
-            if name in self._models:
-                self.feed(ev.Gone(name))
-        await self.install(model, opened)
-
-    async def fetch_again(self, model: str, via: Via) -> tuple[float, int]:
-        """Bring a model that a drill took down and put away; seconds and bytes that it took."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        await self._supply.bring(model, via=via)
-        opened = await asyncio.to_thread(self._maker.open, model)
-        took_s = loop.time() - began
-        await self.install(model, opened)
-        return took_s, opened.bundle.manifest.total_bytes
-
-    async def install(self, model: str, opened: Opened) -> None:
-        """The model is on the disk now."""
-        old = self.hosts.pop(model, None)
-        self.hosts[model] = self._maker.make(model, opened)
-        if old is not None:
-            await old.stop()
-        log.info("%s is on the disk, %.2f GB", model, opened.load_bytes / 1e9)
-        self.feed(_fetched(model, opened))
+    async def _install(self, model: str, opened: Opened, arriving: bool) -> None:
+        """The model is on the disk now, or on its way there."""
+        host = self.hosts.get(model)
+        if host is not None and host.settings.identity == opened.bundle.manifest.identity:
+            host.lies_in(opened.bundle.path)
+        else:
+            self.hosts[model] = self._maker.make(model, opened)
+            if host is not None:
+                await host.stop()
+        said = ev.Arriving if arriving else ev.Fetched
+        self.feed(said(model, opened.memory_bytes, opened.load_bytes))
         self._around.offers_changed()
-
-    def _progress(self, model: str, bringing: Bringing) -> None:
-        at_it = bringing.phase in ("fetch", "download")
-        total = bringing.total_bytes if at_it else 0
-        done = bringing.done_bytes if at_it else 0
-        rate = bringing.rate_bytes_per_s if at_it else 0.0
-        self.feed(ev.Progress(model, done, total, rate))
 
 
 def _fetched(model: str, opened: Opened) -> ev.Fetched:
     return ev.Fetched(model, opened.memory_bytes, opened.load_bytes)
-
-
-def _can_be_fetched(config: AgentConfig, model: str) -> bool:
-    """Is there somebody to bring it from: another node, or where it is from?"""
-    nodes = config.topology.nodes.values()
-    others = any(model in node.models and node.name != config.node.name for node in nodes)
-    return others or config.topology.models[model].source is not None

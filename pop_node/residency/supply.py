@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from pop_node.agent_config import SERVICE, AgentConfig
 from pop_node.authorization import Authorization
@@ -15,7 +16,8 @@ from pop_node.peers.bring import Bringing
 from pop_node.peers.bringer import Bringer, Via
 from pop_node.peers.client import Dialing
 from pop_node.peers.giver import Giver
-from pop_node.store.store import Store
+from pop_node.store.holding import Hold
+from pop_node.store.store import Bundle, Store
 from registry.client import Registry
 from registry.entries import ServiceEntry
 from topology.budget import disk_budget
@@ -32,6 +34,13 @@ def gives_bundles(node: Node) -> bool:
     """Whether other nodes can reach this one's bundles: its listener may be left on loopback, the
     default, while its others are not."""
     return not is_loopback(node.bundles.host) or is_loopback(node.mesh.host)
+
+
+def can_be_fetched(config: AgentConfig, model: str) -> bool:
+    """Is there somebody to bring it from: another node, or where it is from?"""
+    nodes = config.topology.nodes.values()
+    others = any(model in node.models and node.name != config.node.name for node in nodes)
+    return others or config.topology.models[model].source is not None
 
 
 class Supply:
@@ -88,14 +97,18 @@ class Supply:
         """Have the model on the disk. Raises ``ConfigError`` when it cannot be had."""
         await self._bringer.bring(model, on_progress, via)
 
-    async def make_room(self, newest: str) -> list[str]:
-        """Remove the least recently used models beyond ``disk_gb``, but not ``newest``; returns
-        the names of those that are gone."""
+    def arriving(self, model: str) -> Bundle | None:
+        """What an engine can begin to load of a model that is being brought; looks at the disk."""
+        return self._bringer.arriving(model)
+
+    async def make_room(self, newest: Path) -> list[str]:
+        """Remove the least recently used models beyond ``disk_gb``, but not the bundle ``newest``;
+        returns the node's models that are gone."""
         budget = disk_budget(self._node)
         if budget is None:
             return []
         try:
-            hold = self.store.hold(newest)
+            hold = Hold(newest)
             try:
                 collected = await asyncio.to_thread(self.store.gc, budget)
             finally:
@@ -109,7 +122,8 @@ class Supply:
                 collected.kept_bytes / 1e9,
                 budget / 1e9,
             )
-        return [name for bundle in collected.bundles for name in bundle.names]
+        gone = {name for bundle in collected.bundles for name in bundle.names}
+        return [name for name in self._node.models if name in gone]
 
     async def close(self) -> None:
         """Nothing is given any more; call when every ``bring`` has ended."""

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from pop_node.residency import residents
+from pop_node.store import layout
 from pop_node.store.store import Store
 from tests.pop_node.node_mesh import (
     MODEL,
@@ -215,6 +216,7 @@ async def test_a_drain_refuses_those_who_wait(store: Store, tmp_path: Path) -> N
 async def test_older_routers_hear_that_it_is_not_ready(store: Store, tmp_path: Path) -> None:
     async with tiny_mesh(store, tmp_path, "a", plan=a_plan(ONE), version=2) as mesh:
         a = mesh.routers["a"]
+        assert a.load is not None
         assert [each.ready for each in a.load.engines] == [True, False, False]
         refused = await a.ending(mesh.whole("a", model=B))
         assert isinstance(refused, Refused)
@@ -280,3 +282,29 @@ async def test_a_model_goes_down_for_a_drill_after_its_legs(store: Store, tmp_pa
             spans = await host.start(A, "disk")
         assert "imports" in [span[0] for span in spans]
         assert len(await answer(mesh, A)) == 8
+
+
+async def test_an_engine_begins_before_all_of_its_model_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4096)
+    full = write_store(tmp_path / "full")
+    plan = topology("a", "b")
+    giver = replace(plan.nodes["a"], give_mbps=1.0)  # half a megabyte takes seconds
+    taker = replace(plan.nodes["b"], store=tmp_path / "empty", memory_gb=ONE, pinned=(MODEL,))
+    plan = replace(plan, nodes={"a": giver, "b": taker})
+    async with tiny_mesh(full, tmp_path, "a", "b", plan=plan, version=3) as mesh:
+        b, held = mesh.routers["b"], mesh.nodes["b"].agent._residents
+        async with asyncio.timeout(WAIT_S):
+            await held.until(lambda: held.state(MODEL).memory == "loading")
+        assert held.state(MODEL).disk == "fetching"
+        await b.until(lambda: warmth(b) == {MODEL: "warm"})
+        stream = mesh.whole("b")
+        assert isinstance(await b.ending(stream), Finished)
+        async with asyncio.timeout(WAIT_S):
+            await held.until(lambda: held.state(MODEL).disk == "here")
+        os.kill(mesh.nodes["b"].engine["pid"], signal.SIGKILL)
+        async with asyncio.timeout(WAIT_S):
+            await held.until(lambda: held.state(MODEL).memory == "loading")
+            await held.until(lambda: held.state(MODEL).memory == "warm")
+        assert isinstance(await b.ending(mesh.whole("b")), Finished)
