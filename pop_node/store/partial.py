@@ -9,7 +9,6 @@ what has arrived (``pop_node.store.arrivals``): the manifest is there from the b
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from blake3 import blake3
 
 from pop_node.store.arrivals import CHECKED, REFUSED, Marks
 from pop_node.store.bundle import check_claims, check_model, check_tensor
-from pop_node.store.files import sync_directory, try_lock, write_durably
+from pop_node.store.files import lock_patiently, sync_directory, try_lock, write_durably
 from pop_node.store.holding import claimed
 from pop_node.store.layout import TensorEntry
 from pop_node.store.manifest import (
@@ -196,7 +195,7 @@ def partial_bundle(
 ) -> Iterator[Partial]:
     """The partial bundle of ``manifest`` below ``root``, for this process alone.
 
-    Waits while another process fills it. Raises ``OSError``.
+    Waits while another process fills it, ``on_wait`` as for ``files.locked``. Raises ``OSError``.
     """
     path = root / manifest.bundle
     fd = _locked_directory(path, on_wait)
@@ -217,9 +216,7 @@ def _locked_directory(path: Path, on_wait: Callable[[], None]) -> int:
         with suppress(FileNotFoundError):
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                if not try_lock(fd):
-                    on_wait()
-                    fcntl.flock(fd, fcntl.LOCK_EX)
+                lock_patiently(fd, on_wait)
                 if os.stat(path).st_ino == os.fstat(fd).st_ino:
                     fd, locked = -1, fd
                     return locked
@@ -238,18 +235,6 @@ def abandoned_partials(root: Path) -> Iterator[Path]:
                     yield path
         finally:
             os.close(fd)
-
-
-def is_filled(path: Path) -> bool:
-    """Whether some process fills this partial bundle at the moment."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return not try_lock(fd)
-    finally:
-        os.close(fd)
 
 
 def published_as(path: Path) -> Path | None:

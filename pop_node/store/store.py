@@ -23,6 +23,7 @@ from typing import get_args
 import msgspec
 
 from pop_node.store.adding import Adding, Request
+from pop_node.store.arrivals import is_filled
 from pop_node.store.aside import put_aside
 from pop_node.store.bundle import check_bundle, check_claims, read_texts
 from pop_node.store.collect import Held, least_used
@@ -32,7 +33,7 @@ from pop_node.store.holding import Hold, claimed, last_used_ns
 from pop_node.store.manifest import Manifest, OutdatedBundleError, read_manifest
 from pop_node.store.names import NameEntry, Names, check_name
 from pop_node.store.origin import is_url
-from pop_node.store.partial import Partial, abandoned_partials, is_filled
+from pop_node.store.partial import Partial, abandoned_partials
 from pop_node.store.pypi import PREFIX
 from pop_node.store.source import Progress, unwatched
 from wire.errors import ConfigError

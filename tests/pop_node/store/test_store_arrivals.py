@@ -98,7 +98,7 @@ def arriving(sender: Sender) -> Iterator[Callable[[], Manifest]]:
 def test_what_is_there_comes_first_and_the_rest_as_it_arrives(tmp_path: Path) -> None:
     marks = Marks(tmp_path, 5)
     marks.mark(3)
-    reader = Arrivals(marks._fd, 5, "here")
+    reader = Arrivals(marks._fd, 5, tmp_path)
     order = reader.as_they_come([Number(i) for i in range(5)], threading.Event())
     assert next(order).index == 3
     marks.mark(1)
@@ -111,7 +111,7 @@ def test_what_is_there_comes_first_and_the_rest_as_it_arrives(tmp_path: Path) ->
 
 def test_patience_ends_when_nothing_comes_any_more(tmp_path: Path) -> None:
     marks = Marks(tmp_path, 2)
-    reader = Arrivals(marks._fd, 2, "here")
+    reader = Arrivals(marks._fd, 2, tmp_path)
     with pytest.raises(ConfigError, match="nothing of the bundle has arrived"):
         list(reader.as_they_come([Number(0)], threading.Event(), patience_s=0.05))
     with pytest.raises(ConfigError, match="nothing of the bundle has arrived"):
@@ -127,11 +127,26 @@ def test_patience_ends_when_nothing_comes_any_more(tmp_path: Path) -> None:
     marks.close()
 
 
+def test_nothing_is_waited_for_that_nobody_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrivals, "ORPHAN_S", 0.02)
+    marks = Marks(tmp_path, 2)
+    reader = Arrivals(marks._fd, 2, tmp_path)
+    for wait in (
+        lambda: list(reader.as_they_come([Number(0)], threading.Event())),
+        lambda: reader.wait_checked(),
+    ):
+        with pytest.raises(ConfigError, match="nothing of the bundle has arrived for 0 s"):
+            wait()
+    marks.close()
+
+
 def test_a_new_writer_forgets_what_the_last_one_said(tmp_path: Path) -> None:
     first = Marks(tmp_path, 3)
     first.mark(1)
     first.judge(CHECKED)
-    reader = Arrivals(first._fd, 3, "here")
+    reader = Arrivals(first._fd, 3, tmp_path)
     assert reader.marks() == b"\0\1\0"
     second = Marks(tmp_path, 3)
     assert reader.marks() == b"\0\0\0"
@@ -295,3 +310,19 @@ def test_a_bit_that_flips_after_its_chunk_arrived_is_found_by_the_loader(
             file.write(bytes([byte[0] ^ 8]))
         with pytest.raises(ConfigError, match=r"chunk 1 .* does not match its digest"):
             registry.load(bundle.path, "float32", load_ops("reference", 1))
+
+
+def test_who_waits_for_another_process_can_give_up(
+    tmp_path: Path, original: Store, manifest: Manifest
+) -> None:
+    class GivenUpError(Exception):
+        pass
+
+    def give_up(phase: str, done: int, total: int) -> None:
+        raise GivenUpError(phase)
+
+    store = Store(tmp_path / "here")
+    with arriving(Sender(original, store, manifest)):
+        for name in ("tiny", "other"):  # waits for the name, and for the bundle
+            with pytest.raises(GivenUpError, match="wait"):
+                store.receive(manifest, name, "test", lambda partial: None, give_up)
