@@ -51,7 +51,7 @@ def _set_down(name: str, names: Names, bundles: Path, work: Path) -> NameEntry:
     entry = names.need(name)
     others = [other for other, _ in names.by_bundle()[entry.bundle] if other != name]
     if others:
-        raise ConfigError(f"{name} is put aside for nobody: {', '.join(others)} is the same bundle")
+        raise ConfigError(f"{name} cannot be put aside: {', '.join(others)} is the same bundle")
     with claimed(bundles / entry.bundle) as free:
         if not free:
             raise ConfigError(

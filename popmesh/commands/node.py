@@ -76,4 +76,6 @@ def node(
         drills=drills,
     )
     log_to_stderr()
-    run_until_signal(lambda: serve(config))
+    rebirth = run_until_signal(lambda: serve(config))
+    if rebirth is not None:
+        rebirth.become()

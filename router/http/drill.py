@@ -16,6 +16,7 @@ import msgspec
 
 from router.dispatch import Dispatch
 from router.links.node_link import NodeLink
+from router.links.questions import Answer
 from router.routing.costs import Work
 from router.routing.policy import RouteRequest, obstacle
 from wire.errors import MeshError, PeerError, RequestError
@@ -138,7 +139,10 @@ async def _cold_start(dispatch: Dispatch, link: NodeLink, body: DrillBody) -> di
     seen = _Seen()
     looking = asyncio.create_task(_look(dispatch, name, model, seen))
     try:
-        answer = await link.ask(number, question, longest_s + SEEN_S)
+        if body.options.get("whole"):
+            answer = await _reborn(dispatch, link, question, longest_s)
+        else:
+            answer = await link.ask(number, question, longest_s + SEEN_S)
         reported_at = loop.time()
         if isinstance(answer, DrillStarted):
             raise _refused(link, answer.error)
@@ -150,11 +154,41 @@ async def _cold_start(dispatch: Dispatch, link: NodeLink, body: DrillBody) -> di
         await asyncio.wait((looking,), timeout=SEEN_S)
     finally:
         looking.cancel()
-    # The report left the node ``total_s`` after the start, half a round trip ago.
-    offset_s = reported_at - report["total_s"] - (link.rtt_ms or 0.0) / 2e3
+    # The report left the node ``said_s`` after the start, half a round trip ago.
+    offset_s = reported_at - report["said_s"] - (link.rtt_ms or 0.0) / 2e3
     report["seen_ready_s"] = None if seen.ready_at is None else seen.ready_at - offset_s
     report["wall_s"] = loop.time() - asked_at
     return report
+
+
+async def _reborn(dispatch: Dispatch, link: NodeLink, question: Drill, longest_s: float) -> Answer:
+    """Have the whole node start anew; what its new process says of it.
+
+    Raises ``PeerError`` when it does not come back.
+    """
+    name, before = link.node.name, link.incarnation
+    try:
+        async with asyncio.timeout(longest_s):
+            try:
+                answer = await link.ask(question.number, question, longest_s)
+                if isinstance(answer, DrillStarted):
+                    return answer
+                raise _protocol_error(link, answer)
+            except PeerError as exc:
+                if exc.code != "link_lost":
+                    raise
+            while True:
+                new = dispatch.pool.get(name)
+                if new is not None and new.up and new.incarnation != before:
+                    number = dispatch.next_stream()
+                    options = msgspec.json.encode({"recall": question.number}).decode()
+                    recall = Drill(
+                        number, COLD_START, question.model, question.duration_ms, options
+                    )
+                    return await new.ask(number, recall, longest_s)
+                await asyncio.sleep(LOOK_S)
+    except TimeoutError as exc:
+        raise PeerError(f"{name} did not come back within {longest_s:g} s") from exc
 
 
 @dataclass(slots=True)

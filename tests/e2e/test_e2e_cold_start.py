@@ -184,3 +184,20 @@ def test_what_cannot_be_held_is_said(
     assert code == 2
     assert report is None
     assert words in said
+
+
+def test_a_whole_node_starts_anew_under_the_same_process_id(cold_mesh: Mesh, directory: Path):
+    agent, engine = cold_mesh.pids(NODE)
+    options = ("--node", NODE, "--whole", "--libraries", "--budget", "2m")
+    code, report, said = cold_start(cold_mesh, directory, *options)
+    assert code == 0, said
+    (run,) = report["runs"]
+    assert run["cold"]["model_pages_resident"] == 0
+    assert run["cold"]["library_pages"] > 10_000
+    ends = {phase["name"]: phase["end_s"] for phase in run["phases"]}
+    order = ("agent", "process_start", "imports", "first_token", "in the plan")
+    assert sorted(order, key=ends.__getitem__) == list(order)
+    assert psutil.pid_exists(agent), "whoever keeps the node running saw nothing end"
+    assert not psutil.pid_exists(engine)
+    code, report, said = cold_start(cold_mesh, directory, "--node", NODE)
+    assert code == 0, said

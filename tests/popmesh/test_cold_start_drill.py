@@ -37,6 +37,7 @@ CONFIG = Config(
     site=None,
     source="disk",
     libraries=True,
+    whole=False,
     runs=2,
     budget_s=None,
     longest_s=30.0,
@@ -72,11 +73,11 @@ async def test_runs_are_asked_for_one_by_one_and_reported(tmp_path: Path):
         "node": "p1",
         "fault": "cold-start",
         "model": MODEL,
-        "options": {"from": "disk", "libraries": True},
+        "options": {"from": "disk", "libraries": True, "whole": False, "recall": 0},
         "duration_s": 30.0,
         "alone": False,
     }
-    assert "p1 will be taken down" in said[0]
+    assert "p1 will take down and start fake, 2 times, from disk" in said[0]
 
 
 async def test_a_site_means_every_node_there_in_every_run(tmp_path: Path):
@@ -280,7 +281,7 @@ async def test_the_command_ends_by_the_budget_and_writes_everything(tmp_path: Pa
     code, out, err = await run(mesh_of(5.0), "--budget", "2s", "--json")
     assert code == 1
     assert json.loads(out)["problems"]
-    assert "p1 will be taken down" in err
+    assert "p1 will take down and start fake, once, from disk" in err
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert json.loads((tmp_path / "report.json").read_text())["times"]["max_s"] == 5.05
     history = tmp_path / "history" / "fakemesh" / MODEL / "p1.jsonl"

@@ -97,6 +97,7 @@ class ColdStartDrill(msgspec.Struct, rename={"source": "from"}):
     nodes: list[str]
     source: Source
     libraries: bool
+    whole: bool
     budget_s: float | None
     passed: bool
     problems: list[str]
@@ -109,7 +110,9 @@ class ColdStartDrill(msgspec.Struct, rename={"source": "from"}):
 def make_run(number: int, said: RouterSaid) -> Run:
     """A run from what the router answered; when the router saw it is the last of its phases."""
     seen_s = said.seen_ready_s
-    phases = [*said.phases, Phase("ready", _last_s(said.phases), said.total_s)]
+    phases = list(said.phases)
+    if said.total_s > _last_s(said.phases):
+        phases.append(Phase("ready", _last_s(said.phases), said.total_s))
     if seen_s is not None and seen_s > said.total_s:
         phases.append(Phase("in the plan", said.total_s, seen_s))
     return Run(
