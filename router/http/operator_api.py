@@ -16,8 +16,8 @@ from router.http.completions import ModelApi, peer_of
 from router.http.drill import hold_drill
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
 from router.model_metrics import model_gauges
-from router.placement.machine import Decision
 from router.placement.placer import Placer
+from router.placement.words import Decision
 from router.request.record import RequestRecord
 from router.routing.costs import Work
 from router.routing.foresight import foresee

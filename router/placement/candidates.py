@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from router.routing.loading import is_cold
 from router.routing.view import NodeView, View
 from topology.geography import great_circle_km
 from wire.messages import EngineLoad, Warmth
@@ -100,6 +101,17 @@ def look_for(
         distance = _distance_km(view, node, asking)
         found.append(Candidate(node, engine, need, name in held, distance))
     return sorted(found, key=Candidate.order), out
+
+
+def can_be_had(view: View, model: str) -> bool:
+    """Some node has the model in memory, or could load it now."""
+    for node in view.nodes.values():
+        engine = node.engines.get(model)
+        if engine is None or node.phase != "up" or node.draining:
+            continue
+        if engine.ready or (is_cold(node, model) and not engine.warm_refused):
+            return True
+    return False
 
 
 def _obstacle(node: NodeView, engine: EngineLoad | None, model: str, view: View) -> str | None:

@@ -10,6 +10,9 @@ Several routers decide alone, each for the demand that it sees: a ``Warm`` said 
 What keeps it from flapping: a place outlives its demand by ``cool_after_s``; a node that was chosen
 is left only when it cannot serve any more, or is gone for longer than ``MISSING_S``; and where two
 models want the same memory, the newcomer needs ``DISPLACE`` times the demand.
+
+Leases must not shut out what is asked for rarely: when a model finds no memory on any node, the
+node with the least demand is told nothing for a while, and serves whoever is asked for.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ import math
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from router.placement.candidates import Candidate, look_for
+from router.placement.candidates import Candidate, can_be_had, look_for
 from router.placement.demand import Demand, Rates
+from router.placement.leases import LEASE_S, Leases
+from router.placement.words import Asked, Decision, Event, Looked, SayWarm
 from router.routing.costs import typical_speed
 from router.routing.speeds import BATCH_DOUBLING, base_step_s, prefill_rate
-from router.routing.view import NodeView, View
+from router.routing.view import View
 from topology.model import Topology
-from wire.messages import Role, Warm
+from wire.messages import Role
 
 LOOK_S = 1.0
 """Between two looks at the mesh while there is demand; loads are pushed once a second."""
@@ -39,63 +44,17 @@ MISSING_S = 10.0
 """A chosen node that cannot be reached keeps its place for so long: two detection times, more than
 a lost connection or a restarted agent takes."""
 
-RESAY = 3
-"""A lease is said again when a third of it is over, so that two lost words do not end it."""
-
 COOL_LEAST_S = 5.0
 """A place lasts so long at least: leases must not end between two looks."""
 
-LEASE_MOST_S = 1800.0
-"""Longest lease that is asked for, whatever ``cool_after_s`` says: a router that dies asks no
-longer than that. Nodes bound what they give as well."""
+YIELD_S = LEASE_S + 60.0
+"""How long a node is told nothing so that a model which finds no memory anywhere may come: its
+lease ends, and for a minute it goes to whoever is asked for. Guess: longer than a client's retries."""
+
+ASKED_LATELY_PER_MIN = math.exp(-1)
+"""What is left of one request after a minute: it may still be tried again."""
 
 ROLES: tuple[Role, Role] = ("prefill", "decode")
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request came for ``model``, to be met near ``site``; tokens as far as they are known."""
-
-    model: str
-    site: str
-    prompt_tokens: int
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """The mesh as it is now."""
-
-    view: View
-
-
-Event = Asked | Looked
-
-
-@dataclass(frozen=True, slots=True)
-class SayWarm:
-    """Tell ``node``."""
-
-    node: str
-    message: Warm
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What is done for one region's demand for one model, and why.
-
-    ``copies`` nodes of each role are wanted until ``until`` (the router's clock; 0: none is), and
-    ``nodes`` are chosen. ``left_out`` names the region's other nodes, with why.
-    """
-
-    model: str
-    region: str
-    per_min: float
-    copies: int
-    nodes: tuple[str, ...]
-    until: float
-    why: str
-    left_out: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True)
@@ -105,14 +64,6 @@ class _Place:
     needed: list[float] = field(default_factory=list)
     nodes: tuple[str, ...] = ()
     missing: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Lease:
-    """The last word to a node about a model."""
-
-    until: float
-    incarnation: str
 
 
 class PlacementMachine:
@@ -127,7 +78,8 @@ class PlacementMachine:
             self._sites[site.region] = self._sites.get(site.region, frozenset()) | {site.name}
         self._demand = Demand()
         self._places: dict[tuple[str, str], _Place] = {}
-        self._leases: dict[tuple[str, str], _Lease] = {}  # by model and node
+        self._leases = Leases(topology)
+        self._yields: dict[str, tuple[float, str]] = {}  # by node: until when, to which model
         self._decisions: tuple[Decision, ...] = ()
         self._look_at: float | None = None
 
@@ -186,15 +138,31 @@ class PlacementMachine:
         decisions: list[Decision] = []
         words: list[SayWarm] = []
         room = self._room(view)
+        self._yields = {node: until for node, until in self._yields.items() if until[0] > now}
         for key in sorted(rates, key=lambda key: self._urgency(key, rates[key])):
             decision, until = self._decide(key, rates[key], view, room, now)
             decisions.append(decision)
-            for node in decision.nodes:
-                words += self._say(decision.model, view.nodes.get(node), until[node], now)
+            for name in decision.nodes:
+                node = view.nodes.get(name)
+                if node is not None and name not in self._yields:
+                    words += self._leases.renew(decision.model, node, until[name], now)
         self._decisions = tuple(sorted(decisions, key=lambda d: (d.model, d.region)))
         self._look_at = now + LOOK_S if rates else None
-        self._leases = {at: lease for at, lease in self._leases.items() if lease.until > now}
+        self._leases.forget(now)
+        self._yield_to_others(view, now)
         return words
+
+    def _yield_to_others(self, view: View, now: float) -> None:
+        """Let a node go for each model that was asked for lately and that nobody can load."""
+        kept = {node: d.per_min for d in self._decisions for node in d.nodes}
+        for decision in self._decisions:
+            model = decision.model
+            if decision.nodes or decision.per_min < ASKED_LATELY_PER_MIN or can_be_had(view, model):
+                continue
+            could = [name for name in kept if model in view.topology.nodes[name].models]
+            if could and not any(name in self._yields for name in could):
+                least = min(could, key=lambda name: (kept[name], name))
+                self._yields[least] = now + YIELD_S, model
 
     def _urgency(self, key: tuple[str, str], rates: Rates) -> tuple[float, tuple[str, str]]:
         """Who chooses first, the lowest: memory goes to the greatest demand, see ``DISPLACE``."""
@@ -241,7 +209,12 @@ class PlacementMachine:
         why = f"asked {rates.per_min:.1f} times a minute, {least:g} are enough"
         if not is_hot:
             why = f"asked {rates.per_min:.1f} times a minute now, kept another {until - now:.0f} s"
-        why = "; ".join([why, *(candidate.why() for candidate in kept)])
+        yields = [
+            f"{name} yields to {self._yields[name][1]}, which finds no memory anywhere"
+            for name in place.nodes
+            if name in self._yields
+        ]
+        why = "; ".join([why, *(candidate.why() for candidate in kept), *yields])
         out = tuple((name, reason) for name, reason in left_out if name not in chosen)
         decision = Decision(
             model, region, rates.per_min, len(place.needed), place.nodes, until, why, out
@@ -282,24 +255,6 @@ class PlacementMachine:
                 if has_role and name not in chosen and have[role] < copies:
                     take(name, have[role])
         return {name: min(copy, copies - 1) for name, copy in chosen.items()}
-
-    # ---- leases -------------------------------------------------------------------------------
-
-    def _say(self, model: str, node: NodeView | None, until: float, now: float) -> list[SayWarm]:
-        """A word to a node, if the last one to this start of it does not reach far enough."""
-        if node is None or node.phase != "up" or not node.memory_bytes:
-            return []
-        if model in self._topology.nodes[node.name].pinned:
-            return []
-        until = min(until, now + LEASE_MOST_S)
-        last = self._leases.get((model, node.name))
-        if last is not None and last.incarnation == node.incarnation:
-            third = min(self._cool_s, LEASE_MOST_S) / RESAY
-            ends_soon = last.until - now <= third and until > last.until
-            if until - last.until < third and not ends_soon:
-                return []
-        self._leases[model, node.name] = _Lease(until, node.incarnation)
-        return [SayWarm(node.name, Warm(model, max(1, round((until - now) * 1e3))))]
 
 
 def _copies(rates: Rates, found: list[Candidate], view: View, model: str) -> int:

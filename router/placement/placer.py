@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from router.links.node_links import LinkPool
 from router.metrics import Gauge, Labels, Metric
 from router.placement.demand import DemandSites
-from router.placement.machine import Asked, Decision, Looked, PlacementMachine, SayWarm
+from router.placement.machine import PlacementMachine
+from router.placement.words import Asked, Decision, Looked, SayWarm
 from router.router_metrics import RouterMetrics
-from router.routing.policy import RouteRequest
+from router.routing.policy import Pin, RouteRequest
 from router.routing.view_builder import ViewBuilder
 from topology.model import Topology
 
@@ -38,7 +39,9 @@ class Placer:
         return self._machine.decisions
 
     def asked(self, request: RouteRequest) -> None:
-        """A request came, whatever becomes of it."""
+        """A request came, whatever becomes of it. One that names its nodes is no demand."""
+        if request.pin != Pin():
+            return
         work = request.work
         site = self._sites.site_of(request.client, work.model, request.regions)
         if site is None:
@@ -66,7 +69,8 @@ class Placer:
         for word in words:
             link, message = self._pool.get(word.node), word.message
             if link is not None and link.warm(message):
-                log.info("%s keeps %s for %d ms", word.node, message.model, message.hold_ms)
+                if word.is_news:
+                    log.info("%s is to have %s in memory", word.node, message.model)
                 self._builder.set_wanted(word.node, message.model, now)
                 self._metrics.placement_warms.add()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from router.routing import costs
 from router.routing.costs import Reason, Work
 from router.routing.loading import LoadWait, is_cold, load_wait, needless_loads
-from router.routing.refusals import MAX_EXCUSE, check_model, check_pin, no_route
+from router.routing.refusals import MAX_EXCUSE, REFUSED_S, check_model, check_pin, no_route
 from router.routing.view import NodeView, View
 from topology.model import Position
 
@@ -101,12 +101,14 @@ def choose(
     rejected: list[tuple[str, str]] = []
     prefills: list[_Candidate] = []
     decodes: list[_Candidate] = []
-    loads: list[LoadWait] = []
+    waits: list[float] = []  # until a node could have the model, where that is all it lacks
     for name, node in view.nodes.items():
         why, load = obstacle(node, request, view), load_wait(node, model, now)
-        if why is None and load.seconds:
-            loads.append(load)
+        if load.seconds and why is None:
+            waits.append(load.seconds)
             why = _too_late(view, node, load, request, now)
+        elif load.seconds and node.engines[model].warm_refused:
+            waits.append(REFUSED_S)
         if why is not None:
             rejected.append((name, why))
             continue
@@ -116,14 +118,14 @@ def choose(
         if "decode" in node.roles and request.pin.decode in (None, name):
             decodes.append(_decode_candidate(view, node, load, request.work, trip))
     ranked: list[_Pair] = []
-    if loads:
+    if waits:
         ranked = _best_pairs(_needed(prefills), _needed(decodes), request, view, now)
         rejected += _needless(prefills, decodes).items() if ranked else ()
     if not ranked:  # all are in memory, or those that load it cannot hand over to each other
         ranked = _best_pairs(prefills, decodes, request, view, now)
     if not ranked:
         missing = {"prefill": not prefills, "decode": not decodes}
-        raise no_route(model, rejected, missing, loads)
+        raise no_route(model, rejected, missing, waits)
     first = _among_ties(ranked, rng)
     route = ranked.pop(first)
     return Plan(

@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from router.placement.demand import MEMORY_S, Demand, DemandSites
-from router.placement.machine import (
-    LEASE_MOST_S,
-    LOOK_S,
-    MISSING_S,
-    Asked,
-    Decision,
-    Looked,
-    PlacementMachine,
-    SayWarm,
-)
+from router.placement.leases import LEASE_S, RESAY
+from router.placement.machine import LOOK_S, MISSING_S, YIELD_S, PlacementMachine
+from router.placement.words import Asked, Decision, Looked, SayWarm
 from router.routing.speeds import typical_speeds
 from router.routing.view import NodeView, View
 from tests.fakes.fake_node import idle_engine
@@ -179,7 +172,7 @@ def test_a_region_that_asks_often_gets_the_model_before_its_next_request() -> No
     mesh.ask(times=2)
     assert mesh.machine.next_deadline() == mesh.now
     (word,) = mesh.look()
-    assert (word.node, word.message.model, word.message.hold_ms) == ("fra-1", A, 300_000)
+    assert (word.node, word.message.model, word.message.hold_ms) == ("fra-1", A, LEASE_S * 1e3)
     decision = mesh.decision()
     assert (decision.nodes, decision.copies) == (("fra-1",), 1)
     assert "2 are enough; fra-1 has it on its disk, 4.0 GB of 4.0 GB free, 0 km" in decision.why
@@ -196,7 +189,7 @@ def test_a_lease_lasts_as_long_as_the_demand_and_the_rule_beyond_it() -> None:
     mesh.run(1000.0, ask_every=10.0)
     times = [at for at, _ in mesh.words]
     gaps = [b - a for a, b in pairwise(times)]
-    assert all(100.0 <= gap <= 100.0 + 2 * LOOK_S for gap in gaps)
+    assert all(0.0 <= gap - LEASE_S / RESAY <= 2 * LOOK_S for gap in gaps)
     mesh.run(600.0)
     ended = max(at + word.message.hold_ms / 1e3 for at, word in mesh.words)
     # 6 a minute fade to 2 in MEMORY_S * ln 3; then it cools.
@@ -206,10 +199,8 @@ def test_a_lease_lasts_as_long_as_the_demand_and_the_rule_beyond_it() -> None:
     assert mesh.machine.next_deadline() is None
 
 
-@pytest.mark.parametrize(("cool_after_s", "every_s"), [(0.0, 1.0), (86_400.0, 600.0)])
-def test_short_and_long_leases_never_end_while_there_is_demand(
-    cool_after_s: float, every_s: float
-) -> None:
+@pytest.mark.parametrize(("cool_after_s", "every_s"), [(0.0, 1.0), (86_400.0, 20.0)])
+def test_no_lease_ends_while_there_is_demand(cool_after_s: float, every_s: float) -> None:
     mesh = Driver(topology_of({"fra-1": BOTH}, Placement(2.0, cool_after_s)))
     mesh.run(4000.0, ask_every=10.0)
     ends = [at + word.message.hold_ms / 1e3 for at, word in mesh.words]
@@ -217,7 +208,7 @@ def test_short_and_long_leases_never_end_while_there_is_demand(
     assert all(end > start for end, start in zip(ends, starts[1:], strict=False))
     assert ends[-1] > mesh.now
     assert len(starts) <= 4000.0 / every_s + 1
-    assert max(word.message.hold_ms for _, word in mesh.words) <= LEASE_MOST_S * 1e3
+    assert max(word.message.hold_ms for _, word in mesh.words) <= LEASE_S * 1e3
 
 
 def test_what_cools_says_so() -> None:
@@ -232,10 +223,10 @@ def test_what_cools_says_so() -> None:
 def test_a_node_that_started_anew_is_told_at_once() -> None:
     mesh = Driver()
     mesh.run(10.0, ask_every=1.0)
-    assert len(mesh.words) == 1
+    assert [word.is_news for _, word in mesh.words] == [True]
     mesh.view = view_of(TOPOLOGY, fra_1={"incarnation": "2"})
     mesh.run(2.0, ask_every=1.0)
-    assert [word.node for _, word in mesh.words] == ["fra-1", "fra-1"]
+    assert [(word.node, word.is_news) for _, word in mesh.words] == [("fra-1", True)] * 2
 
 
 # ---- where -------------------------------------------------------------------------------------
@@ -385,6 +376,28 @@ def test_two_models_of_like_demand_do_not_take_turns_in_one_memory() -> None:
     assert (mesh.nodes(A), mesh.nodes(B)) == ((), ("fra-1",))
 
 
+def test_what_is_asked_for_rarely_is_not_shut_out_for_ever() -> None:
+    """The only node keeps alpha; beta finds no memory, so the lease is left to end."""
+    one = topology_of({"fra-1": BOTH})
+    mesh = Driver(one)
+    mesh.run(60.0, ask_every=2.0)
+    kept = {A: {"warmth": "warm"}, B: {"warm_refused": "the others are in use"}}
+    mesh.view = view_of(one, fra_1=kept)
+    mesh.run(30.0, ask_every=2.0)
+    assert mesh.words[-1][0] > mesh.now - LEASE_S / RESAY - 2 * LOOK_S  # nobody wants beta
+    mesh.ask(B)
+    mesh.run(LOOK_S + 0.1)
+    before = len(mesh.words)
+    mesh.run(LEASE_S, ask_every=2.0)
+    assert len(mesh.words) == before
+    assert "fra-1 yields to beta, which finds no memory anywhere" in mesh.decision().why
+    mesh.view = view_of(one, fra_1={B: {"warmth": "warm"}})  # its next request had it loaded
+    mesh.run(YIELD_S - LEASE_S - 10.0, ask_every=2.0)
+    assert len(mesh.words) == before
+    mesh.run(20.0, ask_every=2.0)
+    assert [word.message.model for _, word in mesh.words[before:]] == [A]
+
+
 # ---- whatever happens --------------------------------------------------------------------------
 
 
@@ -443,7 +456,7 @@ class Whatever(RuleBasedStateMachine):
             assert (node.phase, node.draining, node.version) == ("up", False, 3)
             assert not engine.warm_refused
             assert word.message.model not in MIXED.nodes[word.node].pinned
-            assert 0 < word.message.hold_ms <= RULES.cool_after_s * 1e3
+            assert 0 < word.message.hold_ms <= LEASE_S * 1e3
             (decision,) = [
                 d
                 for d in mesh.machine.decisions

@@ -22,6 +22,7 @@ from router.routing.loading import (
 )
 from router.routing.policy import Pin, choose
 from router.routing.recovery import Broken, RunningPrefill, choose_recovery
+from router.routing.refusals import REFUSED_S
 from router.routing.view import Pending, View
 from router.routing.view_builder import Reservation, ViewBuilder
 from tests.fakes.fake_node import FakeMesh, FakeNode, idle_engine
@@ -170,6 +171,10 @@ def test_a_node_that_cannot_load_it_is_out_and_says_why() -> None:
     plan = pick(all_cold(fra_1=full), request())
     assert plan.route.prefill == "lhr-1"
     assert ("fra-1", "cannot load it: two others are answering") in plan.rejected
+    everywhere = dict.fromkeys(("fra_1", "lhr_1", "iad_1", "syd_1"), full)
+    with pytest.raises(OverloadError, match="two others") as caught:
+        pick(view_of(FOUR, **everywhere), request())
+    assert caught.value.retry_after_s == REFUSED_S
 
 
 def test_residency_holds_for_loads() -> None:
