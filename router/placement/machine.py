@@ -49,7 +49,7 @@ COOL_LEAST_S = 5.0
 
 YIELD_S = LEASE_S + 60.0
 """How long a node is told nothing so that a model which finds no memory anywhere may come: its
-lease ends, and for a minute it goes to whoever is asked for. Guess: longer than a client's retries."""
+lease ends, and for a minute it goes to whoever is asked for. Guess: more than clients retry."""
 
 ASKED_LATELY_PER_MIN = math.exp(-1)
 """What is left of one request after a minute: it may still be tried again."""
