@@ -9,7 +9,6 @@ would have sent requests there again.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -136,27 +135,22 @@ async def _cold_start(dispatch: Dispatch, link: NodeLink, body: DrillBody) -> di
     question = Drill(number, COLD_START, model, max(1, round(longest_s * 1e3)), options)
     loop = asyncio.get_running_loop()
     asked_at = loop.time()
-    seen = _Seen()
-    looking = asyncio.create_task(_look(dispatch, name, model, seen))
-    try:
-        if body.options.get("whole"):
-            answer = await _reborn(dispatch, link, question, longest_s)
-        else:
-            answer = await link.ask(number, question, longest_s + SEEN_S)
-        reported_at = loop.time()
-        if isinstance(answer, DrillStarted):
-            raise _refused(link, answer.error)
-        if not isinstance(answer, DrillReport):
-            raise _protocol_error(link, answer)
-        if answer.error:
-            raise PeerError(f"{name}: {answer.error[:2000]}", code="drill_failed", retryable=False)
-        report: dict[str, Any] = msgspec.json.decode(answer.report)
-        await asyncio.wait((looking,), timeout=SEEN_S)
-    finally:
-        looking.cancel()
+    if body.options.get("whole"):
+        answer = await _reborn(dispatch, link, question, longest_s)
+    else:
+        answer = await link.ask(number, question, longest_s + SEEN_S)
     # The report left the node ``said_s`` after the start, half a round trip ago.
-    offset_s = reported_at - report["said_s"] - (link.rtt_ms or 0.0) / 2e3
-    report["seen_ready_s"] = None if seen.ready_at is None else seen.ready_at - offset_s
+    said_at = loop.time() - (link.rtt_ms or 0.0) / 2e3
+    if isinstance(answer, DrillStarted):
+        raise _refused(link, answer.error)
+    if not isinstance(answer, DrillReport):
+        raise _protocol_error(link, answer)
+    if answer.error:
+        raise PeerError(f"{name}: {answer.error[:2000]}", code="drill_failed", retryable=False)
+    report: dict[str, Any] = msgspec.json.decode(answer.report)
+    ready_at = await _ready_at(dispatch, name, model)
+    offset_s = said_at - report["said_s"]
+    report["seen_ready_s"] = None if ready_at is None else ready_at - offset_s
     report["wall_s"] = loop.time() - asked_at
     return report
 
@@ -191,24 +185,18 @@ async def _reborn(dispatch: Dispatch, link: NodeLink, question: Drill, longest_s
         raise PeerError(f"{name} did not come back within {longest_s:g} s") from exc
 
 
-@dataclass(slots=True)
-class _Seen:
-    """When the router's view had the model away, and then ready for requests again."""
+async def _ready_at(dispatch: Dispatch, name: str, model: str) -> float | None:
+    """When the view had the node ready again, on the router's clock; None if not within ``SEEN_S``.
 
-    away_at: float | None = None
-    ready_at: float | None = None
-
-
-async def _look(dispatch: Dispatch, name: str, model: str, seen: _Seen) -> None:
-    """Watch the view until the model was away and is back."""
+    What it said before its report has been heard, so a view that is ready now is no old one.
+    """
     loop = asyncio.get_running_loop()
-    while seen.ready_at is None:
-        ready = _is_ready(dispatch, name, model)
-        if not ready and seen.away_at is None:
-            seen.away_at = loop.time()
-        elif ready and seen.away_at is not None:
-            seen.ready_at = loop.time()
+    until = loop.time() + SEEN_S
+    while not _is_ready(dispatch, name, model):
+        if loop.time() >= until:
+            return None
         await asyncio.sleep(LOOK_S)
+    return loop.time()
 
 
 def _is_ready(dispatch: Dispatch, name: str, model: str) -> bool:
