@@ -20,6 +20,7 @@ from kernels.ops import Ops
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.models.llama_config import LlamaConfig
 from pop_node.models.rope import cos_sin_table
+from pop_node.store.host_arena import aligned_memory
 from wire.errors import ConfigError
 
 __all__ = ["Llama", "LlamaConfig"]
@@ -158,10 +159,18 @@ class Llama:
         return KvSpec((KvGroup("tokens", tuple(range(self.config.layers)), components),))
 
     def allocate_cache(self, num_blocks: int, block_tokens: int) -> tuple[torch.Tensor, ...]:
-        """One tensor per component: [layers, num_blocks, block_tokens, kv_heads, head_dim]."""
-        c = self.config
+        """One tensor per component: [layers, num_blocks, block_tokens, kv_heads, head_dim].
+
+        Zeros that take memory when they are first touched, little at a time: the first tokens need
+        a little of every layer. Raises ``ConfigError`` without room.
+        """
+        c, dtype = self.config, DTYPES[self.dtype]
         shape = (c.layers, num_blocks, block_tokens, c.kv_heads, c.head_dim)
-        return tuple(torch.zeros(shape, dtype=DTYPES[self.dtype]) for _ in ("k", "v"))
+        nbytes = math.prod(shape) * dtype.itemsize
+        return tuple(
+            torch.from_numpy(aligned_memory(nbytes, huge=False)).view(dtype).view(shape)
+            for _ in ("k", "v")
+        )
 
     def forward(
         self,
