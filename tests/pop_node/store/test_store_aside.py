@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +99,23 @@ def test_what_others_use_is_not_put_aside(store: Store, source: str):
         raise AssertionError("never")
     assert store.has("m")
     assert leftovers(store) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pop_node.store.store import Store
+with Store(Path(sys.argv[1])).put_aside("m"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_that_dies_meanwhile_leaves_a_whole_store_without_it(store: Store, source: str):
+    child = subprocess.run((sys.executable, "-c", KILLED, str(store.root)), check=False, timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    assert not store.has("m")
+    assert len(leftovers(store)) == 1
+    store.gc()
+    assert leftovers(store) == []
+    store.add(source, "m", "float32", quiet)
+    store.verify("m")
