@@ -183,10 +183,15 @@ async def test_a_region_that_keeps_asking_gets_the_model(monkeypatch: pytest.Mon
             await response.read()
 
 
-async def test_asking_why_is_no_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_neither_questions_nor_operators_who_choose_nodes_are_demand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with running_mesh(monkeypatch, THREE) as mesh:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
         for _ in range(5):
             async with mesh.http.post("/popmesh/explain", json=body) as response:
                 assert response.status == 200
+        pinned = {"x-popmesh-route": "prefill=iad-1,decode=iad-1"}
+        for _ in range(5):
+            await content(await mesh.chat(pinned))
         assert (await mesh.get_json("/popmesh/placement"))["decisions"] == []
