@@ -1,6 +1,6 @@
 """Processes that are killed in the middle of an act on a store. Run by the crash tests as
 
-    python crash_acts.py add|fetch|peer|gc|load STORE SOURCE
+    python crash_acts.py add|fetch|peer|arrive|gc|load STORE SOURCE
 
 Each line on standard input is a number of seconds: a child begins the act, does it over and over,
 is killed after that time, and a line says by which signal it died (0: it ended by itself). Forking
@@ -43,16 +43,16 @@ def act(kind: str, store: Store, source: str) -> None:
         elif kind == "fetch":
             store.add(source, "a", None, unwatched)
             store.gc(0)
-        elif kind == "peer":
-            asyncio.run(bring(store, source))
+        elif kind in ("peer", "arrive"):
+            asyncio.run(bring(store, source, and_load=kind == "arrive"))
             store.gc(0)
         else:
             store.add(source, "a", "float32", unwatched)
             store.remove("a")
 
 
-async def bring(store: Store, giver: str) -> None:
-    """The model ``a`` from the node that gives it at the address ``giver``."""
+async def bring(store: Store, giver: str, *, and_load: bool = False) -> None:
+    """The model ``a`` from the node that gives it at the address ``giver``; loaded meanwhile."""
     topology = mesh_of(["giver", "taker"], Model("a", dtype="float32"))
 
     async def entries() -> list[ServiceEntry]:
@@ -60,7 +60,16 @@ async def bring(store: Store, giver: str) -> None:
 
     dialing = Dialing("taker", Dialer(), None, lambda name, peer: None)
     bringer = Bringer(store, topology.nodes["taker"], topology, entries, dialing, random.Random(0))
-    await bringer.bring("a")
+    async with asyncio.TaskGroup() as tasks:
+        bringing = tasks.create_task(bringer.bring("a"))
+        while and_load and not bringing.done():
+            if (bundle := bringer.arriving("a")) is not None:
+                ops = load_ops("reference", 1)
+                loaded = await asyncio.to_thread(load, bundle.path, "float32", ops)
+                assert loaded.hold is not None
+                loaded.hold.close()
+                break
+            await asyncio.sleep(0.002)
     bringer.close()
 
 

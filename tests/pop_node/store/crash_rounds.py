@@ -28,8 +28,8 @@ from tests.pop_node.store.crash_acts import bring
 from tests.pop_node.store.tiny_models import tensors, write_huggingface
 
 CRASH_ACTS = Path(__file__).with_name("crash_acts.py")
-KINDS = ("add", "fetch", "peer", "gc", "load")
-LONGEST_S = {"add": 0.08, "fetch": 0.08, "peer": 0.3, "gc": 0.08, "load": 0.08}
+KINDS = ("add", "fetch", "peer", "arrive", "gc", "load")
+LONGEST_S = {"peer": 0.3, "arrive": 0.8} | dict.fromkeys(("add", "fetch", "gc", "load"), 0.08)
 """Several rounds of each act: a kill may hit any step of any of them."""
 
 
@@ -79,7 +79,8 @@ def giving(store: Store) -> Iterator[str]:
 
 def crash(kind: str, kills: int, folder: Path, rng: random.Random) -> set[tuple[int, ...]]:
     """Kill ``kills`` processes in the middle of ``kind``; raises ``AssertionError`` if one leaves
-    what it must not. Returns the different states of the store's folders that the kills left."""
+    what it must not. Returns the different states that the kills left: how many bundles, names,
+    workspaces and partial bundles."""
     store = Store(folder / "store")
     first = str(write_huggingface(folder / "kept", tensors(1)))
     kept = store.add(first, "kept", "float32", unwatched)
@@ -87,24 +88,23 @@ def crash(kind: str, kills: int, folder: Path, rng: random.Random) -> set[tuple[
     source = str(write_huggingface(folder / "source"))
     states = set()
     with ExitStack() as stack:
-        if kind in ("fetch", "peer"):
+        if kind in ("fetch", "peer", "arrive"):
             there = Store(folder / "there")
             there.add(source, "a", "float32", unwatched)
             url = there.get("a").path.as_uri()
-            source = stack.enter_context(giving(there)) if kind == "peer" else url
+            source = url if kind == "fetch" else stack.enter_context(giving(there))
         for _ in _killed(kind, kills, store.root, source, rng):
             states.add(
                 tuple(
                     len(list((store.root / folder).iterdir()))
                     for folder in ("bundles", "names", "tmp", "partial")
-                    if (store.root / folder).is_dir()
                 )
             )
             settled(store, kept.identity)
             if rng.random() < 0.5:  # else the next one starts from the wreck
                 clean(store)
-        if kind == "peer":
-            asyncio.run(bring(store, source))
+        if kind in ("peer", "arrive"):
+            asyncio.run(bring(store, source, and_load=kind == "arrive"))
         else:
             store.add(source, "a", None if kind == "fetch" else "float32", unwatched)
     settled(store, kept.identity)
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20260)
     arguments = parser.parse_args()
     layout.CHUNK_BYTES = 4096
-    each = max(1, arguments.kills // len(KINDS))
+    each = max(1, -(-arguments.kills // len(KINDS)))
     for kind in KINDS:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
