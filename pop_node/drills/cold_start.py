@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -188,6 +189,7 @@ class ColdStarts:
             phases=[Phase(*span) for span in spans],
             total_s=total_s,
             said_s=total_s,
+            load_average=os.getloadavg()[0],
         )
 
     # ---- the whole node ------------------------------------------------------------------------
@@ -240,6 +242,7 @@ class ColdStarts:
             phases=phases,
             total_s=max(phase.end_s for phase in phases),
             said_s=time.monotonic() - reborn.started_at,
+            load_average=os.getloadavg()[0],
         )
 
     # ---- one model -----------------------------------------------------------------------------

@@ -59,7 +59,8 @@ class Cold(msgspec.Struct, frozen=True):
 
 class ColdStartReport(msgspec.Struct, rename={"source": "from"}):
     """One cold start. ``total_s``: until the agent heard that a token was produced; ``said_s`` is
-    the moment of this report."""
+    the moment of this report. ``load_average``: of the node's machine over the last minute, as
+    whatever else works there makes a start slower."""
 
     schema: int
     node: str
@@ -73,3 +74,4 @@ class ColdStartReport(msgspec.Struct, rename={"source": "from"}):
     phases: list[Phase]
     total_s: float
     said_s: float
+    load_average: float

@@ -92,7 +92,7 @@ def rate_of(phase: Phase) -> str:
 
 
 def _runs(runs: Sequence[Run]) -> Table:
-    numbers = ("Ready, s", "In plan, s", "Down, s", "Rate")
+    numbers = ("Ready, s", "In plan, s", "Down, s", "Rate", "Load avg")
     table = Table("Run", "Node", *(Column(name, justify="right") for name in numbers), "")
     longest_s = max(run.time_s for run in runs)
     for run in runs:
@@ -105,6 +105,7 @@ def _runs(runs: Sequence[Run]) -> Table:
             seen,
             f"{run.down_s:.2f}",
             "-" if rate is None else f"{size(round(rate))}/s",
+            f"{run.load_average:.1f}",
             bar(0.0, run.time_s, longest_s),
         )
     return table

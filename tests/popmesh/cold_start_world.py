@@ -40,6 +40,7 @@ def node_report(node: str = "p1", total_s: float = 1.0, **changes: Any) -> ColdS
         ],
         "total_s": total_s,
         "said_s": total_s,
+        "load_average": 1.5,
     }
     return ColdStartReport(**(values | changes))
 

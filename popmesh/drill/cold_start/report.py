@@ -39,6 +39,7 @@ class Run(msgspec.Struct):
     drop_s: float
     bundle: str
     bundle_bytes: int
+    load_average: float
     cold: Cold
     phases: list[Phase]
 
@@ -125,6 +126,7 @@ def make_run(number: int, said: RouterSaid) -> Run:
         drop_s=said.drop_s,
         bundle=said.bundle,
         bundle_bytes=said.bundle_bytes,
+        load_average=said.load_average,
         cold=said.cold,
         phases=phases,
     )
