@@ -103,6 +103,12 @@ def look_for(
     return sorted(found, key=Candidate.order), out
 
 
+def is_in_memory(view: View, node: str, model: str) -> bool:
+    """The model is in the memory of this node."""
+    engines = view.nodes[node].engines if node in view.nodes else {}
+    return model in engines and engines[model].ready
+
+
 def can_be_had(view: View, model: str) -> bool:
     """Some node has the model in memory, or could load it now."""
     for node in view.nodes.values():

@@ -12,7 +12,8 @@ is left only when it cannot serve any more, or is gone for longer than ``MISSING
 models want the same memory, the newcomer needs ``DISPLACE`` times the demand.
 
 Leases must not shut out what is asked for rarely: when a model finds no memory on any node, the
-node with the least demand is told nothing for a while, and serves whoever is asked for.
+node with the least demand is told nothing until the model has come, or for a while, and serves
+whoever is asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from router.placement.candidates import Candidate, can_be_had, look_for
+from router.placement.candidates import Candidate, can_be_had, is_in_memory, look_for
 from router.placement.demand import Demand, Rates
 from router.placement.leases import LEASE_S, Leases
 from router.placement.words import Asked, Decision, Event, Looked, SayWarm
@@ -48,8 +49,9 @@ COOL_LEAST_S = 5.0
 """A place lasts so long at least: leases must not end between two looks."""
 
 YIELD_S = LEASE_S + 60.0
-"""How long a node is told nothing so that a model which finds no memory anywhere may come: its
-lease ends, and for a minute it goes to whoever is asked for. Guess: more than clients retry."""
+"""How long a node is told nothing, at most, so that a model which finds no memory anywhere may
+come: its lease ends, and for a minute it goes to whoever is asked for. Guess: more than clients
+retry."""
 
 ASKED_LATELY_PER_MIN = math.exp(-1)
 """What is left of one request after a minute: it may still be tried again."""
@@ -138,7 +140,11 @@ class PlacementMachine:
         decisions: list[Decision] = []
         words: list[SayWarm] = []
         room = self._room(view)
-        self._yields = {node: until for node, until in self._yields.items() if until[0] > now}
+        self._yields = {
+            name: (until, model)
+            for name, (until, model) in self._yields.items()
+            if until > now and not is_in_memory(view, name, model)
+        }
         for key in sorted(rates, key=lambda key: self._urgency(key, rates[key])):
             decision, until = self._decide(key, rates[key], view, room, now)
             decisions.append(decision)

@@ -392,10 +392,22 @@ def test_what_is_asked_for_rarely_is_not_shut_out_for_ever() -> None:
     assert len(mesh.words) == before
     assert "fra-1 yields to beta, which finds no memory anywhere" in mesh.decision().why
     mesh.view = view_of(one, fra_1={B: {"warmth": "warm"}})  # its next request had it loaded
-    mesh.run(YIELD_S - LEASE_S - 10.0, ask_every=2.0)
-    assert len(mesh.words) == before
-    mesh.run(20.0, ask_every=2.0)
+    mesh.run(5.0, ask_every=2.0)
     assert [word.message.model for _, word in mesh.words[before:]] == [A]
+
+
+def test_a_node_that_is_let_go_in_vain_is_taken_back() -> None:
+    one = topology_of({"fra-1": BOTH})
+    mesh = Driver(one)
+    mesh.view = view_of(one, fra_1={A: {"warmth": "warm"}, B: {"warm_refused": "in use"}})
+    mesh.run(60.0, ask_every=2.0)
+    mesh.ask(B)
+    mesh.run(LOOK_S + 0.1)
+    before, at = len(mesh.words), mesh.now
+    mesh.run(YIELD_S + 5.0, ask_every=2.0)
+    again = [when for when, _ in mesh.words[before:]]
+    assert again
+    assert again[0] == pytest.approx(at + YIELD_S, abs=2 * LOOK_S)
 
 
 # ---- whatever happens --------------------------------------------------------------------------
