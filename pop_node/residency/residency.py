@@ -238,13 +238,14 @@ class Residency:
 
     def _fetched(self, event: ev.Fetched, now: float) -> list[ev.Effect]:
         model = self._models[event.model]
-        model.disk, model.failures, model.why_failed, model.arriving = "here", 0, "", False
+        model.disk, model.arriving = "here", False
+        model.failures, model.why_failed, model.retry_at = 0, "", -math.inf
         model.memory_bytes, model.load_bytes = event.memory_bytes, event.load_bytes
         effects: list[ev.Effect] = []
-        if self._is_started and model.memory == "out" and not model.barred:
+        if self._is_started and not model.is_committed:
             asked = model.pinned or model.is_asked_for(now)
             victims = self._room(model, now)
-            if victims == [] or (victims and asked):
+            if victims is not None and (asked or (not victims and model.memory == "out")):
                 effects += self._make_room(model, victims, now)
             elif refusal := self._refusal(model, now):
                 effects += self._refuse_waiting(model, refusal.why, refusal.retry_after_s)
@@ -257,10 +258,8 @@ class Residency:
             return []
         model.arriving = True
         model.memory_bytes, model.load_bytes = event.memory_bytes, event.load_bytes
-        if model.memory != "out" or not (model.pinned or model.is_asked_for(now)):
-            return []
-        victims = self._room(model, now)
-        return [] if victims is None else self._make_room(model, victims, now)
+        asked = model.pinned or model.is_asked_for(now)
+        return self._come(model, now) if asked else []
 
     def _fetch_failed(self, model: ModelState, why: str, now: float) -> list[ev.Effect]:
         model.disk, model.arriving = "absent", False
@@ -299,7 +298,8 @@ class Residency:
         if model.is_committed:
             return []
         if model.is_loadable:
-            return self._make_room(model, self._room(model, now), now)
+            victims = self._room(model, now)
+            return [] if victims is None else self._make_room(model, victims, now)
         if model.disk == "absent" and model.name not in self._to_fetch:
             self._to_fetch.append(model.name)
         return self._fetch_more(now)
@@ -321,9 +321,8 @@ class Residency:
         return effects
 
     def _make_room(
-        self, model: ModelState, victims: list[ModelState] | None, now: float
+        self, model: ModelState, victims: list[ModelState], now: float
     ) -> list[ev.Effect]:
-        assert victims is not None, "refused before"
         effects: list[ev.Effect] = []
         for victim in victims:
             effects += self._leave(victim)

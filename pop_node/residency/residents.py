@@ -279,6 +279,7 @@ class Residents:
             load,
             model=model,
             ready=load.ready and self.serves(model),
+            waiting=load.waiting + self._parking.waiting_for(model),
             warmth=self.warmth(model),
             eta_ms=round(self._eta_s(model) * 1000),
             memory_bytes=state.memory_bytes,

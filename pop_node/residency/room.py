@@ -63,7 +63,9 @@ def why_not(
         why = f"{model.name} is not on this node's disk, and there is nowhere to fetch it from"
         return Refuse(model.name, why, 0.0)
     models = list(models)
-    if budget is None or not model.is_loadable or find_room(models, model, budget, now) is not None:
+    if budget is None or model.disk != "here":
+        return None  # what comes from elsewhere looks for room when it is here
+    if find_room(models, model, budget, now) is not None:
         return None
     return _full(models, model, budget, now, bytes_per_s)
 

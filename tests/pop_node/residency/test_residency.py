@@ -369,5 +369,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert all(self.node.state(m).memory in ("out", "warm") for m in SIZES)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
