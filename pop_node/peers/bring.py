@@ -35,6 +35,10 @@ from wire.errors import ConfigError
 FIRST_ANSWERS_S = 1.5
 """Guess: how long to wait for the slowest of the nearest peers before choosing among the others."""
 
+ANSWERS_S = 10.0
+"""Guess: how long to wait for any of the nearest peers to say that it has the model, while some did
+not answer yet."""
+
 LOOK_S = 0.25
 """How often a node that waits for its turn looks around."""
 
@@ -130,12 +134,15 @@ class Bring:
                 return manifest
             self._survey.refresh(self._peers())
             self._survey.wait(FIRST_ANSWERS_S)
+            began = time.monotonic()
             brought = None
             while brought is None:
                 self._check_stop()
                 offer = self._offer()
                 if offer is not None:
                     brought = self._from_peers(offer)
+                elif self._survey.is_undecided() and time.monotonic() - began < ANSWERS_S:
+                    self._stop.wait(LOOK_S)
                 elif not self._wait_for_others():
                     brought = self._from_origin()
             self._tell(phase="done")

@@ -32,6 +32,7 @@ class Rogue:
         self.cut_after = -1  # bytes of data per answer, then the connection is reset
         self.pause_s = 0.0  # before each piece of 1 KiB of data
         self.status = 0  # of every answer about data
+        self.drip_s = 0.0  # before each byte of everything else
         self.extra = b""  # more than was asked for
         self.bringing: list[str] = []
         self.requests: list[str] = []
@@ -80,6 +81,13 @@ def misbehaving(name: str, bundle: Path) -> Iterator[Rogue]:
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            if rogue.drip_s:
+                with suppress(OSError):
+                    for byte in body:
+                        if rogue.released.wait(rogue.drip_s):
+                            return
+                        self.wfile.write(bytes([byte]))
+                return
             self.wfile.write(body)
 
         def _data(self) -> None:

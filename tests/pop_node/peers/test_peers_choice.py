@@ -53,6 +53,7 @@ def test_entries_that_do_not_fit_the_topology_are_left_out() -> None:
         dataclasses.replace(good, meta={**good.meta, "name": "stranger"}),
         dataclasses.replace(good, meta={**good.meta, "mesh": "another"}),
         dataclasses.replace(good, meta={**good.meta, "bundles": "nonsense"}),
+        dataclasses.replace(good, meta={**good.meta, "bundles": "a b\r\nX: y:7000"}),
         dataclasses.replace(good, meta={k: v for k, v in good.meta.items() if k != "bundles"}),
         dataclasses.replace(good, status="critical"),
     ]

@@ -186,3 +186,19 @@ async def test_a_peer_that_dies_in_the_middle_is_left(world: World, original: St
 
     await world.taker.bringer.bring("tiny", die)
     same(world.taker.store, original)
+
+
+async def test_a_peer_that_drips_is_left(world: World, original: Store) -> None:
+    """Something comes all the time, so it never counts as stalling."""
+    world.rogue.drip_s = 0.05
+    assert set(await world.bring()) == {"n2"}
+    same(world.taker.store, original)
+
+
+async def test_an_address_that_cannot_be_one_is_like_a_dead_peer(
+    world: World, original: Store
+) -> None:
+    topology = world.taker.topology
+    world.taker.registry["n1"] = entry_of("n1", topology, "a" * 100 + ".example:1")
+    assert set(await world.bring()) == {"n2"}
+    same(world.taker.store, original)
