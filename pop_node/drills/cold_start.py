@@ -21,7 +21,7 @@ import msgspec
 
 from pop_node.drills.libraries import library_files
 from pop_node.drills.pages import drop_pages, mapped_files
-from pop_node.drills.rebirth import Rebirth, Reborn, cold_of, started_at
+from pop_node.drills.rebirth import Rebirth, Reborn, cold_of, made_at
 from pop_node.drills.report import SCHEMA, Cold, ColdStartReport, Options, Phase, Source
 from wire.errors import ConfigError, MeshError, PeerError
 from wire.messages import Drill, DrillReport, DrillStarted
@@ -115,8 +115,8 @@ class ColdStarts:
         say(DrillStarted(drill.number, problem))
         if not problem:
             self._running = drill.model
-            work = self._go(drill, options) if options.whole else self._hold(drill, options, say)
-            self._tasks.create_task(work)
+            hold = self._go if options.whole else self._hold
+            self._tasks.create_task(hold(drill, options, say))
 
     def _problem(self, drill: Drill, version: int, options: Options) -> str:
         if version < VERSION:
@@ -188,18 +188,23 @@ class ColdStarts:
             drop_s=started_at - down_at,
             phases=[Phase(*span) for span in spans],
             total_s=total_s,
-            said_s=total_s,
+            said_s=time.monotonic() - started_at,
             load_average=os.getloadavg()[0],
         )
 
     # ---- the whole node ------------------------------------------------------------------------
 
-    async def _go(self, drill: Drill, options: Options) -> None:
+    async def _go(self, drill: Drill, options: Options, say: Say) -> None:
         """Leave; the process that comes back will be asked how it went."""
         assert self._leave is not None, "checked before"
         began = time.monotonic()
-        bundle = self._host.bundle_path(drill.model)
-        files = _files(bundle)
+        try:
+            bundle = self._host.bundle_path(drill.model)
+            files = _files(bundle)
+        except MeshError as exc:
+            say(DrillReport(drill.number, b"", str(exc)[:MAX_ERROR_CHARS]))
+            self._running = ""
+            return
         rebirth = Rebirth(
             number=drill.number,
             model=drill.model,
@@ -226,7 +231,7 @@ class ColdStarts:
             )
         spans = await host.start(reborn.model, "disk")  # it is being started already
         pid = host.engine_pid(reborn.model)
-        engine_s = (started_at(pid) if pid is not None else time.monotonic()) - reborn.started_at
+        engine_s = (made_at(pid) if pid is not None else time.monotonic()) - reborn.started_at
         phases = [Phase("agent", 0.0, self._born_at - reborn.started_at)]
         phases += [Phase(name, a + engine_s, b + engine_s, size) for name, a, b, size in spans]
         return ColdStartReport(

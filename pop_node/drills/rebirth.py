@@ -72,7 +72,7 @@ def take_reborn(environment: MutableMapping[str, str]) -> Reborn | None:
         return None
 
 
-def started_at(pid: int) -> float:
+def made_at(pid: int) -> float:
     """When a process was made, on the monotonic clock, to a tick of the kernel (10 ms); now if it
     is gone. Source: proc(5), stat, field 22."""
     try:

@@ -164,10 +164,7 @@ async def _reborn(dispatch: Dispatch, link: NodeLink, question: Drill, longest_s
     try:
         async with asyncio.timeout(longest_s):
             try:
-                answer = await link.ask(question.number, question, longest_s)
-                if isinstance(answer, DrillStarted):
-                    return answer
-                raise _protocol_error(link, answer)
+                return await link.ask(question.number, question, longest_s)  # why it stays
             except PeerError as exc:
                 if exc.code != "link_lost":
                     raise

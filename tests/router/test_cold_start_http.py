@@ -182,3 +182,13 @@ async def test_a_whole_node_that_does_not_come_back_is_said(monkeypatch):
         status, said = await ask(mesh, options={"whole": True}, duration_s=0.5)
         assert status == 502
         assert "iad-1 did not come back within 0.5 s" in said["error"]["message"]
+
+
+async def test_a_whole_node_that_stays_says_why(monkeypatch):
+    async with running_mesh(monkeypatch) as mesh:
+        node = mesh.nodes["iad-1"]
+        node.cold_start = lambda drill: node.tell(DrillReport(drill.number, b"", "no bundle"))
+        status, said = await ask(mesh, options={"whole": True})
+        assert (status, said["error"]["code"]) == (502, "drill_failed")
+        assert "iad-1: no bundle" in said["error"]["message"]
+        assert node.starts == 1

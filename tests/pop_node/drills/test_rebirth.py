@@ -17,7 +17,7 @@ import pytest
 
 from pop_node.drills.cold_start import ColdStarts
 from pop_node.drills.pages import resident_pages
-from pop_node.drills.rebirth import REBORN, Rebirth, Reborn, cold_of, started_at, take_reborn
+from pop_node.drills.rebirth import REBORN, Rebirth, Reborn, cold_of, made_at, take_reborn
 from pop_node.drills.report import ColdStartReport
 from tests.pop_node.drills.page_world import kind_of
 from tests.pop_node.drills.test_cold_start import SPANS, FakeHost
@@ -98,10 +98,10 @@ def test_when_a_process_was_made():
     process = subprocess.Popen((sys.executable, "-c", "input()"), stdin=subprocess.PIPE)
     after = time.monotonic()
     try:
-        assert before - 0.02 <= started_at(process.pid) <= after + 0.02
+        assert before - 0.02 <= made_at(process.pid) <= after + 0.02
     finally:
         process.communicate(b"\n", timeout=30)
-    assert started_at(os.getpid()) < before
+    assert made_at(os.getpid()) < before
 
 
 # ---- the drill ----------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ async def test_the_node_leaves_with_what_is_to_be_dropped(data: Path):
 
 
 async def test_the_process_that_came_back_reports_when_it_is_asked(data: Path):
-    began = started_at(os.getpid())
+    began = made_at(os.getpid())
     reborn = Reborn(7, "m", "b00d1e", 81920, cold_of(None, None), "", 0.1, 0.2, began)
     async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
         drills = ColdStarts(FakeHost(data.parent), tasks, reborn=reborn)
@@ -163,3 +163,13 @@ async def test_a_whole_node_starts_from_its_disk_where_it_can(data: Path):
     assert "starts from its disk" in nobody[0].error
     assert "starts from its disk" in peer[0].error
     assert host.calls == []
+
+
+async def test_a_node_whose_bundle_is_gone_stays(tmp_path: Path):
+    left: list[Rebirth] = []
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        drills = ColdStarts(FakeHost(tmp_path / "gone"), tasks, None, left.append)
+        said = await told(drills, whole=True)
+    assert said[0] == DrillStarted(9, "")
+    assert "no bundle here" in said[1].error
+    assert left == []
