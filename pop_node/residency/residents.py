@@ -89,7 +89,7 @@ class Residents:
         self._parking = Parking(self._eta_s)
         self._started_at: dict[str, float] = {}
         self._holds: dict[str, Hold] = {}
-        self.fetching = Fetching(supply, maker, tasks, self.feed, self._install)
+        self.fetching = Fetching(supply, maker, tasks, self.feed, self._install, self._is_asked_for)
         self._filling: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
@@ -301,6 +301,10 @@ class Residents:
         """Process id of the model's engine, if one runs."""
         host = self.hosts.get(model)
         return host.engine_pid if host is not None else None
+
+    def _is_asked_for(self, model: str) -> bool:
+        state = self.state(model)
+        return state.pinned or state.is_asked_for(asyncio.get_running_loop().time())
 
     def _eta_s(self, model: str) -> float:
         return self._machine.eta_s(model, asyncio.get_running_loop().time())

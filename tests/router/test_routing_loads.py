@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from router.routing.avoidance import NodeStart
 from router.routing.loading import (
+    CROWD,
     OVERRUN,
     UNKNOWN_FETCH_S,
     UNKNOWN_LOAD_S,
@@ -220,9 +221,17 @@ def burst(count: int, tokens: int = 100) -> dict[str, int]:
     return went
 
 
-@pytest.mark.parametrize("count", [2, 50, 300])
+@pytest.mark.parametrize("count", [2, 50, CROWD])
 def test_a_burst_for_a_cold_model_makes_one_node_load_it(count: int) -> None:
     assert burst(count) == {"fra-1": count}
+
+
+def test_a_crowd_is_a_reason_for_a_second_load_and_no_more() -> None:
+    assert burst(2 * CROWD) == {"fra-1": CROWD, "lhr-1": CROWD}
+    waits = cold("loading", 2000, waiting=CROWD)
+    assert pair(all_cold(fra_1=waits), request(FRA))[1] == "lhr-1"
+    near = cold("loading", 2000, waiting=CROWD - 1)
+    assert pair(all_cold(fra_1=near), request(FRA)) == ("fra-1", "fra-1")
 
 
 def test_routers_agree_on_who_loads() -> None:

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pop_node.residency import events as ev
 from pop_node.residency.residency import Residency
@@ -19,7 +19,7 @@ from router.placement.demand import DemandSites
 from router.placement.machine import PlacementMachine
 from router.placement.words import Asked, Looked
 from router.routing.costs import Work
-from router.routing.policy import RouteRequest, choose
+from router.routing.policy import Pin, RouteRequest, choose
 from router.routing.view_builder import Reservation, ViewBuilder
 from topology.model import Address, Model, Node, Placement, Position, Router, Site, Topology
 from wire.errors import OverloadError
@@ -141,13 +141,16 @@ class World:
         assert near == site
         self.placement.handle(Asked(model, near, 50, 50), self.now)
         request = RouteRequest(Work(model, 50, 50, {}), client, deadline=self.now + deadline_s)
+        view = self.builder.snapshot()
         try:
-            plan = choose(request, self.builder.snapshot(), self.now, self.rng)
+            route = choose(request, view, self.now, self.rng).route
+            if route.prefill != route.decode:  # hand-overs are not simulated
+                there = replace(request, pin=Pin(route.decode, route.decode))
+                route = choose(there, view, self.now, self.rng).route
         except OverloadError as error:
             asking.refused, asking.retry_after_s = error.message, error.retry_after_s or 0.0
             return asking
-        assert plan.route.prefill == plan.route.decode, "a hand-over for so short a prompt"
-        asking.node, stream = plan.route.decode, next(self._streams)
+        asking.node, stream = route.decode, next(self._streams)
         self.builder.reserve(asking.node, stream, Reservation(model, 50, 1, self.now))
         host = self.hosts[asking.node]
         if host.machine.state(model).memory == "warm":
@@ -209,9 +212,24 @@ class World:
             eta_ms = round(host.machine.eta_s(model, self.now) * 1e3)
             why = host.machine.why_refused(model, self.now)
             running, ready = host.legs.get(model, 0), warmth == "warm"
+            waiting = sum(asking.model == model for _, asking in host.waiting)
             engines.append(
                 EngineLoad(
-                    *(model, ready, 0, running, 0, 1000, 0, 1000, 1000.0, 20.0, 0, 0, running),
+                    *(
+                        model,
+                        ready,
+                        0,
+                        running,
+                        waiting,
+                        1000,
+                        0,
+                        1000,
+                        1000.0,
+                        20.0,
+                        0,
+                        0,
+                        running,
+                    ),
                     *(warmth, eta_ms, 3 * GB, why),
                 )
             )
