@@ -27,6 +27,9 @@ PATIENCE_S = 30.0
 LINES_PER_PEER = 2
 """While one waits a round trip for its next run, the other one's data flows."""
 
+BUFFER_BYTES = 128 * 1024 * 1024
+"""Of chunks under way, one per line: fewer peers are asked at once for a bundle of large chunks."""
+
 Report = Callable[[str, int], None]
 """Called as ``report(peer, nbytes)`` for every chunk, from several threads but one at a time."""
 
@@ -110,10 +113,11 @@ class Gathering:
         return self._over or self._swarm.finished or self._error is not None
 
     def _engage(self, holders: Sequence[Peer]) -> list[threading.Thread]:
-        """Have lines to the first ``MAX_PEERS`` that may still be asked."""
+        """Have lines to the first peers that may still be asked."""
         started = []
+        most = min(MAX_PEERS, BUFFER_BYTES // (LINES_PER_PEER * self._data.chunk_bytes))
         for peer in holders:
-            if len(self._working) >= MAX_PEERS or self._over:
+            if len(self._working) >= most or self._over:
                 break
             if peer.name in self._working or self._swarm.is_gone(peer.name):
                 continue

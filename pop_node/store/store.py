@@ -317,12 +317,12 @@ class Store:
         finally:
             hold.close()
 
-    def gc(self, budget_bytes: int | None = None) -> Collected:
-        """Remove what no name means and what dead processes left, abandoned fetches included.
+    def gc(self, budget_bytes: int | None = None, *, abandoned: bool = True) -> Collected:
+        """Remove what no name means and what dead processes left.
 
-        With a budget, then the least recently used models until the rest fits it; never what is
-        pinned, loaded or being fetched. Raises ``ConfigError`` if the store is read-only or a name
-        is damaged.
+        ``abandoned``: fetches too that nobody goes on with now. With a budget, then the least
+        recently used models until the rest fits it; never what is pinned, loaded or being fetched.
+        Raises ``ConfigError`` if the store is read-only or a name is damaged.
         """
         if not self._bundles.is_dir():
             return Collected([], 0, 0, 0)
@@ -341,7 +341,7 @@ class Store:
             freed = sum(bundle.nbytes for bundle in removed)
             kept = sum(bundle.nbytes for bundle in held) - freed
             num_partials = 0
-            for path in abandoned_partials(self._partial):
+            for path in abandoned_partials(self._partial) if abandoned else ():
                 freed += tree_bytes(path)
                 path.rename(work / f"partial-{path.name}")
                 num_partials += 1

@@ -228,6 +228,7 @@ def test_what_is_being_loaded_is_not_collected(tmp_path: Path, manifest: Manifes
         hold = Hold(partial.path)
     assert store.gc().num_partials == 0, "an engine reads it"
     hold.close()
+    assert store.gc(0, abandoned=False).num_partials == 0, "a later fetch is to go on with it"
     assert store.gc().num_partials == 1
 
 
