@@ -6,6 +6,7 @@ An engine does this beside importing torch.
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,10 @@ def _read(directory: Path) -> ReadBundle:
     hold = Hold(directory)
     try:
         manifest = read_manifest(directory)
-        texts = read_texts(directory, manifest)
-        plan, memory, report = read_share(directory, manifest)
+        with ThreadPoolExecutor(1) as beside:
+            reading_texts = beside.submit(read_texts, directory, manifest)
+            plan, memory, report = read_share(directory, manifest)
+        texts = reading_texts.result()
     except BaseException:
         hold.close()
         raise
