@@ -74,6 +74,13 @@ class FetchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class PutOff:
+    """The disk has no room for a model that nobody asks for: it comes when somebody does."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Gone:
     """The model's bundle was removed from the disk."""
 
@@ -130,6 +137,7 @@ Event = (
     | Fetched
     | Arriving
     | FetchFailed
+    | PutOff
     | Gone
     | Ready
     | Exited

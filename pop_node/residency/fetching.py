@@ -40,12 +40,14 @@ class Fetching:
         tasks: asyncio.TaskGroup,
         feed: Callable[[ev.Event], None],
         install: Install,
+        is_asked_for: Callable[[str], bool],
     ) -> None:
         self._supply = supply
         self._maker = maker
         self._tasks = tasks
         self._feed = feed
         self._install = install
+        self._is_asked_for = is_asked_for
         self._running: set[asyncio.Task[None]] = set()
         self._look_at: dict[str, float] = {}
 
@@ -84,7 +86,10 @@ class Fetching:
         log.info("%s is being fetched", model)
         self._look_at[model] = 0.0
         try:
-            await self._supply.bring(model, lambda bringing: self._progress(model, bringing))
+            if not await self._bring(model):
+                log.info("%s is fetched when it is asked for: it does not fit disk_gb", model)
+                self._feed(ev.PutOff(model))
+                return
             opened = await asyncio.to_thread(self._maker.open, model)
         except MeshError as exc:
             log.error("%s cannot be fetched: %s", model, exc)
@@ -96,6 +101,27 @@ class Fetching:
             self._feed(ev.Gone(name))
         log.info("%s is on the disk, %.2f GB", model, opened.load_bytes / 1e9)
         await self._install(model, opened, False)
+
+    async def _bring(self, model: str) -> bool:
+        """False when the disk has no room for it, and nobody asks for it."""
+        free = await self._supply.free_bytes()
+
+        def progress(bringing: Bringing) -> None:
+            beyond = free is not None and bringing.total_bytes > free
+            if beyond and bringing.phase == "fetch" and not self._is_asked_for(model):
+                work.cancel()
+            self._progress(model, bringing)
+
+        work = asyncio.ensure_future(self._supply.bring(model, progress))
+        try:
+            await asyncio.wait({work})
+        finally:
+            work.cancel()
+            await asyncio.wait({work})
+        if work.cancelled():
+            return False
+        work.result()
+        return True
 
     def _progress(self, model: str, bringing: Bringing) -> None:
         if model not in self._look_at:

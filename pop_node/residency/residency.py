@@ -108,7 +108,7 @@ class Residency:
 
     def next_deadline(self) -> float | None:
         """When the shell must send ``Tick``."""
-        times = [m.wanted_until for m in self._models.values() if self._is_waited_for(m)]
+        times = [m.wanted_until for m in self._models.values() if m.is_waited_for]
         times += [m.retry_at for m in self._models.values() if self._is_fetched_again(m)]
         return min(times, default=None)
 
@@ -139,6 +139,8 @@ class Residency:
                 return self._arriving(event, now)
             case ev.FetchFailed(model, why):
                 return self._fetch_failed(self._models[model], why, now)
+            case ev.PutOff(model):
+                return self._put_off(self._models[model], now)
             case ev.Gone(model):
                 if self._models[model].memory == "out":
                     self._models[model].disk = "absent"
@@ -227,7 +229,7 @@ class Residency:
     def _tick(self, now: float) -> list[ev.Effect]:
         effects: list[ev.Effect] = []
         for model in self._models.values():
-            if self._is_waited_for(model) and model.wanted_until <= now:
+            if model.is_waited_for and model.wanted_until <= now:
                 why = f"{model.name} did not come in time"
                 effects += self._refuse_waiting(model, why, self.eta_s(model.name, now))
             if self._is_fetched_again(model) and model.retry_at <= now:
@@ -270,6 +272,12 @@ class Residency:
         if model.memory != "warm":  # else it was read in time
             effects += self._take_back(model)
         return [*effects, *self._fetch_more(now)]
+
+    def _put_off(self, model: ModelState, now: float) -> list[ev.Effect]:
+        model.disk, model.arriving = "absent", False
+        if model.is_asked_for(now):  # since just now
+            self._to_fetch.append(model.name)
+        return self._fetch_more(now)
 
     def _fetch_more(self, now: float) -> list[ev.Effect]:
         """Begin what may begin: those that are asked for first."""
@@ -380,12 +388,8 @@ class Residency:
 
     # ---- who waits -----------------------------------------------------------------------------
 
-    @staticmethod
-    def _is_waited_for(model: ModelState) -> bool:
-        return model.wanted_until > -math.inf
-
     def _refuse_waiting(self, model: ModelState, why: str, retry_after_s: float) -> list[ev.Effect]:
-        if not self._is_waited_for(model):
+        if not model.is_waited_for:
             return []
         model.wanted_until = -math.inf
         return [ev.Refuse(model.name, why, retry_after_s)]

@@ -86,7 +86,7 @@ class Residents:
             budget_bytes=self._budget,
         )
         self.hosts: dict[str, ModelHost] = {}
-        self._parking = Parking(self._eta_s)
+        self.parking = Parking(self._eta_s)
         self._started_at: dict[str, float] = {}
         self._holds: dict[str, Hold] = {}
         self.fetching = Fetching(supply, maker, tasks, self.feed, self._install, self._is_asked_for)
@@ -148,7 +148,7 @@ class Residents:
         self._let_go_of(model)
         self.feed(ev.Ready(model, took_s))
         if self.serves(model):  # a drill may want it down by now
-            for link, submit in self._parking.take(model):
+            for link, submit in self.parking.take(model):
                 self.hosts[model].submit(link, submit)
         self._fill_standby()
         self._around.offers_changed()
@@ -168,7 +168,7 @@ class Residents:
 
     def drain(self) -> None:
         """Nobody waits for a model any more."""
-        self._parking.refuse_all(OverloadError("the node is draining", code="draining"))
+        self.parking.refuse_all(OverloadError("the node is draining", code="draining"))
 
     async def close(self) -> None:
         """End everything; nothing starts again."""
@@ -199,7 +199,7 @@ class Residents:
             link.say(refusal(submit.stream, error))
             return
         loop = asyncio.get_running_loop()
-        self._parking.add(link, submit)
+        self.parking.add(link, submit)
         self.feed(ev.Wanted(model, loop.time() + submit.deadline_remaining_ms / 1000))
 
     def _admit(self, link: RouterLink, submit: Submit) -> MeshError | None:
@@ -211,7 +211,7 @@ class Residents:
         if refused is not None:
             wait_s = refused.retry_after_s
             return OverloadError(refused.why, code="not_loaded", retry_after_s=wait_s or None)
-        problem = self._parking.problem(link, submit)
+        problem = self.parking.problem(link, submit)
         if problem is not None:
             return problem
         eta_s = self._eta_s(model)
@@ -232,11 +232,6 @@ class Residents:
             hold_s = min(max(0.0, message.hold_ms / 1000), MAX_HOLD_S)
             self.feed(ev.Held(message.model, asyncio.get_running_loop().time() + hold_s))
 
-    @property
-    def parking(self) -> Parking:
-        """Submits that wait for a model."""
-        return self._parking
-
     # ---- how they are --------------------------------------------------------------------------
 
     def state(self, model: str) -> ModelState:
@@ -250,7 +245,7 @@ class Residents:
     @property
     def num_legs(self) -> int:
         """Legs of all models in any stage, those included that wait for a model."""
-        return sum(host.num_legs for host in self.hosts.values()) + len(self._parking)
+        return sum(host.num_legs for host in self.hosts.values()) + len(self.parking)
 
     @property
     def memory_bytes(self) -> int:
@@ -279,7 +274,7 @@ class Residents:
             load,
             model=model,
             ready=load.ready and self.serves(model),
-            waiting=load.waiting + self._parking.waiting_for(model),
+            waiting=load.waiting + self.parking.waiting_for(model),
             warmth=self.warmth(model),
             eta_ms=round(self._eta_s(model) * 1000),
             memory_bytes=state.memory_bytes,
@@ -335,7 +330,7 @@ class Residents:
                     error = OverloadError(
                         why, code="not_loaded", retry_after_s=retry_after_s or None
                     )
-                    self._parking.refuse(model, error)
+                    self.parking.refuse(model, error)
         self._arm_timer(loop)
         if effects or not isinstance(event, ev.Legs | ev.Progress | ev.Tick | ev.Held | ev.Wanted):
             self._around.changed()

@@ -66,6 +66,11 @@ class ModelState:
         """An engine has its memory now."""
         return self.memory in ("loading", "warm", "leaving")
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Somebody waits for it, and was not told yet that it is in vain."""
+        return self.wanted_until > -math.inf
+
     def may_leave(self, now: float) -> bool:
         """Nobody uses it, nobody was promised it."""
         idle = self.memory == "warm" and not self.legs

@@ -101,6 +101,14 @@ class Supply:
         """What an engine can begin to load of a model that is being brought; looks at the disk."""
         return self._bringer.arriving(model)
 
+    async def free_bytes(self) -> int | None:
+        """Room for more bundles within ``disk_gb``; None without a bound."""
+        budget = disk_budget(self._node)
+        if budget is None:
+            return None
+        rows = await asyncio.to_thread(self.store.rows)
+        return budget - sum({row.entry.bundle: row.nbytes for row in rows}.values())
+
     async def make_room(self, newest: Path) -> list[str]:
         """Remove the least recently used models beyond ``disk_gb``, but not the bundle ``newest``;
         returns the node's models that are gone."""
@@ -110,7 +118,7 @@ class Supply:
         try:
             hold = Hold(newest)
             try:
-                collected = await asyncio.to_thread(self.store.gc, budget)
+                collected = await asyncio.to_thread(self.store.gc, budget, abandoned=False)
             finally:
                 hold.close()
         except ConfigError as exc:

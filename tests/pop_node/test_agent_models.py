@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pop_node.residency import events as ev
 from pop_node.residency import residents
+from pop_node.residency.residency import Residency
 from pop_node.store import layout
 from pop_node.store.store import Store
 from tests.pop_node.node_mesh import (
@@ -308,3 +310,27 @@ async def test_an_engine_begins_before_all_of_its_model_is_here(
             await held.until(lambda: held.state(MODEL).memory == "loading")
             await held.until(lambda: held.state(MODEL).memory == "warm")
         assert isinstance(await b.ending(mesh.whole("b")), Finished)
+
+
+async def test_a_model_beyond_the_disk_is_fetched_when_it_is_asked_for(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = topology("a", "b")
+    full = replace(plan.nodes["b"], store=tmp_path / "empty", memory_gb=ONE, disk_gb=1e-6)
+    plan = replace(plan, nodes={"a": plan.nodes["a"], "b": full})
+    put_off = asyncio.Event()
+    handle = Residency.handle
+
+    def listen(machine: Residency, event: ev.Event, now: float) -> list[ev.Effect]:
+        if isinstance(event, ev.PutOff):
+            put_off.set()
+        return handle(machine, event, now)
+
+    monkeypatch.setattr(Residency, "handle", listen)
+    async with tiny_mesh(store, tmp_path, "a", "b", plan=plan, version=3) as mesh:
+        b = mesh.routers["b"]
+        async with asyncio.timeout(WAIT_S):
+            await put_off.wait()
+        stream = mesh.whole("b", deadline_remaining_ms=300_000)
+        await b.until(lambda: waits(b, stream))
+        assert isinstance(await b.ending(stream), Finished)

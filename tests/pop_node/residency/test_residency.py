@@ -150,6 +150,15 @@ def test_an_engine_begins_while_the_rest_arrives_if_somebody_asks() -> None:
     assert node.why_refused("b", 8.0) == "a broken line"
 
 
+def test_what_does_not_fit_the_disk_comes_when_somebody_asks() -> None:
+    node = Residency("ab", fetchable="ab", budget_bytes=4 * GB)
+    node.handle(ev.Started(), 0.0)
+    assert node.handle(ev.PutOff("a"), 1.0) == [ev.Fetch("b")]
+    assert node.next_deadline() is None
+    assert node.why_refused("a", 1.0) == ""
+    assert node.handle(ev.Held("a", 60.0), 1.0) == [ev.Fetch("a")]
+
+
 def test_a_failed_fetch_is_told_and_tried_again_later_and_later() -> None:
     node = Residency("a", fetchable="a")
     node.handle(ev.Started(), 0.0)
