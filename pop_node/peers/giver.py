@@ -36,8 +36,9 @@ MAX_TAKES = 8
 """Ranges given at once, the rest are told to come back. Guess: enough to fill any port, and each
 still gets an eighth; who is turned away finds parts with those who were not."""
 
-TAKES_PER_NODE = 2
-"""Ranges given at once to one node: the second hides the round trip between two of the first."""
+TAKES_PER_NODE = 3
+"""Ranges given at once to one node: it has two lines, and may have left a range whose end has not
+been noticed here yet."""
 
 BUSY_SHARE = 0.5
 """Guess: how much of its rate a node gives while it serves answers."""

@@ -176,6 +176,7 @@ async def test_so_many_take_and_the_others_are_told_when_to_come_back(
     tmp_path: Path, original: Store, tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(giver, "MAX_TAKES", 3)
+    monkeypatch.setattr(giver, "TAKES_PER_NODE", 2)
     names = [f"n{number}" for number in range(1, 6)]
     topology = mesh_of(names, tiny)
     digest = original.get("tiny").manifest.bundle
