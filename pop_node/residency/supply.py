@@ -102,11 +102,15 @@ class Supply:
         return self._bringer.arriving(model)
 
     async def free_bytes(self) -> int | None:
-        """Room for more bundles within ``disk_gb``; None without a bound."""
+        """Room for more bundles within ``disk_gb``; None without a bound, or if nobody knows."""
         budget = disk_budget(self._node)
         if budget is None:
             return None
-        rows = await asyncio.to_thread(self.store.rows)
+        try:
+            rows = await asyncio.to_thread(self.store.rows)
+        except OSError as exc:  # something was removed while it was looked at
+            log.warning("the store cannot be measured: %s", exc)
+            return None
         return budget - sum({row.entry.bundle: row.nbytes for row in rows}.values())
 
     async def make_room(self, newest: Path) -> list[str]:
