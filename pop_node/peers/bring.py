@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -206,8 +207,6 @@ class Bring:
         data = partial.manifest.data
         done = data.nbytes - sum(data.span(index)[1] for index in missing)
         self._tell(phase="fetch", done_bytes=done, total_bytes=data.nbytes)
-        self._texts(partial, offer)
-        partial.check_claims()
         gathering = Gathering(
             partial,
             lambda: self._holders(partial.manifest.bundle),
@@ -217,19 +216,24 @@ class Bring:
             self._rng,
         )
         self._gathering = gathering
-        try:
-            self._check_stop()
-            if gathering.run():
-                return
-        finally:
-            self._gathering = None
-            self.rates.update(gathering.rates())
+        with ThreadPoolExecutor(1, thread_name_prefix="texts") as pool:
+            texts = pool.submit(self._texts, partial, offer)
+            texts.add_done_callback(lambda done: gathering.abort() if done.exception() else None)
+            try:
+                self._check_stop()
+                complete = gathering.run()
+            finally:
+                self._gathering = None
+                self.rates.update(gathering.rates())
+            texts.result()
         self._check_stop()
-        reasons = "; ".join(f"{name}: {why}" for name, why in gathering.reasons().items())
-        raise _NobodyError(f"no peer has the rest of the bundle ({reasons or 'none is left'})")
+        if not complete:
+            reasons = "; ".join(f"{name}: {why}" for name, why in gathering.reasons().items())
+            raise _NobodyError(f"no peer has the rest of the bundle ({reasons or 'none is left'})")
 
     def _texts(self, partial: Partial, offer: Offer) -> None:
-        """Text files, each from the first holder that gives the right one."""
+        """Text files, each from the first holder that gives the right one, beside the chunks: some
+        round trips. With them the manifest's claims can be checked."""
         for peer in offer.holders:
             source = PeerSource(peer, offer.bundle, self._dialing)
             try:
@@ -239,6 +243,7 @@ class Bring:
                         self._liars.add(peer.name)
                         break
                 else:
+                    partial.check_claims()
                     return
             except (InterruptedReadError, PeerBusyError, PeerLacksError) as exc:
                 self._problems.append(f"{peer.name}: {exc}")

@@ -107,9 +107,11 @@ async def test_a_manifest_that_claims_the_pinned_identity_is_seen_through(
     lie = msgspec.structs.replace(lie, bundle=bundle_digest(lie))
     world.rogue.manifest = lie
     world.rogue.spoil["manifest.json"] = encode_manifest(lie)
+    world.rogue.pause_s = 0.05
     await world.bring()
     same(world.taker.store, original)
-    assert not any("weights" in request for request in world.rogue.requests)
+    nbytes = original.get("tiny").manifest.data.nbytes
+    assert world.rogue.taken_bytes < nbytes / 2, "it is found out before its data is here"
 
 
 async def test_only_the_pinned_model_is_taken(world: World) -> None:
