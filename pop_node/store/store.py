@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -28,6 +27,7 @@ from pop_node.store.aside import put_aside
 from pop_node.store.bundle import check_bundle, check_claims, read_texts
 from pop_node.store.collect import Held, least_used
 from pop_node.store.dtypes import Dtype
+from pop_node.store.facts import Bundle, Collected, Row
 from pop_node.store.files import locked, tree_bytes, workspace
 from pop_node.store.holding import Hold, claimed, last_used_ns
 from pop_node.store.manifest import Manifest, OutdatedBundleError, read_manifest
@@ -38,40 +38,7 @@ from pop_node.store.pypi import PREFIX
 from pop_node.store.source import Progress, unwatched
 from wire.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """A model ready to load: a directory whose manifest and text files were checked."""
-
-    path: Path
-    manifest: Manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A name and what is known about its bundle.
-
-    ``manifest`` is None where ``problem`` says why it cannot be used. ``nbytes`` on the disk;
-    ``used_ns``: added or last loaded, ns since 1970; ``loaded``: some process holds it.
-    """
-
-    name: str
-    entry: NameEntry
-    manifest: Manifest | None
-    problem: str
-    nbytes: int
-    used_ns: int
-    loaded: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What ``gc`` removed: ``bundles``, and ``num_partials`` abandoned fetches."""
-
-    bundles: list[Held]
-    num_partials: int
-    freed_bytes: int
-    kept_bytes: int
+__all__ = ["Bundle", "Collected", "Row", "Store"]
 
 
 class Store:
