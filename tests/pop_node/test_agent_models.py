@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -35,6 +36,7 @@ from wire.messages import (
     Failed,
     Finished,
     Loading,
+    ModelOffer,
     Offers,
     Refused,
     Warm,
@@ -117,20 +119,22 @@ async def test_a_model_that_is_asked_for_takes_the_place_of_an_idle_one(
         # Its place in the offer was right before it was ever loaded, but for the port.
         offers = next(m for m in reversed(a.said) if isinstance(m, Offers))
         for before, now in zip(a.hello.models, offers.models, strict=True):
-            assert replace_address(before) == replace_address(now)
+            assert without_address(before) == without_address(now)
         assert all(offer.kv_address for offer in offers.models)
-        # Back again: from the process that stands by, and b, which is pinned, never left.
-        pid = mesh.nodes["a"].status["engines"][1]["pid"]
+        # Back again, in the process that stands by; the pinned one never left.
+        standby = mesh.nodes["a"].agent._residents._standby
+        assert standby is not None
+        await standby.fill()
+        waiting, pinned = standby.pid, mesh.nodes["a"].status["engines"][1]["pid"]
         assert await answer(mesh, A) == expected
-        assert mesh.nodes["a"].status["engines"][1]["pid"] == pid
+        pids = [each["pid"] for each in mesh.nodes["a"].status["engines"]]
+        assert pids[:2] == [waiting, pinned]
         await mesh.at_rest()
     assert not psutil.Process().children(recursive=True)
 
 
-def replace_address(offer: object) -> object:
-    import msgspec
-
-    return msgspec.structs.replace(offer, kv_address="")  # type: ignore[type-var]
+def without_address(offer: ModelOffer) -> ModelOffer:
+    return msgspec.structs.replace(offer, kv_address="")
 
 
 async def test_one_models_crash_leaves_the_others_serving(store: Store, tmp_path: Path) -> None:
