@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import errno
 import os
+import signal
+import sys
 import threading
 from contextlib import AsyncExitStack
 from functools import partial
@@ -359,3 +361,34 @@ async def test_peers_that_are_always_busy_are_not_waited_for_for_ever(
             await taker.bringer.bring("tiny", seen.append)
             same(taker.store, original)
         assert set(seen[-1].sources) == {"origin"}
+
+
+async def test_a_node_that_is_killed_goes_on_where_it_was(
+    tmp_path: Path, original: Store, tiny: Model
+) -> None:
+    topology, registry = mesh_of(["n1", "n2"], tiny), dict[str, ServiceEntry]()
+    nbytes = original.get("tiny").manifest.data.nbytes
+    here = tmp_path / "here"
+    slow = Neighbour("n1", original.root, topology, registry, rate_bytes_per_s=nbytes / 4)
+    async with slow:
+        taker = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "tests.pop_node.peers.taker_process", str(here), slow.address),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[3],
+        )
+        assert taker.stdout is not None
+        async with asyncio.timeout(60):
+            arrived = int(await taker.stdout.readline())
+            taker.kill()
+            assert await taker.wait() == -signal.SIGKILL
+    assert 0 < arrived < nbytes
+    assert Store(here).rows() == []
+    seen: list[Bringing] = []
+    async with (
+        Neighbour("n1", original.root, topology, registry),
+        Neighbour("n2", here, topology, registry) as again,
+    ):
+        await again.bringer.bring("tiny", seen.append)
+        same(again.store, original)
+    assert sum(seen[-1].sources.values()) <= nbytes - arrived
