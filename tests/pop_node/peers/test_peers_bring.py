@@ -17,7 +17,7 @@ import pytest
 
 from kernels.ops import load_ops
 from pop_node.models.registry import load_model
-from pop_node.peers import gathering, giver
+from pop_node.peers import client, gathering, giver
 from pop_node.peers.bring import Bringing
 from pop_node.store.store import Store
 from popmesh.authority import init_authority, issue
@@ -71,7 +71,7 @@ async def test_several_peers_give_at_once(tmp_path: Path, original: Store, tiny:
     seen: list[Bringing] = []
     async with AsyncExitStack() as stack:
         for name in names[:3]:
-            one = Neighbour(name, original.root, topology, registry, rate_bytes_per_s=400_000)
+            one = Neighbour(name, original.root, topology, registry, rate_bytes_per_s=50_000)
             await stack.enter_async_context(one)
         taker = await stack.enter_async_context(
             Neighbour("n4", tmp_path / "here", topology, registry)
@@ -106,6 +106,7 @@ async def test_ten_nodes_that_start_together_do_not_stampede_the_one_that_has_it
     tmp_path: Path, original: Store, tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(giver, "MAX_TAKES", 4)
+    monkeypatch.setattr(client, "STALL_S", 20.0)  # eleven nodes share this process
     names = [f"n{number:02}" for number in range(11)]
     topology, registry = mesh_of(names, tiny), dict[str, ServiceEntry]()
     last: dict[str, Bringing] = {}

@@ -132,10 +132,10 @@ async def test_a_peer_that_stalls_is_left(world: World, original: Store) -> None
 async def test_a_peer_that_stalls_alone_is_given_up(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "STALL_S", 0.05)
+    monkeypatch.setattr(client, "STALL_S", 0.3)
     world.without_giver()
     world.rogue.stall_after = 0
-    with pytest.raises(ConfigError, match=r"n1: n1 stopped sending"):
+    with pytest.raises(ConfigError, match=r"n1: n1 (stopped sending|cannot be reached)"):
         await world.bring()
 
 
