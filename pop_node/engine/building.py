@@ -18,7 +18,7 @@ from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
 from pop_node.engine.start_clock import StartClock
 from pop_node.engine.validate import Limits
-from pop_node.models.registry import load, load_backend
+from pop_node.models.registry import load, load_backend, prepare
 from pop_node.store.host_arena import HUGE_PAGE_BYTES, populate, prefer_huge
 
 TOUCH_PAUSE = 3
@@ -30,6 +30,7 @@ def build(port: Port, set_up: SetUp, clock: StartClock) -> tuple[EngineLoop, Rea
     config = set_up.config
     with clock.phase("kernels"):
         ops = load_backend(config.backend, config.threads, batch_invariant=config.batch_invariant)
+    prepare(config.model_dir)
     read = set_up.bundle()
     began = time.monotonic()
     loaded = load(config.model_dir, config.dtype, ops, read)  # held as long as the process lives

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from kernels.ops import Backend, NativeUnavailableError, Ops, load_ops
 from pop_node.models.llama import Llama, LlamaConfig
+from pop_node.models.rope import cos_sin_table
 from pop_node.store.cuda_arena import CudaArena
 from pop_node.store.holding import Hold, mark_used
 from pop_node.store.load_plan import LoadPlan, plan_load
@@ -91,6 +93,17 @@ def build_model(
         ConfigError: unsupported family or feature, or weights that do not fit.
     """
     return Llama(LlamaConfig.from_hf(config), weights, ops, dtype)
+
+
+def prepare(directory: Path) -> None:
+    """Compute what ``load`` will need and what follows from the configuration alone, while the
+    weights are still being read. What is wrong with it, ``load`` will say: it trusts nothing here.
+    """
+    with suppress(ConfigError):
+        config = LlamaConfig.from_hf(_read_json(directory / CONFIG_FILE))
+        cos_sin_table(
+            config.context_tokens, config.head_dim, config.rope_theta, config.rope_scaling
+        )
 
 
 def load(directory: Path, dtype: str, ops: Ops, read: ReadBundle | None = None) -> Loaded:
