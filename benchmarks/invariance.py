@@ -1,7 +1,7 @@
 """What the batch-invariant mode costs: CPU time of decode and prefill with and without it.
 
-    python benchmarks/invariance.py --store .cache/store-2 --out benchmarks/results/invariance.json \\
-        [--before CHECKOUT] [--rounds 5]
+    python benchmarks/invariance.py --store .cache/store-2 \\
+        --out benchmarks/results/invariance.json [--before CHECKOUT] [--rounds 5]
 
 SmolLM2-135M on one thread, scheduler and runner without sockets. Each variant is a process of its
 own; within a round they take turns at every measurement, so that a slow minute of a shared machine

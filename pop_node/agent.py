@@ -8,72 +8,70 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import signal
 import ssl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import assert_never
 
 from pop_node import lifecycle
+from pop_node.agent_config import SERVICE, AgentConfig, check_listeners
 from pop_node.authorization import Authorization
+from pop_node.drills.cold_start import ColdStarts
 from pop_node.drills.drills import Drills
-from pop_node.engine.config import EngineConfig
-from pop_node.hosting.generation import HostSettings
-from pop_node.hosting.model_host import ModelHost
+from pop_node.drills.rebirth import Rebirth, take_reborn
+from pop_node.engine.spawn import Standby, launch_engine
+from pop_node.hosting.host_maker import HostMaker, Told
 from pop_node.legs.leg import refusal
 from pop_node.load_push import LoadPush
+from pop_node.peers.neighbours import BUNDLES_KEY
+from pop_node.residency.cold_start_host import ResidentColdStarts
+from pop_node.residency.residents import Around, Residents
+from pop_node.residency.supply import Supply
 from pop_node.router_link import RouterLink, link_factory
 from pop_node.status_file import write_status
-from pop_node.store.store import Bundle, Store
-from pop_node.text.tokenizer import TextCodec
 from registry.client import Registration, Registry
 from registry.keeper import Keeper
-from topology.model import Address, Node, Topology
-from wire.address import Dialer, format_address
+from wire.address import format_address
 from wire.errors import ConfigError, OverloadError, RequestError
 from wire.messages import (
+    COLD_START,
     MAX_VERSION,
     MIN_VERSION,
     Attach,
+    CacheDelta,
     Draining,
     Drill,
     Hello,
+    Load,
+    ModelOffer,
+    Offers,
     Retarget,
     Submit,
+    Warm,
 )
 from wire.messages import Role as WireRole
-from wire.tls import Credentials, require_tls
+
+__all__ = ["SERVICE", "Agent", "AgentConfig", "serve"]
 
 log = logging.getLogger(__name__)
 
-SERVICE = "popmesh-node"
 REGISTRY_TTL_S = 10.0
 DEREGISTER_AFTER_S = 600.0
 DRAIN_TIMEOUT_S = 30.0
 TEXT_THREADS = 2
 
-
-@dataclass(frozen=True, slots=True)
-class AgentConfig:
-    """All that one node process is told. ``drills`` lets routers ask it to harm itself."""
-
-    node: Node
-    topology: Topology
-    registry_url: str
-    store: Path
-    dialer: Dialer
-    credentials: Credentials | None = None
-    status_file: Path | None = None
-    drills: bool = False
+OFFERS_VERSION = 3
+"""First version of the mesh wire that knows ``Offers``."""
 
 
 class Agent:
     """One running node; built and run by ``serve``."""
 
     def __init__(self, config: AgentConfig, registry: Registry, tasks: asyncio.TaskGroup) -> None:
+        """Raises ``ConfigError`` for models that cannot be served."""
         self._config = config
         self._node = config.node
         self._tasks = tasks
@@ -87,54 +85,45 @@ class Agent:
         self._mesh_address = ""
         self._registry = registry
         self._keeper: Keeper | None = None
-        self._lifecycle = lifecycle.NodeLifecycle(self._node.models)
-        self._hosts: dict[str, ModelHost] = {}
-        self._push = LoadPush(self._hosts, self._links, lambda: self._lifecycle.state == "draining")
-        for position, name in enumerate(self._node.models):
-            self._hosts[name] = self._make_host(position, name)
+        self._push = LoadPush(self._load, self._deltas, self._links)
+        self._supply = Supply(config, registry, lambda: self._residents.num_legs > 0)
+        self._told_offers: list[ModelOffer] = []
+        self._residents = self._make_residents()
+        self._lifecycle = lifecycle.NodeLifecycle((), later=self._residents.awaited)
         self._drills = Drills(config.drills, self._engine_pids, tasks)
+        self._cold_starts = ColdStarts(
+            ResidentColdStarts(self._node.name, self._residents, self._is_serving),
+            tasks,
+            self._supply.store.put_aside,
+            self._start_anew,
+            take_reborn(os.environ),
+        )
+        self.rebirth: Rebirth | None = None
         self.on_doors_open: Callable[[str], None] | None = None
 
-    def _make_host(self, position: int, name: str) -> ModelHost:
-        config, node = self._config, self._node
-        model = config.topology.models[name]
-        bundle = Store(config.store).get(name)
-        _check_bundle(bundle, model.digest, name)
-        codec = TextCodec.load(bundle.path)
-        credentials = config.credentials
-        settings = HostSettings(
-            mesh=config.topology.mesh,
-            node=node.name,
-            site=node.site,
-            incarnation=self._incarnation,
-            model=name,
-            identity=bundle.manifest.identity,
-            engine=EngineConfig(
-                model_dir=bundle.path,
-                dtype=model.dtype,
-                backend=node.backend,
-                threads=node.threads,
-                kv_tokens=node.kv_tokens,
-                context_tokens=model.context_tokens,
-                batch_invariant=node.batch_invariant,
-            ),
-            kv_host=node.kv.host,
-            kv_port=node.kv.port + position if node.kv.port else 0,
-            dialer=config.dialer,
-            server_ssl=credentials.server_context() if credentials else None,
-            client_ssl=credentials.client_context() if credentials else None,
-            authorize_peer=self._authorization.check_node,
-            detection_s=config.topology.detection_s,
+    def _make_residents(self) -> Residents:
+        standby = Standby() if self._node.memory_gb is not None else None
+        told = Told(
+            ready=self._engine_ready,
+            exited=self._engine_exited,
+            load_changed=self._push.soon,
+            legs=self._legs_changed,
         )
-        return ModelHost(
-            settings,
-            codec,
+        maker = HostMaker(
+            self._config,
+            self._incarnation,
             self._executor,
-            on_ready=lambda model: self._apply(lifecycle.EngineReady(model)),
-            on_exited=lambda model: self._apply(lifecycle.EngineExited(model)),
-            on_load_changed=self._push.soon,
-            on_legs=self._legs_changed,
+            standby.take if standby is not None else launch_engine,
+            lambda: self._lifecycle.state == "starting",
+            told,
         )
+        around = Around(
+            want=lambda model: self._apply(lifecycle.Want(model)),
+            unwant=lambda model: self._apply(lifecycle.Unwant(model)),
+            changed=self._models_changed,
+            offers_changed=self._offers_changed,
+        )
+        return Residents(self._config, self._supply, maker, standby, self._tasks, around)
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -142,6 +131,8 @@ class Agent:
         """Serve until drained; must run inside the task group it was given."""
         push = self._tasks.create_task(self._push.run())
         try:
+            await self._supply.start()
+            self._residents.start()
             self._apply(lifecycle.Started())
             await self._stopped.wait()
         finally:
@@ -157,8 +148,7 @@ class Agent:
             await self._keeper.close()
         if self._server is not None:
             self._server.close()
-        for host in self._hosts.values():
-            await host.stop()
+        await self._residents.close()
         for link in list(self._links):
             link.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -166,11 +156,18 @@ class Agent:
 
     def drain(self) -> None:
         """Accept no new work, finish what runs, then stop; again to stop at once."""
+        self.rebirth = None
         timeout_s = DRAIN_TIMEOUT_S if self._lifecycle.state == "serving" else 0.0
         if self._lifecycle.state == "draining":
             self._apply(lifecycle.StreamsLeft(0))
         self._apply(lifecycle.DrainRequested(timeout_s))
-        self._apply(lifecycle.StreamsLeft(self._num_legs()))
+        self._residents.drain()
+        self._apply(lifecycle.StreamsLeft(self._residents.num_legs))
+
+    def _start_anew(self, rebirth: Rebirth) -> None:
+        """Drain, then have this process do what it is told."""
+        self.drain()
+        self.rebirth = rebirth
 
     def _apply(self, event: lifecycle.Event) -> None:
         loop = asyncio.get_running_loop()
@@ -179,7 +176,7 @@ class Agent:
                 case lifecycle.StartEngine(model):
                     self._tasks.create_task(self._start_engine(model))
                 case lifecycle.EndEngine(model):
-                    self._hosts[model].end_engine()
+                    self._residents.hosts[model].end_engine()
                 case lifecycle.OpenDoors():
                     self._tasks.create_task(self._open_doors())
                 case lifecycle.AnnounceDrain():
@@ -190,12 +187,31 @@ class Agent:
                     assert_never(effect)
         self._arm_timer(loop)
         self._write_status()
-        if isinstance(event, lifecycle.EngineReady):
-            self._push.soon()
 
     async def _start_engine(self, model: str) -> None:
-        await self._hosts[model].start(self._tasks)
+        await self._residents.start_engine(model)
         self._write_status()
+
+    def _engine_ready(self, model: str) -> None:
+        self._apply(lifecycle.EngineReady(model))
+        self._residents.engine_ready(model)
+
+    def _engine_exited(self, model: str) -> None:
+        self._apply(lifecycle.EngineExited(model))
+        self._residents.engine_exited(model)
+
+    def _models_changed(self) -> None:
+        self._push.soon()
+        self._write_status()
+
+    def _offers_changed(self) -> None:
+        """Tell routers, if it is so."""
+        offers = self._residents.offers()
+        if offers != self._told_offers:
+            self._told_offers = offers
+            for link in self._links:
+                if link.version >= OFFERS_VERSION:
+                    link.say(Offers(offers))
 
     def _arm_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
@@ -206,7 +222,7 @@ class Agent:
             self._timer = loop.call_at(at, self._apply, lifecycle.Tick())
 
     async def _open_doors(self) -> None:
-        """Listen for routers and register: a token was produced by every engine.
+        """Listen for routers and register: every engine that was waited for produced a token.
 
         Raises ``ConfigError`` when the address is taken.
         """
@@ -247,31 +263,47 @@ class Agent:
 
     async def _announce_drain(self) -> None:
         for link in self._links:
-            link.say(Draining(self._num_legs()))
+            link.say(Draining(self._residents.num_legs))
         if self._keeper is not None:
             await self._keeper.set_meta(self._meta())
 
     def _meta(self) -> dict[str, str]:
-        return {
+        meta = {
             "mesh": self._config.topology.mesh,
             "name": self._node.name,
             "site": self._node.site,
             "incarnation": self._incarnation,
-            "drain": "0" if self._lifecycle.state == "serving" else "1",
+            "drain": "0" if self._is_serving() else "1",
         }
+        return meta | ({BUNDLES_KEY: self._supply.address} if self._supply.address else {})
 
-    def _num_legs(self) -> int:
-        return sum(host.num_legs for host in self._hosts.values())
+    def _is_serving(self) -> bool:
+        return self._lifecycle.state == "serving"
 
-    def _legs_changed(self) -> None:
+    def _legs_changed(self, model: str) -> None:
+        self._residents.legs_changed(model)
         if self._lifecycle.state == "draining":
-            self._apply(lifecycle.StreamsLeft(self._num_legs()))
+            self._apply(lifecycle.StreamsLeft(self._residents.num_legs))
+
+    def _load(self) -> Load:
+        hosts = self._residents.hosts.values()
+        return Load(
+            engines=self._residents.loads(),
+            links=[rate for host in hosts for rate in host.link_rates()],
+            draining=self._lifecycle.state == "draining",
+            memory_bytes=self._residents.memory_bytes,
+            memory_used_bytes=self._residents.memory_used_bytes,
+        )
+
+    def _deltas(self) -> list[CacheDelta]:
+        hosts = self._residents.hosts.values()
+        deltas = [host.facts.directory.take_delta() for host in hosts]
+        return [delta for delta in deltas if delta is not None]
 
     # ---- for router links ----------------------------------------------------------------------
 
     def hello(self) -> Hello:
         """Who this node is and what it serves."""
-        offers = [host.facts.offer for host in self._hosts.values()]
         roles: list[WireRole] = sorted(self._node.roles)
         return Hello(
             min_version=MIN_VERSION,
@@ -282,7 +314,7 @@ class Agent:
             site=self._node.site,
             incarnation=self._incarnation,
             roles=roles,
-            models=[offer for offer in offers if offer is not None],
+            models=self._residents.offers(),
         )
 
     def authorize_router(self, hello: Hello, ssl_object: ssl.SSLObject | None) -> None:
@@ -292,80 +324,76 @@ class Agent:
     def router_joined(self, link: RouterLink) -> None:
         """A router is connected: tell it how things stand."""
         self._links.add(link)
-        link.say(self._push.load())
-        for host in self._hosts.values():
+        link.say(self._load())
+        for host in self._residents.hosts.values():
             link.say(host.facts.directory.whole())
         if self._lifecycle.state == "draining":
-            link.say(Draining(self._num_legs()))
+            link.say(Draining(self._residents.num_legs))
 
     def router_left(self, link: RouterLink) -> None:
         """A router is gone: its streams are cancelled."""
         self._links.discard(link)
-        for host in self._hosts.values():
+        self._residents.parking.router_left(link)
+        for host in self._residents.hosts.values():
             host.router_left(link)
 
     def submit(self, link: RouterLink, submit: Submit) -> None:
         """Hand a submit to its model, or refuse it."""
-        host = self._hosts.get(submit.model)
-        if self._lifecycle.state != "serving":
+        if not self._is_serving():
             error = OverloadError("the node is draining", code="draining")
-        elif host is None:
+        elif submit.model not in self._node.models:
             error = OverloadError(
                 f"node {self._node.name} does not serve {submit.model!r}", code="not_ready"
             )
         else:
-            host.submit(link, submit)
+            self._residents.submit(link, submit)
             return
         link.say(refusal(submit.stream, error))
 
+    def warm(self, message: Warm) -> None:
+        """A router wants a model in memory."""
+        if self._is_serving():
+            self._residents.warm(message)
+
     def cancel(self, link: RouterLink, stream: int) -> None:
         """Stop a stream, whichever model it belongs to."""
-        for host in self._hosts.values():
-            host.cancel(link, stream)
+        if not self._residents.parking.cancel(link, stream):
+            for host in self._residents.hosts.values():
+                host.cancel(link, stream)
 
     def retarget(self, link: RouterLink, message: Retarget) -> None:
         """Hand a stream's KV to another node, whichever model it belongs to."""
-        for host in self._hosts.values():
-            host.retarget(link, message)
+        if not self._residents.parking.retarget(link, message):
+            for host in self._residents.hosts.values():
+                host.retarget(link, message)
 
     def attach(self, link: RouterLink, question: Attach) -> None:
         """Give up an answer to the router that asks for it."""
-        if not any(host.attach(link, question) for host in self._hosts.values()):
+        hosts = self._residents.hosts.values()
+        if not any(host.attach(link, question) for host in hosts):
             error = RequestError("no such answer is known here", code="stream_unknown")
             link.say(refusal(question.stream, error))
 
     def drill(self, link: RouterLink, drill: Drill) -> None:
-        """Harm this node, if it was started for that."""
-        self._drills.start(drill, link.say)
+        """Harm this node, if it was started for that, or start a model cold."""
+        if drill.fault == COLD_START:
+            self._cold_starts.start(drill, link.version, link.say)
+        else:
+            self._drills.start(drill, link.say)
 
     def _engine_pids(self) -> dict[str, int | None]:
-        return {name: host.engine_pid for name, host in self._hosts.items()}
+        return {name: self._residents.engine_pid(name) for name in self._node.models}
 
     def _write_status(self) -> None:
         path = self._config.status_file
         if path is not None:
-            write_status(path, self._lifecycle.state, self._mesh_address, self._hosts)
+            write_status(path, self._lifecycle.state, self._mesh_address, self._residents)
 
 
-def _check_bundle(bundle: Bundle, digest: str | None, name: str) -> None:
-    if digest is not None and bundle.manifest.identity != digest:
-        raise ConfigError(
-            f"model {name} in the store has digest {bundle.manifest.identity}, the topology pins "
-            f"{digest}",
-            where=str(bundle.path),
-            suggestion="add the pinned model again with 'popmesh model add'",
-        )
-
-
-def check_listeners(node: Node, credentials: Credentials | None) -> None:
-    """Off loopback both listeners need certificates; raises ``ConfigError``."""
-    address: Address
-    for address in (node.mesh, node.kv):
-        require_tls(address.host, credentials)
-
-
-async def serve(config: AgentConfig, ready: Callable[[str], None] | None = None) -> None:
+async def serve(config: AgentConfig, ready: Callable[[str], None] | None = None) -> Rebirth | None:
     """Run one node until SIGTERM or SIGINT; ``ready`` gets its mesh address when doors open.
+
+    Returns what its process is to become then, if a drill wants it to start anew.
 
     Raises ``ConfigError`` for a missing model, a digest that differs from the topology's, or a
     listener off loopback without certificates.
@@ -378,3 +406,4 @@ async def serve(config: AgentConfig, ready: Callable[[str], None] | None = None)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, agent.drain)
         await agent.run()
+    return agent.rebirth

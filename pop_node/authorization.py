@@ -36,9 +36,9 @@ class Authorization:
                     f"the certificate of {identity.name!r} does not name router {hello.name!r}"
                 )
 
-    def check_node(self, name: str, ssl_object: ssl.SSLObject | None) -> None:
-        """The far end of a KV stream is the node it says it is, and the topology knows it; else
-        raises ``PeerError``."""
+    def check_node(self, name: str, ssl_object: ssl.SSLObject | ssl.SSLSocket | None) -> None:
+        """The far end of a KV stream, or of a fetch, is the node it says it is, and the topology
+        knows it; else raises ``PeerError``."""
         known = self.topology.nodes.get(name)
         if known is None:
             raise _mismatch(f"node {name!r} is not in the topology")

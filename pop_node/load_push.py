@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable
 
-from pop_node.hosting.model_host import ModelHost
 from pop_node.router_link import RouterLink
-from wire.messages import Load, NodeMessage
+from wire.messages import CacheDelta, Load, NodeMessage
 
 LOAD_PERIOD_S = 1.0
 LOAD_MIN_GAP_S = 0.05
@@ -15,30 +14,22 @@ LOAD_MIN_GAP_S = 0.05
 
 
 class LoadPush:
-    """Pushes ``Load`` and ``CacheDelta`` of ``hosts`` over ``links``, both as they are by then."""
+    """Pushes ``load`` and ``deltas`` over ``links``, all as they are by then."""
 
     def __init__(
         self,
-        hosts: Mapping[str, ModelHost],
+        load: Callable[[], Load],
+        deltas: Callable[[], Iterable[CacheDelta]],
         links: Collection[RouterLink],
-        is_draining: Callable[[], bool],
     ) -> None:
-        self._hosts = hosts
+        self._load = load
+        self._deltas = deltas
         self._links = links
-        self._is_draining = is_draining
         self._wanted = asyncio.Event()
 
     def soon(self) -> None:
         """Something changed that routers should hear of."""
         self._wanted.set()
-
-    def load(self) -> Load:
-        """The load of this moment."""
-        return Load(
-            engines=[host.load() for host in self._hosts.values()],
-            links=[rate for host in self._hosts.values() for rate in host.link_rates()],
-            draining=self._is_draining(),
-        )
 
     async def run(self) -> None:
         """Push until cancelled."""
@@ -54,9 +45,7 @@ class LoadPush:
             self._wanted.clear()
             if not self._links:
                 continue
-            deltas = [host.facts.directory.take_delta() for host in self._hosts.values()]
-            news: list[NodeMessage] = [self.load()]
-            news += [delta for delta in deltas if delta is not None]
+            news: list[NodeMessage] = [self._load(), *self._deltas()]
             for message in news:
                 for link in self._links:
                     link.say(message)

@@ -31,6 +31,7 @@ from wire.messages import (
     Step,
     StepEntry,
     Submit,
+    Warm,
 )
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Agent(Protocol):
     def attach(self, link: RouterLink, question: Attach) -> None: ...
 
     def drill(self, link: RouterLink, drill: Drill) -> None: ...
+
+    def warm(self, message: Warm) -> None: ...
 
 
 class RouterLink(asyncio.Protocol):
@@ -179,6 +182,8 @@ class RouterLink(asyncio.Protocol):
                 self._agent.attach(self, message)
             case Drill() if self._greeted:
                 self._agent.drill(self, message)
+            case Warm() if self._greeted:
+                self._agent.warm(message)
             case Pong():
                 pass
             case Goodbye(code, text):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
-from pop_node.hosting.model_host import ModelHost
+from pop_node.residency.residents import Residents
 
 log = logging.getLogger(__name__)
 
 
-def write_status(path: Path, state: str, mesh_address: str, hosts: Mapping[str, ModelHost]) -> None:
+def write_status(path: Path, state: str, mesh_address: str, residents: Residents) -> None:
     """Replace the file at once. A node that cannot write it serves on: only the launcher reads it.
 
     ``ready``: routers are served, at ``mesh_address``.
@@ -23,12 +22,20 @@ def write_status(path: Path, state: str, mesh_address: str, hosts: Mapping[str, 
         "state": state,
         "ready": state == "serving" and mesh_address != "",
         "engines": [
-            {"model": name, "rank": 0, "pid": host.engine_pid, "ready": host.ready}
-            for name, host in hosts.items()
+            {
+                "model": name,
+                "rank": 0,
+                "pid": residents.engine_pid(name),
+                "ready": residents.serves(name),
+                "warmth": residents.warmth(name),
+                "memory_bytes": state.memory_bytes,
+                "last_load_ms": round(state.last_load_s * 1000),
+            }
+            for name, state in residents.states().items()
         ],
         "addresses": {
             "mesh": mesh_address,
-            "kv": {name: host.kv_address for name, host in hosts.items()},
+            "kv": {name: host.kv_address for name, host in residents.hosts.items()},
         },
     }
     temporary = path.with_name(path.name + ".new")

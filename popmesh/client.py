@@ -87,12 +87,20 @@ class Transfer(msgspec.Struct, frozen=True):
     rtt_ms: float
 
 
+class LoadWaited(msgspec.Struct, frozen=True):
+    """A leg waited until its model was in memory; ``waited_ms`` None: it did not come to that."""
+
+    eta_ms: int
+    waited_ms: float | None
+
+
 class Attempt(msgspec.Struct, frozen=True):
-    """One try of a request."""
+    """One try of a request; ``loads`` has the nodes that had to load the model first."""
 
     number: int
     route: Route
     outcome: str
+    loads: dict[str, LoadWaited] = {}
 
 
 class Record(msgspec.Struct, frozen=True):

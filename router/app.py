@@ -26,6 +26,7 @@ from router.http.guard import GuardedHandler, error_response
 from router.http.operator_api import OperatorApi
 from router.links.link_words import LinkIdentity
 from router.links.node_links import SERVICE, LinkPool
+from router.placement.placer import Placer
 from router.request.admission import MAX_BODY_BYTES, Admission, Limits
 from router.router_metrics import RouterMetrics
 from router.routing.geo import ClientLocator
@@ -104,11 +105,14 @@ async def serve(
                 metrics=RouterMetrics(),
             )
             watcher = Watcher(registry, SERVICE, lambda seen: pool.follow(seen.entries))
+            placer = Placer(config.topology, builder, pool, dispatch.metrics)
             following = group.create_task(watcher.run(), name="registry watch")
+            placing = group.create_task(placer.run(), name="placement")
             try:
-                await _serve_http(config, listener, dispatch, watcher, locator, ready, stop)
+                await _serve_http(config, listener, dispatch, watcher, placer, locator, ready, stop)
             finally:
                 following.cancel()
+                placing.cancel()
                 for exchange in list(dispatch.running):
                     exchange.abandon()
                 pool.close()
@@ -134,6 +138,7 @@ async def _serve_http(
     listener: socket.socket,
     dispatch: Dispatch,
     watcher: Watcher,
+    placer: Placer,
     locator: ClientLocator,
     ready: Callable[[str], None] | None,
     stop: asyncio.Event | None,
@@ -141,8 +146,8 @@ async def _serve_http(
     """Listen until told to stop, then finish what runs within ``limits.shutdown_s``."""
     limits = config.limits
     authenticator = Authenticator(config.topology.tenants.values())
-    models = ModelApi(dispatch, authenticator, locator, limits, int(time.time()))
-    operators = OperatorApi(config.name, dispatch, watcher, authenticator, models)
+    models = ModelApi(dispatch, placer, authenticator, locator, limits, int(time.time()))
+    operators = OperatorApi(config.name, dispatch, watcher, placer, authenticator, models)
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(
         _application(models, operators), handler_cancellation=True, access_log=None
@@ -199,6 +204,7 @@ def _application(models: ModelApi, operators: OperatorApi) -> web.Application:
     app.router.add_get("/ready", operators.ready)
     app.router.add_get("/metrics", operators.metrics)
     app.router.add_get("/popmesh/status", operators.status)
+    app.router.add_get("/popmesh/placement", operators.placement)
     app.router.add_post("/popmesh/explain", operators.explain)
     app.router.add_post("/popmesh/drill", operators.drill)
     app.router.add_get("/popmesh/requests/{id}", operators.request_record)

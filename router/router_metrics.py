@@ -63,6 +63,12 @@ class RouterMetrics:
             "Client geography headers from untrusted networks, ignored.",
         )
     )
+    placement_warms: Counter = field(
+        default_factory=lambda: Counter(
+            "popmesh_placement_warms_total",
+            "Times a node was told to have a model in memory because a region asks for it.",
+        )
+    )
     ttft: Histogram = field(
         default_factory=lambda: Histogram(
             "popmesh_ttft_seconds",
@@ -87,6 +93,7 @@ class RouterMetrics:
             self.recoveries,
             self.resumed,
             self.ignored_geo,
+            self.placement_warms,
             self.ttft,
             self.load_wait,
         ]

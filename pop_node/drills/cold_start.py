@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +20,8 @@ from typing import Protocol
 import msgspec
 
 from pop_node.drills.libraries import library_files
-from pop_node.drills.pages import Dropped, drop_pages, mapped_files
+from pop_node.drills.pages import drop_pages, mapped_files
+from pop_node.drills.rebirth import Rebirth, Reborn, cold_of, made_at
 from pop_node.drills.report import SCHEMA, Cold, ColdStartReport, Options, Phase, Source
 from wire.errors import ConfigError, MeshError, PeerError
 from wire.messages import Drill, DrillReport, DrillStarted
@@ -35,8 +38,8 @@ longer has no use for a rehearsal."""
 MAX_ERROR_CHARS = 2000
 
 Span = tuple[str, float, float, int]
-"""(phase, start_s, end_s, bytes), seconds since the engine's process was made; see
-``pop_node.engine.messages.Ready.phases``."""
+"""(phase, start_s, end_s, bytes), seconds since the start: of the engine's process, see
+``pop_node.engine.messages.Ready.phases``, or of the fetch before it."""
 
 
 class ColdStartHost(Protocol):
@@ -77,7 +80,8 @@ class ColdStarts:
     """Carries cold starts out, one at a time.
 
     ``aside`` puts a model's bundle away while it is brought from elsewhere, and back at the end
-    unless another copy is in its place; None: this node brings nothing.
+    unless another copy is in its place; None: this node brings nothing. ``leave`` drains the node
+    and has its process do what it is told then. ``reborn``: this process has come from that.
     """
 
     def __init__(
@@ -85,10 +89,15 @@ class ColdStarts:
         host: ColdStartHost,
         tasks: asyncio.TaskGroup,
         aside: PutAside | None = None,
+        leave: Callable[[Rebirth], None] | None = None,
+        reborn: Reborn | None = None,
     ) -> None:
         self._host = host
         self._tasks = tasks
         self._aside = aside
+        self._leave = leave
+        self._reborn = reborn
+        self._born_at = time.monotonic()
         self._running = ""
         self._is_down = False
 
@@ -106,7 +115,8 @@ class ColdStarts:
         say(DrillStarted(drill.number, problem))
         if not problem:
             self._running = drill.model
-            self._tasks.create_task(self._hold(drill, options, say))
+            hold = self._go if options.whole else self._hold
+            self._tasks.create_task(hold(drill, options, say))
 
     def _problem(self, drill: Drill, version: int, options: Options) -> str:
         if version < VERSION:
@@ -117,6 +127,11 @@ class ColdStarts:
             return f"a cold start of {self._running} is running already"
         if options.source != "disk" and self._aside is None:
             return f"this node brings no model from {options.source}"
+        if options.recall:
+            known = self._reborn is not None and self._reborn.number == options.recall
+            return "" if known else f"no drill {options.recall} has led to this process"
+        if options.whole and (self._leave is None or options.source != "disk"):
+            return "a whole node starts from its disk, where somebody can start it anew"
         return self._host.problem(drill.model)
 
     async def _hold(self, drill: Drill, options: Options, say: Say) -> None:
@@ -124,7 +139,10 @@ class ColdStarts:
         log.warning("drill: cold start of %s from %s", drill.model, options.source)
         try:
             async with asyncio.timeout(drill.duration_ms / 1000):
-                done = await self._cold_start(drill.model, options)
+                if options.recall:
+                    done = await self._recall()
+                else:
+                    done = await self._cold_start(drill.model, options)
             report = msgspec.json.encode(done)
         except TimeoutError:
             error = f"{drill.model} did not answer within {drill.duration_ms / 1000:g} s"
@@ -145,15 +163,19 @@ class ColdStarts:
         if options.libraries:
             libraries = await asyncio.to_thread(_libraries, host.engine_pid(model))
         began = time.monotonic()
-        with contextlib.ExitStack() as put_aside:
+        put_aside = contextlib.ExitStack()
+        try:
             self._is_down = True
             await host.take_down(model)
             down_at = time.monotonic()
             cold = await self._make_cold(model, bundle, libraries, options, put_aside)
             started_at = time.monotonic()
-            self._is_down = False
+            self._is_down = options.source != "disk"  # a fetch may fail before there is a start
             spans = await host.start(model, options.source)
+            self._is_down = False
             total_s = time.monotonic() - started_at
+        finally:
+            await asyncio.to_thread(put_aside.close)
         return ColdStartReport(
             schema=SCHEMA,
             node=host.name,
@@ -166,7 +188,69 @@ class ColdStarts:
             drop_s=started_at - down_at,
             phases=[Phase(*span) for span in spans],
             total_s=total_s,
+            said_s=time.monotonic() - started_at,
+            load_average=os.getloadavg()[0],
         )
+
+    # ---- the whole node ------------------------------------------------------------------------
+
+    async def _go(self, drill: Drill, options: Options, say: Say) -> None:
+        """Leave; the process that comes back will be asked how it went."""
+        assert self._leave is not None, "checked before"
+        began = time.monotonic()
+        try:
+            bundle = self._host.bundle_path(drill.model)
+            files = _files(bundle)
+        except MeshError as exc:
+            say(DrillReport(drill.number, b"", str(exc)[:MAX_ERROR_CHARS]))
+            self._running = ""
+            return
+        rebirth = Rebirth(
+            number=drill.number,
+            model=drill.model,
+            bundle=bundle.name,
+            bundle_bytes=sum(file.stat().st_size for file in files),
+            files=[str(file) for file in files],
+            libraries=options.libraries,
+            command=sys.orig_argv,
+            began_at=began,
+        )
+        log.warning("drill: this node starts anew, %s from cold", drill.model)
+        self._leave(rebirth)
+
+    async def _recall(self) -> ColdStartReport:
+        """The start of this process, once the model is up. Raises ``PeerError`` when it was not
+        cold."""
+        reborn, host = self._reborn, self._host
+        assert reborn is not None, "checked before"
+        if reborn.problem:
+            raise PeerError(
+                f"{reborn.model} could not be made cold: {reborn.problem}",
+                code="drill_failed",
+                retryable=False,
+            )
+        spans = await host.start(reborn.model, "disk")  # it is being started already
+        pid = host.engine_pid(reborn.model)
+        engine_s = (made_at(pid) if pid is not None else time.monotonic()) - reborn.started_at
+        phases = [Phase("agent", 0.0, self._born_at - reborn.started_at)]
+        phases += [Phase(name, a + engine_s, b + engine_s, size) for name, a, b, size in spans]
+        return ColdStartReport(
+            schema=SCHEMA,
+            node=host.name,
+            model=reborn.model,
+            source="disk",
+            bundle=reborn.bundle,
+            bundle_bytes=reborn.bundle_bytes,
+            cold=reborn.cold,
+            down_s=reborn.down_s,
+            drop_s=reborn.drop_s,
+            phases=phases,
+            total_s=max(phase.end_s for phase in phases),
+            said_s=time.monotonic() - reborn.started_at,
+            load_average=os.getloadavg()[0],
+        )
+
+    # ---- one model -----------------------------------------------------------------------------
 
     async def _make_cold(
         self,
@@ -180,8 +264,8 @@ class ColdStarts:
         cold_libraries = await asyncio.to_thread(drop_pages, libraries) if libraries else None
         if options.source != "disk":
             assert self._aside is not None, "checked before"
-            put_aside.enter_context(self._aside(model))
-            return _cold(None, cold_libraries)
+            await asyncio.to_thread(put_aside.enter_context, self._aside(model))
+            return cold_of(None, cold_libraries)
         cold_model = await asyncio.to_thread(drop_pages, _files(bundle))
         if cold_model.resident:
             raise PeerError(
@@ -189,7 +273,7 @@ class ColdStarts:
                 code="drill_failed",
                 retryable=False,
             )
-        return _cold(cold_model, cold_libraries)
+        return cold_of(cold_model, cold_libraries)
 
     async def _start_again(self, model: str) -> None:
         self._is_down = False
@@ -211,14 +295,3 @@ def _libraries(engine_pid: int | None) -> list[Path]:
     """What an engine reads to start, and what this one has mapped."""
     mapped = mapped_files(engine_pid) if engine_pid is not None else []
     return sorted({*library_files(), *mapped})
-
-
-def _cold(model: Dropped | None, libraries: Dropped | None) -> Cold:
-    return Cold(
-        model_pages=model.pages if model else 0,
-        model_pages_resident=model.resident if model else 0,
-        library_pages=libraries.pages if libraries else 0,
-        library_pages_resident=libraries.resident if libraries else 0,
-        model=model,
-        libraries=libraries,
-    )

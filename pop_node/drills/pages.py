@@ -9,6 +9,7 @@ hypervisor or a drive caches behind the kernel cannot be seen or dropped from he
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import time
@@ -169,7 +170,11 @@ def drop_pages(files: Iterable[Path]) -> Dropped:
 def _forget(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        try:
+            os.fsync(fd)
+        except OSError as exc:
+            if exc.errno not in (errno.EROFS, errno.EINVAL):  # nothing was written there
+                raise
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)

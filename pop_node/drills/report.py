@@ -24,10 +24,14 @@ class Options(msgspec.Struct, forbid_unknown_fields=True, rename={"source": "fro
     """``Drill.options`` of a cold start.
 
     ``libraries``: drop the pages of Python and its libraries too, as far as nobody maps them.
+    ``whole``: the whole node starts anew, its agent too; then there is no report on this link, and
+    the new process is asked for it with ``recall``, the number of the drill.
     """
 
     source: Source = "disk"
     libraries: bool = False
+    whole: bool = False
+    recall: int = 0
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -54,7 +58,9 @@ class Cold(msgspec.Struct, frozen=True):
 
 
 class ColdStartReport(msgspec.Struct, rename={"source": "from"}):
-    """One cold start. ``total_s``: until the agent heard that a token was produced."""
+    """One cold start. ``total_s``: until the agent heard that a token was produced; ``said_s`` is
+    the moment of this report. ``load_average``: of the node's machine over the last minute, as
+    whatever else works there makes a start slower."""
 
     schema: int
     node: str
@@ -67,3 +73,5 @@ class ColdStartReport(msgspec.Struct, rename={"source": "from"}):
     drop_s: float
     phases: list[Phase]
     total_s: float
+    said_s: float
+    load_average: float

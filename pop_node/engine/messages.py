@@ -140,8 +140,9 @@ class Ready:
 
     ``phases`` is the same start as (phase, start_s, end_s, bytes), counted from the start of the
     process and ordered by start: ``process_start`` (until our first line ran), ``imports``,
-    ``standby`` (waiting for a set-up), ``setup``, ``kernels``, ``load`` with its parts inside,
-    ``warm``, and inside it ``first_token``, at whose end the first token was there.
+    ``standby`` (waiting for a set-up), ``setup``, ``load`` (a bundle is read beside the imports,
+    with ``read``, ``verify``, ``decode``, ``to_device`` inside), ``kernels``, ``bind``, ``warm``,
+    and inside it ``first_token``, at whose end the first token was there.
     """
 
     pid: int

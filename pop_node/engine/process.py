@@ -1,30 +1,25 @@
-"""Start of an engine process: set-up, load, warm-up, then the loop.
+"""Start of an engine process: the parts in their order, then the loop.
 
-Everything that fails before the loop is told to the agent as ``Crashed`` like a failure in it.
+Importing torch is most of a start, so what needs none of it is done beside that: waiting for the
+set-up and reading the model (``beginning``). Everything that fails before the loop is told to the
+agent as ``Crashed`` like a failure in it.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import socket
+import sys
 import time
 
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.boundary import receive_setup
-from pop_node.engine.config import EngineConfig
-from pop_node.engine.loop import EngineLoop
-from pop_node.engine.messages import Add, Ready
+from pop_node.engine.beginning import Beginning
 from pop_node.engine.port import EXIT_PARENT_GONE, EXIT_STOPPED, Port
-from pop_node.engine.runner import Runner
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.stager import Stager
 from pop_node.engine.start_clock import StartClock, process_started_at
-from pop_node.engine.validate import Limits
-from pop_node.kv_stream.staging import Staging
-from pop_node.models.registry import load, load_backend
-from wire.errors import PeerError
+
+IMPORT_SWITCH_S = 0.0005
+"""How long imports keep the interpreter while readers wait for it, a tenth of what is usual: each
+reader needs it a few times per chunk, for microseconds."""
 
 
 def serve(sock: socket.socket, started_at: float) -> int:
@@ -33,115 +28,29 @@ def serve(sock: socket.socket, started_at: float) -> int:
     ``started_at`` is when the process began to import, on the monotonic clock.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the agent decides
-    imported_at = time.monotonic()
+    gc.disable()  # imports make little garbage and much that would be walked again and again
     process_at = process_started_at()
     clock = StartClock(process_at)
     clock.add("process_start", process_at, started_at)
-    clock.add("imports", started_at, imported_at)
     port = Port(sock)
+    usual_switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(IMPORT_SWITCH_S)
+    beginning = Beginning(sock, port, clock)
     try:
-        config, layout, fd = receive_setup(sock)
-    except PeerError:
-        return EXIT_PARENT_GONE
-    clock.add("standby", imported_at, time.monotonic())
-    port.start()
-    try:
-        with clock.phase("setup"):
-            staging = Staging.attach(fd, layout)
-        loop, ready = _build(port, config, staging, clock)
+        from pop_node.engine.building import build
+
+        imported_at = time.monotonic()
+        clock.add("imports", started_at, imported_at)
+        set_up = beginning.set_up()
+        if set_up is None:
+            return EXIT_PARENT_GONE
+        clock.add("standby", imported_at, max(imported_at, set_up.came_at))
+        loop, ready = build(port, set_up, clock)
+        sys.setswitchinterval(usual_switch_s)
         gc.freeze()  # the model lives as long as the process: do not walk it again
+        gc.enable()
         port.ready(ready)
         loop.run()
     except Exception as exc:  # noqa: BLE001 - supervisor: tell the agent and exit
         port.crash(exc)
     return EXIT_STOPPED
-
-
-def _build(
-    port: Port, config: EngineConfig, staging: Staging, clock: StartClock
-) -> tuple[EngineLoop, Ready]:
-    """Load and warm: afterwards a token was produced and nothing is held or cached."""
-    with clock.phase("kernels"):
-        ops = load_backend(config.backend, config.threads, batch_invariant=config.batch_invariant)
-    with clock.phase("load"):
-        loaded = load(config.model_dir, config.dtype, ops)  # held as long as the process lives
-    for name, phase in loaded.phases.items():
-        clock.add(name, phase.began, phase.ended, phase.nbytes)
-    model = loaded.model
-    loaded_at = time.monotonic()
-    runner = Runner(model, ops, config.num_blocks, config.block_tokens)
-    pool = BlockPool(config.num_blocks, config.block_tokens)
-    limits = Limits(
-        vocab_size=model.config.vocab_size,
-        context_tokens=min(
-            model.config.context_tokens,
-            config.context_tokens or model.config.context_tokens,
-            config.num_blocks * config.block_tokens,
-        ),
-        block_tokens=config.block_tokens,
-        num_blocks=config.num_blocks,
-    )
-    scheduler = Scheduler(
-        pool,
-        limits,
-        token_budget=config.token_budget,
-        max_sequences=config.max_sequences,
-        max_waiting=config.max_waiting,
-    )
-    first_token_at = _warm(scheduler, runner, limits)
-    pool.forget()
-    spec = model.kv_spec()
-    stager = Stager(spec, runner.cache, config.block_tokens, staging, pool.generations, port.wake)
-    port.attach(stager)
-    clock.add("first_token", loaded_at, first_token_at)
-    clock.add("warm", loaded_at, time.monotonic())
-    last_layer = max(layer for group in spec.groups for layer in group.layers)
-    ready = Ready(
-        pid=os.getpid(),
-        block_tokens=config.block_tokens,
-        total_blocks=config.num_blocks,
-        context_tokens=limits.context_tokens,
-        backend=ops.name,
-        kv_spec=spec.to_dict(),
-        phases_ms={
-            "import": clock.length_s("imports") * 1000,
-            "load": (clock.length_s("kernels") + clock.length_s("load")) * 1000,
-            **{name: phase.wall_s * 1000 for name, phase in loaded.phases.items()},
-            "warm": clock.length_s("warm") * 1000,
-        },
-        phase_bytes={name: phase.nbytes for name, phase in loaded.phases.items()},
-        phases=clock.spans(),
-    )
-    return EngineLoop(scheduler, runner, stager, port, last_layer), ready
-
-
-def _warm(scheduler: Scheduler, runner: Runner, limits: Limits) -> float:
-    """Answer a prompt of a block and a token with two tokens: a prefill and a decode step.
-
-    Returns when the first token was there, on the monotonic clock.
-    """
-    room = limits.context_tokens
-    prompt = [0] * max(1, min(limits.block_tokens + 1, room - 2))
-    add = Add(
-        seq=0,
-        leg="both",
-        prompt_ids=prompt,
-        forced_ids=[],
-        max_tokens=min(2, room - len(prompt)),
-        temperature=0.0,
-        top_p=1.0,
-        seed=0,
-        stop_ids=[],
-        salt=b"",
-        transfer=b"",
-    )
-    scheduler.handle(add, time.monotonic())
-    first_at: float | None = None
-    while scheduler.num_sequences:
-        schedule, _ = scheduler.schedule(time.monotonic())
-        ids = runner.run(schedule, lambda layer: None)
-        scheduler.complete(schedule, ids, time.monotonic())
-        if ids and first_at is None:
-            first_at = time.monotonic()
-    assert first_at is not None, "the engine could not produce a token"
-    return first_at

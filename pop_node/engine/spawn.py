@@ -1,7 +1,9 @@
 """Starts engine processes, ahead of time where asked. Asyncio only; never imports torch.
 
 A process that was started imports what it needs and waits for its set-up on its socket. Most of an
-engine's start is importing, so a node whose models come and go keeps one process waiting.
+engine's start is importing (1.3 to 7 s of two cores, by what else they do), so a node whose models
+come and go keeps one process waiting: 145 to 160 MB (PSS; 135 to 155 of them private), measured.
+Where all models are in memory only a crash would use it, and none waits.
 """
 
 from __future__ import annotations

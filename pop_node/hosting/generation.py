@@ -17,6 +17,7 @@ from typing import assert_never
 from pop_node.engine import messages as engine
 from pop_node.engine.client import EngineClient
 from pop_node.engine.config import EngineConfig
+from pop_node.engine.spawn import Launch, launch_engine
 from pop_node.kv_stream.endpoint import KvEndpoint
 from pop_node.kv_stream.prompt import prompt_digest
 from pop_node.kv_stream.spec import KvSpec, Piece
@@ -32,7 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class HostSettings:
-    """What a host needs to know of its node."""
+    """What a host needs to know of its node.
+
+    ``launch`` gets engine processes. ``must_work``: whether a model that cannot take KV streams at
+    its first start is the end of the node.
+    """
 
     mesh: str
     node: str
@@ -48,6 +53,8 @@ class HostSettings:
     client_ssl: ssl.SSLContext | None
     authorize_peer: Callable[[str, ssl.SSLObject | None], None]
     detection_s: float
+    launch: Launch = launch_engine
+    must_work: Callable[[], bool] = lambda: True
 
 
 class Generation:

@@ -11,6 +11,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import replace
+from pathlib import Path
 from typing import assert_never
 
 from pop_node.answers.answer_desk import AnswerDesk
@@ -62,17 +64,18 @@ class ModelHost:
         on_ready: Callable[[str], None],
         on_exited: Callable[[str], None],
         on_load_changed: Callable[[], None],
-        on_legs: Callable[[], None],
+        on_legs: Callable[[str], None],
     ) -> None:
         self.settings = settings
         self.facts = ModelFacts(settings.model, settings.engine.kv_tokens)
+        self.phases: list[tuple[str, float, float, int]] = []
         self._codec = codec
         self._executor = executor
         self._on_ready = on_ready
         self._on_exited = on_exited
         self._on_load_changed = on_load_changed
         self._on_legs = on_legs
-        self._legs = LiveLegs(self.facts.directory, self._leg_over)
+        self._legs = LiveLegs(self.facts.directory, self._leg_over, lambda: on_legs(settings.model))
         self._generation: Generation | None = None
         self._tasks = asyncio.TaskGroup()
         self._next_seq = 1
@@ -80,15 +83,16 @@ class ModelHost:
         self._kv_port = settings.kv_port
         self._starting = asyncio.Lock()
         self._is_stopping = False
+        self._was_ready = False
 
     # ---- life ----------------------------------------------------------------------------------
 
     async def start(self, tasks: asyncio.TaskGroup) -> None:
-        """Start a new generation; ``on_ready`` follows once a token was produced, ``on_exited``
-        when that fails."""
+        """Start a new generation, unless there is one; ``on_ready`` follows once a token was
+        produced, ``on_exited`` when that fails."""
         self._tasks = tasks
         async with self._starting:
-            if self._is_stopping:
+            if self._is_stopping or self._generation is not None:
                 return
             try:
                 generation = Generation(self.settings, self._legs.transfer_event)
@@ -102,6 +106,7 @@ class ModelHost:
                     generation.staging,
                     lambda message: self._engine_said(generation, message),
                     lambda code: self._engine_exited(generation, code),
+                    self.settings.launch,
                 )
             except OSError as exc:
                 self._generation = self._legs.generation = None
@@ -123,6 +128,25 @@ class ModelHost:
             if generation is not None:
                 await generation.client.stop(timeout_s=STOP_S)
                 await generation.close()
+
+    async def unload(self) -> None:
+        """End the engine cleanly, with the legs that are left; ``start`` brings a new one."""
+        self._legs.break_all(
+            OverloadError(f"{self.settings.model} leaves memory", code="not_ready")
+        )
+        async with self._starting:
+            generation = self._generation
+            self._generation = self._legs.generation = None
+            self.facts.engine_gone()
+            if generation is not None:
+                await generation.client.stop(timeout_s=STOP_S)
+                await generation.close()
+        self._on_load_changed()
+
+    def lies_in(self, model_dir: Path) -> None:
+        """Where the model's bundle is from now on; the next engine reads it there."""
+        engine = replace(self.settings.engine, model_dir=model_dir)
+        self.settings = replace(self.settings, engine=engine)
 
     def end_engine(self) -> None:
         """The engine took too long to be ready: end it; ``on_exited`` follows."""
@@ -149,6 +173,11 @@ class ModelHost:
         """Legs in any stage."""
         return len(self._legs)
 
+    @property
+    def num_open_legs(self) -> int:
+        """Legs whose ending was not said yet: the others only wait for the engine to let go."""
+        return self._legs.num_open
+
     def load(self) -> EngineLoad:
         """The engine's load after its last step."""
         generation = self._generation
@@ -171,6 +200,7 @@ class ModelHost:
         seq, self._next_seq = self._next_seq, self._next_seq + 1
         leg = legs.Leg(seq, submit, self._codec.eos_ids, escape_json, link.version)
         self._tasks.create_task(self._prepare(self._legs.add(leg, link)))
+        self._on_legs(self.settings.model)
 
     def cancel(self, link: RouterLink, stream: int) -> None:
         """Stop a leg; unknown streams have ended already."""
@@ -231,7 +261,7 @@ class ModelHost:
 
     def _leg_over(self, leg: legs.Leg) -> None:
         self._answers.keep(leg.answer())
-        self._on_legs()
+        self._on_legs(self.settings.model)
 
     # ---- from the engine -----------------------------------------------------------------------
 
@@ -278,14 +308,15 @@ class ModelHost:
         try:
             port = await generation.open_doors(ready, self._kv_port)
         except ConfigError as exc:
-            if self.facts.offer is None:
+            if not self._was_ready and self.settings.must_work():
                 raise  # never worked: the operator has to know
             log.error("engine of %s cannot take KV streams: %s", self.settings.model, exc)
             generation.client.kill()
             return
         if generation is not self._generation or generation.spec is None or port is None:
             return
-        self._kv_port = port  # routers were told this address
+        self._kv_port, self._was_ready = port, True  # routers were told this address
+        self.phases = ready.phases
         self.facts.offer = ModelOffer(
             name=self.settings.model,
             identity=self.settings.identity,

@@ -48,11 +48,18 @@ class Live:
 class LiveLegs:
     """All legs of one model, in any stage; ``generation`` is where their effects go, if any."""
 
-    def __init__(self, directory: PrefixDirectory, on_over: Callable[[legs.Leg], None]) -> None:
-        """``on_over`` gets each leg when nothing of it is left."""
+    def __init__(
+        self,
+        directory: PrefixDirectory,
+        on_over: Callable[[legs.Leg], None],
+        on_said: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_over`` gets each leg when nothing of it is left, ``on_said`` is called when the
+        ending of one is said."""
         self.generation: Generation | None = None
         self._directory = directory
         self._on_over = on_over
+        self._on_said = on_said
         self._by_seq: dict[int, Live] = {}
         self._by_stream: dict[tuple[RouterLink, int], Live] = {}
         self._by_transfer: dict[bytes, Live] = {}
@@ -60,6 +67,11 @@ class LiveLegs:
 
     def __len__(self) -> int:
         return len(self._by_seq)
+
+    @property
+    def num_open(self) -> int:
+        """Legs whose ending was not said yet."""
+        return len(self._by_stream)
 
     def of_request(self, tenant: str, request_id: str) -> list[Live]:
         """Legs of all attempts of one request."""
@@ -164,6 +176,7 @@ class LiveLegs:
             key = live.link, live.leg.submit.stream
             if self._by_stream.get(key) is live:
                 del self._by_stream[key]
+                self._on_said()
 
     def _carry_out(self, live: Live, effect: ev.Effect) -> None:
         leg = live.leg

@@ -20,6 +20,7 @@ from kernels.ops import Ops
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.models.llama_config import LlamaConfig
 from pop_node.models.rope import cos_sin_table
+from pop_node.store.host_arena import aligned_memory
 from wire.errors import ConfigError
 
 __all__ = ["Llama", "LlamaConfig"]
@@ -65,7 +66,7 @@ class _WeightReader:
         self._taken: set[str] = set()
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
-        """The tensor ``name`` in the model's dtype, on its device. Raises ConfigError: missing or misshapen."""
+        """The tensor ``name`` as the model has it. Raises ConfigError: missing or misshapen."""
         tensor = self._weights.get(name)
         if tensor is None:
             raise ConfigError(f"weight {name} is missing", where="model.safetensors")
@@ -161,11 +162,21 @@ class Llama:
         return KvSpec((KvGroup("tokens", tuple(range(self.config.layers)), components),))
 
     def allocate_cache(self, num_blocks: int, block_tokens: int) -> tuple[torch.Tensor, ...]:
-        """One tensor per component: [layers, num_blocks, block_tokens, kv_heads, head_dim]."""
-        c = self.config
+        """One tensor per component: [layers, num_blocks, block_tokens, kv_heads, head_dim].
+
+        Zeros; on a CPU they take memory when first touched, little at a time: the first tokens need
+        a little of every layer. Raises ``ConfigError`` without room.
+        """
+        c, dtype = self.config, DTYPES[self.dtype]
         shape = (c.layers, num_blocks, block_tokens, c.kv_heads, c.head_dim)
-        dtype, device = DTYPES[self.dtype], self._ops.device
-        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in ("k", "v"))
+        device = self._ops.device
+        if device.type != "cpu":
+            return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in ("k", "v"))
+        nbytes = math.prod(shape) * dtype.itemsize
+        return tuple(
+            torch.from_numpy(aligned_memory(nbytes, huge=False)).view(dtype).view(shape)
+            for _ in ("k", "v")
+        )
 
     def forward(
         self,

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from kernels.ops import Backend, NativeUnavailableError, Ops, TritonUnavailableError, load_ops
 from pop_node.models.llama import Llama, LlamaConfig
-from pop_node.store.bundle import read_texts
+from pop_node.models.rope import cos_sin_table
 from pop_node.store.cuda_arena import CudaArena
 from pop_node.store.holding import Hold, mark_used
-from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import LoadPlan, plan_load
 from pop_node.store.loader import READERS, LoadReport, Phase, load_chunks
-from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
-from pop_node.store.partial import published_as
+from pop_node.store.manifest import Manifest
+from pop_node.store.reading import ReadBundle, is_bundle, read_bundle, read_share
 from wire.errors import ConfigError
 
 Model = Llama
@@ -100,9 +100,20 @@ def build_model(
     return Llama(LlamaConfig.from_hf(config), weights, ops, dtype)
 
 
-def load(directory: Path, dtype: str, ops: Ops) -> Loaded:
+def prepare(directory: Path) -> None:
+    """Compute what ``load`` will need and what follows from the configuration alone, while the
+    weights are still being read. What is wrong with it, ``load`` will say: it trusts nothing here.
+    """
+    with suppress(ConfigError):
+        config = LlamaConfig.from_hf(_read_json(directory / CONFIG_FILE))
+        cos_sin_table(
+            config.context_tokens, config.head_dim, config.rope_theta, config.rope_scaling
+        )
+
+
+def load(directory: Path, dtype: str, ops: Ops, read: ReadBundle | None = None) -> Loaded:
     """Load the bundle in ``directory``, or a plain Hugging Face directory: ``config.json`` and
-    safetensors, sharded or not.
+    safetensors, sharded or not. ``read``: the bundle, if it was read already.
 
     Of a bundle every byte is verified before it is used. Its tensors are views of one allocation,
     and it stays held. One that is still arriving is loaded meanwhile, wherever it goes.
@@ -110,36 +121,24 @@ def load(directory: Path, dtype: str, ops: Ops) -> Loaded:
     Raises:
         ConfigError: a file is missing, damaged, not safetensors or not supported.
     """
-    try:
-        return _load(directory, dtype, ops)
-    except ConfigError:
-        published = published_as(directory)
-        if published is None:
-            raise
-        return _load(published, dtype, ops)  # it was completed just then; that happens only once
-
-
-def _load(directory: Path, dtype: str, ops: Ops) -> Loaded:
-    if not (directory / MANIFEST_FILE).exists():
+    if read is None and not is_bundle(directory):
         config = _read_json(directory / CONFIG_FILE)
         return Loaded(build_model(config, read_weights(directory), dtype, ops))
-    hold = Hold(directory)
+    if read is None:
+        read = read_bundle(directory)
     try:
-        manifest = read_manifest(directory)
-        config = _parse_object(
-            read_texts(directory, manifest)[CONFIG_FILE], directory / CONFIG_FILE
-        )
-        weights, report = load_weights(directory, manifest, torch.device("cpu"))
         began = time.monotonic()
+        config = _parse_object(read.texts[CONFIG_FILE], read.directory / CONFIG_FILE)
+        weights = _views(read.plan, torch.from_numpy(read.memory))
         model = build_model(config, weights, dtype, ops)
         ended = time.monotonic()
-        nbytes = sum(entry.nbytes for entry in manifest.tensors)
-        bind = Phase(ended - began, nbytes, began, ended)
-        mark_used(directory)
+        mark_used(read.directory)
     except BaseException:
-        hold.close()
+        read.hold.close()
         raise
-    return Loaded(model, {**report.phases, "bind": bind}, hold)
+    nbytes = sum(entry.nbytes for entry in read.manifest.tensors)
+    bind = Phase(ended - began, nbytes, began, ended)
+    return Loaded(model, {**read.report.phases, "bind": bind}, read.hold)
 
 
 def load_model(directory: Path, dtype: str, ops: Ops) -> Model:
@@ -160,15 +159,13 @@ def load_weights(
     Raises:
         ConfigError: a chunk is missing or damaged, or there is no memory.
     """
-    plan = plan_load(manifest, rank, ranks)
-    chunk_bytes = manifest.data.chunk_bytes
     if device.type == "cuda":
-        on_device = CudaArena(plan, READERS, chunk_bytes, device)
+        plan = plan_load(manifest, rank, ranks)
+        on_device = CudaArena(plan, READERS, manifest.data.chunk_bytes, device)
         report = load_chunks(directory, manifest, plan, on_device)
         return _views(plan, on_device.memory), report
-    in_memory = HostArena(plan, READERS, chunk_bytes)
-    report = load_chunks(directory, manifest, plan, in_memory)
-    return _views(plan, torch.from_numpy(in_memory.memory)), report
+    plan, memory, report = read_share(directory, manifest, rank, ranks)
+    return _views(plan, torch.from_numpy(memory)), report
 
 
 def _views(plan: LoadPlan, arena: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -35,10 +36,14 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | No
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
 
 
+@lru_cache(maxsize=1)
 def cos_sin_table(
     positions: int, head_dim: int, theta: float, scaling: Llama3Scaling | None
 ) -> torch.Tensor:
-    """[positions, head_dim] float32: cosines of a position's angles, then their sines."""
+    """[positions, head_dim] float32: cosines of a position's angles, then their sines.
+
+    The last one is kept, and not to be written to.
+    """
     frequencies = inverse_frequencies(head_dim, theta, scaling)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +35,10 @@ from wire.errors import ConfigError
 
 FIRST_ANSWERS_S = 1.5
 """Guess: how long to wait for the slowest of the nearest peers before choosing among the others."""
+
+ANSWERS_S = 10.0
+"""Guess: how long to wait for any of the nearest peers to say that it has the model, while some did
+not answer yet."""
 
 LOOK_S = 0.25
 """How often a node that waits for its turn looks around."""
@@ -130,12 +135,15 @@ class Bring:
                 return manifest
             self._survey.refresh(self._peers())
             self._survey.wait(FIRST_ANSWERS_S)
+            began = time.monotonic()
             brought = None
             while brought is None:
                 self._check_stop()
                 offer = self._offer()
                 if offer is not None:
                     brought = self._from_peers(offer)
+                elif self._survey.is_undecided() and time.monotonic() - began < ANSWERS_S:
+                    self._stop.wait(LOOK_S)
                 elif not self._wait_for_others():
                     brought = self._from_origin()
             self._tell(phase="done")
@@ -199,8 +207,6 @@ class Bring:
         data = partial.manifest.data
         done = data.nbytes - sum(data.span(index)[1] for index in missing)
         self._tell(phase="fetch", done_bytes=done, total_bytes=data.nbytes)
-        self._texts(partial, offer)
-        partial.check_claims()
         gathering = Gathering(
             partial,
             lambda: self._holders(partial.manifest.bundle),
@@ -210,19 +216,24 @@ class Bring:
             self._rng,
         )
         self._gathering = gathering
-        try:
-            self._check_stop()
-            if gathering.run():
-                return
-        finally:
-            self._gathering = None
-            self.rates.update(gathering.rates())
+        with ThreadPoolExecutor(1, thread_name_prefix="texts") as pool:
+            texts = pool.submit(self._texts, partial, offer)
+            texts.add_done_callback(lambda done: gathering.abort() if done.exception() else None)
+            try:
+                self._check_stop()
+                complete = gathering.run()
+            finally:
+                self._gathering = None
+                self.rates.update(gathering.rates())
+            texts.result()
         self._check_stop()
-        reasons = "; ".join(f"{name}: {why}" for name, why in gathering.reasons().items())
-        raise _NobodyError(f"no peer has the rest of the bundle ({reasons or 'none is left'})")
+        if not complete:
+            reasons = "; ".join(f"{name}: {why}" for name, why in gathering.reasons().items())
+            raise _NobodyError(f"no peer has the rest of the bundle ({reasons or 'none is left'})")
 
     def _texts(self, partial: Partial, offer: Offer) -> None:
-        """Text files, each from the first holder that gives the right one."""
+        """Text files, each from the first holder that gives the right one, beside the chunks: some
+        round trips. With them the manifest's claims can be checked."""
         for peer in offer.holders:
             source = PeerSource(peer, offer.bundle, self._dialing)
             try:
@@ -232,6 +243,7 @@ class Bring:
                         self._liars.add(peer.name)
                         break
                 else:
+                    partial.check_claims()
                     return
             except (InterruptedReadError, PeerBusyError, PeerLacksError) as exc:
                 self._problems.append(f"{peer.name}: {exc}")
@@ -252,14 +264,8 @@ class Bring:
         return self._model.source is not None and self._origin_wait_s(0.0) > 0
 
     def _origin_wait_s(self, waited_s: float) -> float:
-        return origin_wait_s(
-            self._model,
-            self._node,
-            self._topology,
-            self._peers(),
-            self._survey.found(),
-            waited_s,
-        )
+        found = self._survey.found()
+        return origin_wait_s(self._model, self._node, self._peers(), found, waited_s)
 
     def _wait_for_others(self) -> bool:
         """Wait until it is this node's turn; True if there is an offer before that."""

@@ -6,7 +6,9 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from pop_node.peers.bring import Bring, Bringing
 from pop_node.peers.client import Dialing
@@ -25,6 +27,8 @@ LOOK_S = 2.0
 
 TELL_S = 0.1
 """Progress is told so often at most, and when a phase begins."""
+
+Via = Literal["any", "peer", "origin"]
 
 Entries = Callable[[], Awaitable[Iterable[ServiceEntry]]]
 """Asks the registry for all nodes of the mesh; raises ``PeerError``."""
@@ -53,8 +57,12 @@ class Bringer:
         self._rates: dict[str, float] = {}
         self._executor = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="bring")
 
+    def wanted(self) -> list[str]:
+        """Models that are being brought: for the node's ``Giver`` to say."""
+        return list(self._running)
+
     def from_origin(self) -> list[str]:
-        """Models that this node brings from their origin now: for its ``Giver`` to say."""
+        """Models that this node brings from their origin now: as ``wanted``."""
         return [name for name, bring in self._running.items() if bring.from_origin]
 
     def arriving(self, name: str) -> Bundle | None:
@@ -63,22 +71,27 @@ class Bringer:
         return self._store.open_partial(wanted) if name in self._running else None
 
     async def bring(
-        self, name: str, on_progress: Callable[[Bringing], None] = lambda bringing: None
+        self,
+        name: str,
+        on_progress: Callable[[Bringing], None] = lambda bringing: None,
+        via: Via = "any",
     ) -> Manifest:
         """Have the topology's model ``name`` in the store; returns when it is there, verified.
 
+        ``via``: from peers alone, from its origin alone, or as is best.
         ``on_progress`` is called in the event loop. Cancelling ends it within seconds; what has
         arrived stays. Raises ``ConfigError`` if it cannot be had; a later attempt may succeed.
         """
         loop = asyncio.get_running_loop()
         tell = _Teller(loop, on_progress)
         await self._look()
+        model = self._topology.models[name]
         work = Bring(
             self._store,
-            self._topology.models[name],
+            replace(model, source=None) if via == "peer" else model,
             self._node,
             self._topology,
-            self._peers,
+            self._peers if via != "origin" else list,
             self._dialing,
             random.Random(self._rng.random()),
             tell,

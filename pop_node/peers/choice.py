@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pop_node.peers.inventory import Inventory, Stocked
 from pop_node.peers.neighbours import Peer
-from topology.model import Model, Node, Topology
+from topology.model import Model, Node
 
 TURN_S = 3.0
 """How long the next node of a site waits for the one before it to be seen going to the origin:
@@ -68,28 +68,26 @@ def is_model(model: Model, stocked: Stocked) -> bool:
 def origin_wait_s(
     model: Model,
     node: Node,
-    topology: Topology,
     peers: Sequence[Peer],
     found: Mapping[str, Inventory],
     waited_s: float,
 ) -> float:
     """Seconds to wait for other nodes of the site before going to the origin.
 
-    Nodes that start together go one after the other: each waits ``TURN_S`` for every node of its
-    site before it in order of names that lacks the model too, and as long as one of them says that
-    it is bringing the model from the origin.
+    Nodes that start together go one after the other, in order of their names: each waits ``TURN_S``
+    for everybody before it to be seen going, and as long as one of them brings the model from
+    there. The first waits as well, for those that it has not seen yet.
     """
-    ahead = 0
+    wanting = set()
     for peer in peers:
-        known = topology.nodes.get(peer.name)
-        if peer.site != node.site or known is None or model.name not in known.models:
-            continue
         inventory = found.get(peer.name)
-        if inventory is None:
+        if inventory is None or peer.site != node.site:
             continue
         if model.name in inventory.bringing:
             return TURN_S
-        has = any(is_model(model, s) and s.arrived == s.chunks for s in inventory.bundles)
-        if peer.name < node.name and not has:
-            ahead += 1
-    return max(0.0, ahead * TURN_S - waited_s)
+        if model.name in inventory.wanting:
+            wanting.add(peer.name)
+    if not wanting:
+        return 0.0
+    turn = 1 + sum(name < node.name for name in wanting)
+    return max(0.0, turn * TURN_S - waited_s)

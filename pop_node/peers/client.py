@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from wire.errors import MeshError
 STALL_S = 5.0
 """Guess: a peer that says nothing for so long is left for another; its slowest lawful pause is the
 wait for its token bucket, some milliseconds."""
+
+MIN_BYTES_PER_S = 100_000
+"""Guess: a small file that comes slower is better had from somebody else."""
 
 READ_BYTES = 64 * 1024
 """At most per read: below the size from which the allocator maps fresh memory each time (128 KiB in
@@ -152,7 +156,11 @@ class PeerSource:
             self._connection.close()
             raise InterruptedReadError(f"{self.peer.name} sends more than {limit} bytes")
         pieces = []
+        deadline = time.monotonic() + STALL_S + response.length / MIN_BYTES_PER_S
         while response.length:
+            if time.monotonic() > deadline:
+                self._connection.close()
+                raise InterruptedReadError(f"{self.peer.name} is too slow")
             pieces.append(self._receive(response, READ_BYTES))
         response.close()
         return b"".join(pieces)
@@ -164,7 +172,7 @@ class PeerSource:
         except MeshError as exc:  # its certificate is another's
             self._connection.close()
             raise InterruptedReadError(f"{self.peer.name}: {exc}") from exc
-        except (HTTPException, OSError) as exc:
+        except (HTTPException, OSError, UnicodeError) as exc:  # the last: a name that cannot be one
             self._connection.close()
             raise InterruptedReadError(f"{self.peer.name} cannot be reached: {exc}") from exc
         if response.status in (200, 206):

@@ -21,8 +21,14 @@ from pop_node.store.source import unwatched
 MAX_PEERS = 6
 """Asked at once: more than fill any port, few enough to stay near. Guess."""
 
+PATIENCE_S = 30.0
+"""Guess: longest without a chunk, because all who have it are busy, before others are asked."""
+
 LINES_PER_PEER = 2
 """While one waits a round trip for its next run, the other one's data flows."""
+
+BUFFER_BYTES = 128 * 1024 * 1024
+"""Of chunks under way, one per line: fewer peers are asked at once for a bundle of large chunks."""
 
 Report = Callable[[str, int], None]
 """Called as ``report(peer, nbytes)`` for every chunk, from several threads but one at a time."""
@@ -62,6 +68,7 @@ class Gathering:
 
         Raises ``OSError`` from the disk.
         """
+        left, since = self._swarm.num_left, time.monotonic()
         threads: list[threading.Thread] = []
         try:
             while not self._is_over():
@@ -70,7 +77,10 @@ class Gathering:
                     threads += self._engage(holders)
                 hold_out = self._hold_out()
                 with self._changed:
-                    if self._swarm.hopeless() and not hold_out:
+                    if self._swarm.num_left < left:
+                        left, since = self._swarm.num_left, time.monotonic()
+                    impatient = time.monotonic() - since > PATIENCE_S
+                    if (self._swarm.hopeless() or impatient) and not hold_out:
                         break
                     self._changed.wait_for(self._is_over, LOOK_S)
         finally:
@@ -103,10 +113,11 @@ class Gathering:
         return self._over or self._swarm.finished or self._error is not None
 
     def _engage(self, holders: Sequence[Peer]) -> list[threading.Thread]:
-        """Have lines to the first ``MAX_PEERS`` that may still be asked."""
+        """Have lines to the first peers that may still be asked."""
         started = []
+        most = min(MAX_PEERS, BUFFER_BYTES // (LINES_PER_PEER * self._data.chunk_bytes))
         for peer in holders:
-            if len(self._working) >= MAX_PEERS or self._over:
+            if len(self._working) >= most or self._over:
                 break
             if peer.name in self._working or self._swarm.is_gone(peer.name):
                 continue
@@ -160,16 +171,23 @@ class Gathering:
 
     def _pull(self, line: Line, source: PeerSource, run: Run) -> None:
         start, stop = self._data.span(run.first)[0], sum(self._data.span(run.stop - 1))
-        index, kept = run.first, bytearray()
-        with self._setbacks(line), closing(source.stream(self._data.name, start, stop)) as pieces:
+        index, at = run.first, 0
+        chunk = memoryview(bytearray(self._data.span(index)[1]))
+        with (
+            self._setbacks(line),
+            closing(source.stream(self._data.name, start, stop)) as pieces,
+        ):
             for piece in pieces:
-                kept += piece
-                while index < run.stop and len(kept) >= (nbytes := self._data.span(index)[1]):
-                    with memoryview(kept)[:nbytes] as chunk:
+                rest = memoryview(piece)
+                while rest:  # small copies only: a long one would hold up every other thread
+                    part, rest = rest[: len(chunk) - at], rest[len(chunk) - at :]
+                    chunk[at : at + len(part)] = part
+                    at += len(part)
+                    if at == len(chunk):
                         if not self._keep(line, index, chunk):
                             return
-                    del kept[:nbytes]
-                    index += 1
+                        index, at = index + 1, 0
+                        chunk = chunk[: self._data.span(index)[1]] if index < run.stop else chunk
                 with self._changed:
                     if index < run.stop and not self._swarm.wanted(line, index):
                         return

@@ -14,7 +14,7 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -36,8 +36,9 @@ MAX_TAKES = 8
 """Ranges given at once, the rest are told to come back. Guess: enough to fill any port, and each
 still gets an eighth; who is turned away finds parts with those who were not."""
 
-TAKES_PER_NODE = 2
-"""Ranges given at once to one node: the second hides the round trip between two of the first."""
+TAKES_PER_NODE = 3
+"""Ranges given at once to one node: it has two lines, and may have left a range whose end has not
+been noticed here yet."""
 
 BUSY_SHARE = 0.5
 """Guess: how much of its rate a node gives while it serves answers."""
@@ -45,11 +46,16 @@ BUSY_SHARE = 0.5
 RETRY_AFTER_S = 1
 """What those hear who are turned away: about the time of a range of 64 MiB at 400 Mbit/s."""
 
-READ_BYTES = 1024 * 1024
-"""Of one read from the disk: a hop to a thread costs 0.1 ms, such a read about 1 ms."""
-
 SEND_BYTES = 64 * 1024
-"""Between two turns of the event loop: encrypting as much takes 0.1 ms, so no answer waits."""
+"""At most between two turns of the event loop: encrypting as much takes 0.1 ms, so no answer waits.
+The allocator maps fresh memory for pieces from 128 KiB on, which costs more than reading them."""
+
+SEND_S = 0.1
+"""At most in one go, in seconds of the rate, so that ``MAX_TAKES`` takers each see something arrive
+long before they think that this node stalls."""
+
+MIN_SEND_BYTES = 1024
+"""At least in one go, however low the rate."""
 
 BURST_S = 0.02
 """How much the bucket lets pass at once, in seconds of its rate; as coarse as timers are."""
@@ -92,15 +98,17 @@ class Giver:
         rate_bytes_per_s: float,
         is_busy: Callable[[], bool],
         authorize: Authorize,
+        wanting: Callable[[], Iterable[str]] = tuple,
         bringing: Callable[[], Iterable[str]] = tuple,
     ) -> None:
-        """``is_busy``: whether the node serves answers now. ``bringing``: models that it fetches
-        from their origin now, see ``Inventory``."""
+        """``is_busy``: whether the node serves answers now. ``wanting``, ``bringing``: models, see
+        ``Inventory``; a ``Bringer`` knows them."""
         self._stock = Stock(store)
         self._node = node
         self._rate_bytes_per_s = rate_bytes_per_s
         self._is_busy = is_busy
         self._authorize = authorize
+        self._wanting = wanting
         self._bringing = bringing
         self._bucket = TokenBucket(BURST_S)
         self._takes: Counter[str] = Counter()
@@ -142,7 +150,8 @@ class Giver:
     async def _inventory(self, request: web.Request) -> web.Response:
         self._known(request)
         bundles = await self._on_thread(self._stock.listing)
-        inventory = Inventory(self._node, bundles, sorted(self._bringing()))
+        wanting, bringing = sorted(self._wanting()), sorted(self._bringing())
+        inventory = Inventory(self._node, bundles, wanting, bringing)
         return web.Response(body=msgspec.json.encode(inventory), content_type="application/json")
 
     async def _arrived(self, request: web.Request) -> web.Response:
@@ -194,25 +203,33 @@ class Giver:
         fd = os.open(item.path / item.manifest.data.name, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while start < stop:
-                nbytes = min(READ_BYTES, stop - start)
-                data = memoryview(await self._on_thread(partial(os.pread, fd, nbytes, start)))
-                if not data:
-                    raise ConnectionError("the data file is cut short")
-                start += len(data)
-                while data:
-                    piece, data = data[:SEND_BYTES], data[SEND_BYTES:]
-                    rate = self._rate_bytes_per_s * (BUSY_SHARE if self._is_busy() else 1.0)
-                    wait_s = self._bucket.take(len(piece), loop.time(), rate)
-                    if wait_s > 0:
-                        await asyncio.sleep(wait_s)
-                    async with asyncio.timeout(STALL_S):
-                        await response.write(piece)
-                    self._given_bytes += len(piece)
+                rate = self._rate_bytes_per_s * (BUSY_SHARE if self._is_busy() else 1.0)
+                nbytes = max(MIN_SEND_BYTES, min(SEND_BYTES, int(rate * SEND_S)))
+                nbytes = min(nbytes, stop - start)
+                wait_s = self._bucket.take(nbytes, loop.time(), rate)
+                if wait_s > 0:
+                    await asyncio.sleep(wait_s)
+                piece = await self._read(fd, nbytes, start)
+                async with asyncio.timeout(STALL_S):
+                    await response.write(piece)
+                start += len(piece)
+                self._given_bytes += len(piece)
         except (OSError, TimeoutError):  # the taker is gone or the disk fails: it asks elsewhere
             if request.transport is not None:
                 request.transport.abort()
         finally:
             os.close(fd)
+
+    async def _read(self, fd: int, nbytes: int, start: int) -> bytes | bytearray:
+        """What is in the page cache is copied at once, everything else on a thread."""
+        data = bytearray(nbytes)
+        with suppress(OSError):  # not cached, or a file system that cannot say so
+            if os.preadv(fd, [data], start, os.RWF_NOWAIT) == nbytes:
+                return data
+        read = await self._on_thread(partial(os.pread, fd, nbytes, start))
+        if len(read) < nbytes:
+            raise ConnectionError("the data file is cut short")
+        return read
 
     # ---- who and how many ----------------------------------------------------------------------
 

@@ -37,8 +37,10 @@ class Stocked(msgspec.Struct, frozen=True):
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """``bringing``: models that this node fetches from their origin right now."""
+    """``wanting``: models that this node brings; ``bringing``: those of them that it fetches from
+    their origin right now."""
 
     node: str
     bundles: list[Stocked]
+    wanting: list[str]
     bringing: list[str]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pop_node.peers.inventory import Stocked
-from pop_node.store.arrivals import Arrivals
+from pop_node.store.arrivals import Arrivals, is_filled
 from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
-from pop_node.store.partial import is_filled
 from pop_node.store.store import Store
 from wire.errors import ConfigError
 

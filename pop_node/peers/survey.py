@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from pop_node.peers.client import Dialing, PeerBusyError, PeerLacksError, PeerSource
 from pop_node.peers.inventory import Inventory
@@ -23,6 +23,10 @@ AGAIN_S = 2.0
 """How old an answer may be. Guess: those who began to fetch the same bundle are found this soon."""
 
 
+ATTEMPTS = 2
+"""Failures in a row after which a peer does not count as one that may answer."""
+
+
 class Survey:
     """Inventories by peer. ``refresh`` never blocks; ``close`` waits for answers under way."""
 
@@ -33,6 +37,8 @@ class Survey:
         self._found: dict[str, Inventory] = {}
         self._asked_at: dict[str, float] = {}
         self._sources: dict[str, PeerSource] = {}  # being asked now
+        self._failures: dict[str, int] = {}  # in a row, of those who were asked and did not answer
+        self._asking: dict[str, Future[None]] = {}
         self._closed = False
 
     def refresh(self, peers: Sequence[Peer]) -> None:
@@ -41,20 +47,30 @@ class Survey:
         now = time.monotonic()
         with self._changed:
             names = {peer.name for peer in nearest}
-            for name in self._found.keys() - names:
-                del self._found[name]
+            for known in (self._found, self._asked_at):
+                for name in known.keys() - names:
+                    del known[name]
             for peer in nearest:
                 fresh = now < self._asked_at.get(peer.name, float("-inf")) + AGAIN_S
                 if fresh or peer.name in self._sources or self._closed:
                     continue
                 self._asked_at[peer.name] = now
                 self._sources[peer.name] = PeerSource(peer, "", self._dialing)
-                self._pool.submit(self._ask, peer.name, self._sources[peer.name])
+                if peer.name in self._asking:
+                    self._asking[peer.name].result()  # a fault of ours is not to go unheard
+                asking = self._pool.submit(self._ask, peer.name, self._sources[peer.name])
+                self._asking[peer.name] = asking
 
     def found(self) -> dict[str, Inventory]:
         """The last answers of those who answered."""
         with self._changed:
             return dict(self._found)
+
+    def is_undecided(self) -> bool:
+        """Whether one of those asked has not answered yet, but may: busy nodes are slow."""
+        with self._changed:
+            asked = self._asked_at.keys() - self._found.keys()
+            return any(self._failures.get(name, 0) < ATTEMPTS for name in asked)
 
     def wait(self, timeout_s: float) -> None:
         """Until all have answered that were asked, or could not."""
@@ -81,6 +97,8 @@ class Survey:
                 del self._sources[name]
                 if inventory is not None:
                     self._found[name] = inventory
+                    self._failures[name] = 0
                 else:
                     self._found.pop(name, None)
+                    self._failures[name] = self._failures.get(name, 0) + 1
                 self._changed.notify_all()

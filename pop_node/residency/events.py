@@ -30,7 +30,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Legs:
-    """So many legs of the model are there now, in any stage."""
+    """So many legs of the model are there now whose ending was not said."""
 
     model: str
     count: int
@@ -48,7 +48,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The model is on the disk, or so far there that an engine can begin to load it.
+    """The model is on the disk.
 
     ``memory_bytes`` is what it takes while it is warm, ``load_bytes`` what is read to get there.
     """
@@ -59,9 +59,25 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class Arriving:
+    """So much of the model is on the disk that an engine can begin to load it; the rest comes."""
+
+    model: str
+    memory_bytes: int
+    load_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class FetchFailed:
     model: str
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutOff:
+    """The disk has no room for a model that nobody asks for: it comes when somebody does."""
+
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +135,9 @@ Event = (
     | Legs
     | Progress
     | Fetched
+    | Arriving
     | FetchFailed
+    | PutOff
     | Gone
     | Ready
     | Exited

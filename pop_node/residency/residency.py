@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import assert_never
 
 from pop_node.residency import events as ev
-from pop_node.residency.room import BUSY_S, committed_bytes, find_room, full
+from pop_node.residency.room import BUSY_S, committed_bytes, find_room, why_not
 from pop_node.residency.state import ModelState
 from topology.budget import by_precedence, first_fit
 
@@ -78,10 +78,23 @@ class Residency:
         """Seconds until the model could answer if it were wanted now."""
         return self._models[model].eta_s(now, self._load_bytes_per_s)
 
+    def first(self) -> list[str]:
+        """The models that ``Started`` loads: as many as fit of those on the disk."""
+        here = {m.name: m.memory_bytes for m in self._models.values() if m.disk == "here"}
+        return first_fit(self._by_precedence(), here, self._budget)
+
+    def _by_precedence(self) -> list[str]:
+        pinned = [m.name for m in self._models.values() if m.pinned]
+        return by_precedence(list(self._models), pinned)
+
     def why_refused(self, model: str, now: float) -> str:
         """Why the model would be refused if it were wanted now; empty when it would not be."""
-        refusal = self._refusal(self._models[model], now)
+        refusal = self.refusal(model, now)
         return "" if refusal is None else refusal.why
+
+    def refusal(self, model: str, now: float) -> ev.Refuse | None:
+        """What ``Wanted`` would be told now; None when the model can come, or is here."""
+        return self._refusal(self._models[model], now)
 
     @property
     def committed_bytes(self) -> int:
@@ -95,7 +108,7 @@ class Residency:
 
     def next_deadline(self) -> float | None:
         """When the shell must send ``Tick``."""
-        times = [m.wanted_until for m in self._models.values() if self._is_waited_for(m)]
+        times = [m.wanted_until for m in self._models.values() if m.is_waited_for]
         times += [m.retry_at for m in self._models.values() if self._is_fetched_again(m)]
         return min(times, default=None)
 
@@ -122,8 +135,12 @@ class Residency:
                 return []
             case ev.Fetched():
                 return self._fetched(event, now)
+            case ev.Arriving():
+                return self._arriving(event, now)
             case ev.FetchFailed(model, why):
                 return self._fetch_failed(self._models[model], why, now)
+            case ev.PutOff(model):
+                return self._put_off(self._models[model], now)
             case ev.Gone(model):
                 if self._models[model].memory == "out":
                     self._models[model].disk = "absent"
@@ -146,14 +163,11 @@ class Residency:
 
     def _started(self, now: float) -> list[ev.Effect]:
         self._is_started = True
-        here = [m for m in self._models.values() if m.disk == "here"]
-        sizes = {m.name: m.memory_bytes for m in here}
-        pinned = [m.name for m in self._models.values() if m.pinned]
-        for name in first_fit(by_precedence(list(sizes), pinned), sizes, self._budget):
+        for name in self.first():
             self._promise(self._models[name])
         self._to_fetch = [
             name
-            for name in by_precedence(list(self._models), pinned)
+            for name in self._by_precedence()
             if self._models[name].disk == "absent" and self._models[name].fetchable
         ]
         return [*self._admit(now), *self._fetch_more(now)]
@@ -215,7 +229,7 @@ class Residency:
     def _tick(self, now: float) -> list[ev.Effect]:
         effects: list[ev.Effect] = []
         for model in self._models.values():
-            if self._is_waited_for(model) and model.wanted_until <= now:
+            if model.is_waited_for and model.wanted_until <= now:
                 why = f"{model.name} did not come in time"
                 effects += self._refuse_waiting(model, why, self.eta_s(model.name, now))
             if self._is_fetched_again(model) and model.retry_at <= now:
@@ -226,24 +240,44 @@ class Residency:
 
     def _fetched(self, event: ev.Fetched, now: float) -> list[ev.Effect]:
         model = self._models[event.model]
-        model.disk, model.failures, model.why_failed = "here", 0, ""
+        model.disk, model.arriving = "here", False
+        model.failures, model.why_failed, model.retry_at = 0, "", -math.inf
         model.memory_bytes, model.load_bytes = event.memory_bytes, event.load_bytes
         effects: list[ev.Effect] = []
-        if self._is_started and model.memory == "out" and not model.barred:
+        if self._is_started and not model.is_committed:
             asked = model.pinned or model.is_asked_for(now)
             victims = self._room(model, now)
-            if victims == [] or (victims and asked):
+            if victims is not None and (asked or (not victims and model.memory == "out")):
                 effects += self._make_room(model, victims, now)
-            elif self._is_waited_for(model):
-                effects += self._no_room(model, now)
+            elif refusal := self._refusal(model, now):
+                effects += self._refuse_waiting(model, refusal.why, refusal.retry_after_s)
         return effects + self._fetch_more(now)
 
+    def _arriving(self, event: ev.Arriving, now: float) -> list[ev.Effect]:
+        """Only what is asked for takes memory before all of it is here."""
+        model = self._models[event.model]
+        if model.disk != "fetching":
+            return []
+        model.arriving = True
+        model.memory_bytes, model.load_bytes = event.memory_bytes, event.load_bytes
+        asked = model.pinned or model.is_asked_for(now)
+        return self._come(model, now) if asked else []
+
     def _fetch_failed(self, model: ModelState, why: str, now: float) -> list[ev.Effect]:
-        model.disk = "absent"
+        model.disk, model.arriving = "absent", False
         model.failures += 1
         wait_s = _backoff_s(model.failures - 1)
         model.retry_at, model.why_failed = now + wait_s, why
-        return [*self._refuse_waiting(model, why, wait_s), *self._fetch_more(now)]
+        effects = self._refuse_waiting(model, why, wait_s)
+        if model.memory != "warm":  # else it was read in time
+            effects += self._take_back(model)
+        return [*effects, *self._fetch_more(now)]
+
+    def _put_off(self, model: ModelState, now: float) -> list[ev.Effect]:
+        model.disk, model.arriving = "absent", False
+        if model.is_asked_for(now):  # since just now
+            self._to_fetch.append(model.name)
+        return self._fetch_more(now)
 
     def _fetch_more(self, now: float) -> list[ev.Effect]:
         """Begin what may begin: those that are asked for first."""
@@ -271,34 +305,19 @@ class Residency:
         """Bring a model in that is not refused."""
         if model.is_committed:
             return []
-        if model.disk == "here":
-            return self._make_room(model, self._room(model, now), now)
+        if model.is_loadable:
+            victims = self._room(model, now)
+            return [] if victims is None else self._make_room(model, victims, now)
         if model.disk == "absent" and model.name not in self._to_fetch:
             self._to_fetch.append(model.name)
         return self._fetch_more(now)
 
     def _refusal(self, model: ModelState, now: float) -> ev.Refuse | None:
-        """Why a model cannot come now; None when it can, or is here."""
-        if model.barred:
-            return ev.Refuse(model.name, f"a drill has {model.name}", BUSY_S)
-        if model.is_committed:
-            return None
-        if model.retry_at > now:
-            return ev.Refuse(model.name, model.why_failed, model.retry_at - now)
-        if model.disk == "absent" and not model.fetchable:
-            why = f"{model.name} is not on this node's disk, and there is nowhere to fetch it from"
-            return ev.Refuse(model.name, why, 0.0)
-        if model.disk == "here" and self._room(model, now) is None:
-            return self._full(model, now)
-        return None
+        rate = self._load_bytes_per_s
+        return why_not(self._models.values(), model, self._budget, now, rate)
 
     def _room(self, model: ModelState, now: float) -> list[ModelState] | None:
         return find_room(self._models.values(), model, self._budget, now)
-
-    def _full(self, model: ModelState, now: float) -> ev.Refuse:
-        assert self._budget is not None, "without a budget there is room"
-        models, rate = self._models.values(), self._load_bytes_per_s
-        return full(models, model, self._budget, now, rate)
 
     def _bring_pinned(self, now: float) -> list[ev.Effect]:
         """Pinned models that found no room, or nobody who could leave, come when they can."""
@@ -310,9 +329,8 @@ class Residency:
         return effects
 
     def _make_room(
-        self, model: ModelState, victims: list[ModelState] | None, now: float
+        self, model: ModelState, victims: list[ModelState], now: float
     ) -> list[ev.Effect]:
-        assert victims is not None, "refused before"
         effects: list[ev.Effect] = []
         for victim in victims:
             effects += self._leave(victim)
@@ -321,10 +339,6 @@ class Residency:
         else:
             self._promise(model)
         return effects + self._admit(now)
-
-    def _no_room(self, model: ModelState, now: float) -> list[ev.Effect]:
-        full = self._full(model, now)
-        return self._refuse_waiting(model, full.why, full.retry_after_s)
 
     def _promise(self, model: ModelState) -> None:
         model.memory = "queued"
@@ -351,10 +365,15 @@ class Residency:
         if not model.barred or model.legs:
             return []
         effects = self._refuse_waiting(model, f"a drill has {model.name}", BUSY_S)
+        return effects + self._take_back(model)
+
+    def _take_back(self, model: ModelState) -> list[ev.Effect]:
+        """Out of memory, or of the queue to it."""
         if model.name in self._queue:
             self._queue.remove(model.name)
             model.memory = "out"
-        return effects + (self._leave(model) if model.memory in ("loading", "warm") else [])
+        model.again = False
+        return self._leave(model) if model.memory in ("loading", "warm") else []
 
     def _bring_back(self, model: ModelState, now: float) -> list[ev.Effect]:
         """Its place was kept, so nobody has to leave."""
@@ -369,12 +388,8 @@ class Residency:
 
     # ---- who waits -----------------------------------------------------------------------------
 
-    @staticmethod
-    def _is_waited_for(model: ModelState) -> bool:
-        return model.wanted_until > -math.inf
-
     def _refuse_waiting(self, model: ModelState, why: str, retry_after_s: float) -> list[ev.Effect]:
-        if not self._is_waited_for(model):
+        if not model.is_waited_for:
             return []
         model.wanted_until = -math.inf
         return [ev.Refuse(model.name, why, retry_after_s)]

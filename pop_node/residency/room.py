@@ -42,13 +42,38 @@ def find_room(
     return victims
 
 
-def full(
-    models: Iterable[ModelState], model: ModelState, budget: int, now: float, bytes_per_s: float
-) -> Refuse:
-    """What to say where ``find_room`` found none, with the time after which that may change.
+def why_not(
+    models: Iterable[ModelState],
+    model: ModelState,
+    budget: int | None,
+    now: float,
+    bytes_per_s: float,
+) -> Refuse | None:
+    """Why a model cannot come to memory now; None when it can, or is there.
 
     ``bytes_per_s``: measured rate of loads on this node, 0 if there was none.
     """
+    if model.barred:
+        return Refuse(model.name, f"a drill has {model.name}", BUSY_S)
+    if model.is_committed:
+        return None
+    if model.retry_at > now:
+        return Refuse(model.name, model.why_failed, model.retry_at - now)
+    if model.disk == "absent" and not model.fetchable:
+        why = f"{model.name} is not on this node's disk, and there is nowhere to fetch it from"
+        return Refuse(model.name, why, 0.0)
+    models = list(models)
+    if budget is None or model.disk != "here":
+        return None  # what comes from elsewhere looks for room when it is here
+    if find_room(models, model, budget, now) is not None:
+        return None
+    return _full(models, model, budget, now, bytes_per_s)
+
+
+def _full(
+    models: Iterable[ModelState], model: ModelState, budget: int, now: float, bytes_per_s: float
+) -> Refuse:
+    """What to say where ``find_room`` found none, with the time after which that may change."""
     others = [m for m in models if m.is_committed and m is not model]
     pinned = sum(m.memory_bytes for m in others if m.pinned)
     need, have = model.memory_bytes / 1e9, budget / 1e9

@@ -25,8 +25,8 @@ class ModelState:
     """One model. Times are seconds of the machine's clock.
 
     ``memory_bytes`` and ``load_bytes`` are 0 until the model has been on the disk. ``again``: it is
-    wanted back before it has left. ``barred``: a drill has it. ``retry_at``: when what failed is
-    tried again, or may be.
+    wanted back before it has left. ``barred``: a drill has it. ``arriving``: an engine can begin
+    with what is here. ``retry_at``: when what failed is tried again, or may be.
     """
 
     name: str
@@ -43,6 +43,7 @@ class ModelState:
     since: float = 0.0
     again: bool = False
     barred: bool = False
+    arriving: bool = False
     failures: int = 0
     retry_at: float = -math.inf
     why_failed: str = ""
@@ -56,9 +57,19 @@ class ModelState:
         return self.memory in ("queued", "loading", "warm") or self.again or self.barred
 
     @property
+    def is_loadable(self) -> bool:
+        """An engine can begin to load it."""
+        return self.disk == "here" or self.arriving
+
+    @property
     def is_resident(self) -> bool:
         """An engine has its memory now."""
         return self.memory in ("loading", "warm", "leaving")
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Somebody waits for it, and was not told yet that it is in vain."""
+        return self.wanted_until > -math.inf
 
     def may_leave(self, now: float) -> bool:
         """Nobody uses it, nobody was promised it."""
@@ -79,10 +90,11 @@ class ModelState:
         load_s = self.load_s(bytes_per_s)
         if self.memory == "warm":
             return 0.0
+        fetch_s = 0.0
+        if self.disk != "here":
+            rate = self.fetch_bytes_per_s
+            fetch_s = self.left_bytes / rate if rate and self.left_bytes else FETCH_S
         if self.memory == "loading":
             # One that takes longer than ever before takes longer still.
-            return max(load_s - (now - self.since), load_s / 10)
-        if self.disk == "here":
-            return load_s
-        rate = self.fetch_bytes_per_s
-        return load_s + (self.left_bytes / rate if rate and self.left_bytes else FETCH_S)
+            return max(load_s - (now - self.since), load_s / 10, fetch_s)
+        return load_s + fetch_s

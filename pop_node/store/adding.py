@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,13 +128,16 @@ class Adding:
                 self._partial, manifest, on_wait=lambda: progress("wait", 0, 0)
             ) as partial:
                 if final.is_dir() and self._publish(None, request.name, entry, work):
-                    shutil.rmtree(partial.path)
+                    partial.path.rename(work / "unwanted")
                     return manifest
                 try:
-                    fill(partial)
+                    with partial.checking_ahead():
+                        fill(partial)
                     partial.check(progress)
-                except FalseClaimError:  # nothing of this is worth keeping
-                    shutil.rmtree(partial.path, ignore_errors=True)
+                except FalseClaimError:
+                    # Nothing of this is worth keeping. It goes as a whole: without its marks it
+                    # would look complete to a load that begins now.
+                    partial.path.rename(work / "refused")
                     raise
                 partial.finish()
                 self._publish(partial.path, request.name, entry, work)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
+from pop_node.store.files import try_lock
 from pop_node.store.manifest import Manifest
 from wire.errors import ConfigError
 
@@ -29,6 +30,9 @@ OPEN, CHECKED, REFUSED = 0, 1, 2
 PATIENCE_S = 60.0
 """Guess: longest without anything new before a load gives up; peers are left after 5 s, and an
 origin is asked for 8 s after its last failure."""
+
+ORPHAN_S = 2.0
+"""Without anything new for so long, a look whether anybody fills the bundle at all. Guess."""
 
 POLL_S = 0.01
 """Guess: nothing beside the time a chunk takes to arrive, and 100 small reads a second."""
@@ -79,10 +83,11 @@ class Marks:
 class Arrivals:
     """The reader's side, a context manager."""
 
-    def __init__(self, fd: int, num_chunks: int, where: str) -> None:
+    def __init__(self, fd: int, num_chunks: int, directory: Path) -> None:
         self._fd = fd
         self._num_chunks = num_chunks
-        self._where = where
+        self._directory = directory
+        self._where = str(directory)
 
     @classmethod
     def of(cls, directory: Path, manifest: Manifest) -> Self | None:
@@ -94,7 +99,7 @@ class Arrivals:
             return None
         except OSError as exc:
             raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
-        return cls(fd, len(manifest.data.chunks), str(directory))
+        return cls(fd, len(manifest.data.chunks), directory)
 
     def marks(self) -> bytes:
         """[chunks] 0 or 1; raises ``ConfigError``."""
@@ -105,31 +110,35 @@ class Arrivals:
     ) -> Iterator[N]:
         """``chunks``, those first that are there; ends early when ``stop`` is set.
 
-        Raises ``ConfigError`` after ``patience_s`` without anything new.
+        Raises ``ConfigError`` after ``patience_s`` without anything new, or when nobody fills the
+        bundle any more.
         """
         waiting = {chunk.index: chunk for chunk in chunks}
-        seen, since = b"", time.monotonic()
+        hope = _Hope(self._directory, patience_s)
         while waiting and not stop.is_set():
+            hope.renew()
             marks = self.marks()
             here = [index for index in waiting if marks[index]]
             for index in here:
                 yield waiting.pop(index)
-            if marks != seen:
-                seen, since = marks, time.monotonic()
-            elif not here:
-                self._still_hope(since, patience_s)
+            if waiting and not here:
+                hope.check(marks)
                 stop.wait(POLL_S)
 
     def wait_checked(self, patience_s: float = PATIENCE_S) -> None:
         """Return when the model was found to be the one its manifest names.
 
-        Raises ``ConfigError`` if it was not, or nobody said so for ``patience_s``.
+        Raises ``ConfigError`` if it was not, or nobody says so any more as in ``as_they_come``.
         """
-        since = time.monotonic()
-        while (verdict := self._read()[-1]) != CHECKED:
-            if verdict == REFUSED:
+        hope = _Hope(self._directory, patience_s)
+        while True:
+            hope.renew()
+            marks = self._read()
+            if marks[-1] == CHECKED:
+                return
+            if marks[-1] == REFUSED:
                 raise ConfigError("the model is not the one its manifest names", where=self._where)
-            self._still_hope(since, patience_s)
+            hope.check(marks)
             time.sleep(POLL_S)
 
     def close(self) -> None:
@@ -151,10 +160,43 @@ class Arrivals:
             raise ConfigError("does not say what has arrived", where=self._where)
         return marks
 
-    def _still_hope(self, since: float, patience_s: float) -> None:
-        if time.monotonic() - since > patience_s:
+
+class _Hope:
+    """How long to wait for more: ``renew``, read the marks, ``check`` them. Who fills the bundle
+    sets its last mark before letting it go, so marks read after a look at him are the last ones."""
+
+    def __init__(self, directory: Path, patience_s: float) -> None:
+        self._directory = directory
+        self._patience_s = patience_s
+        self._seen = b""
+        self._since = time.monotonic()
+        self._is_filled = True
+
+    def renew(self) -> None:
+        """Look whether somebody fills it, if nothing was new for a while."""
+        if time.monotonic() - self._since > ORPHAN_S:
+            self._is_filled = is_filled(self._directory)
+
+    def check(self, marks: bytes) -> None:
+        """Raises ``ConfigError`` if there is no hope that these will become more."""
+        now = time.monotonic()
+        if marks != self._seen:
+            self._seen, self._since, self._is_filled = marks, now, True
+        elif not self._is_filled or now - self._since > self._patience_s:
             raise ConfigError(
-                f"nothing of the bundle has arrived for {patience_s:.0f} s",
-                where=self._where,
+                f"nothing of the bundle has arrived for {now - self._since:.0f} s",
+                where=str(self._directory),
                 suggestion="what is there is kept: the fetch goes on from there",
             )
+
+
+def is_filled(path: Path) -> bool:
+    """Whether some process fills this partial bundle at the moment."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not try_lock(fd)
+    finally:
+        os.close(fd)

@@ -7,6 +7,7 @@ and dtype give the same bytes, hence the same digests. Memory holds a few chunks
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from blake3 import blake3
 from pop_node.models.storage_order import storage_order
 from pop_node.store.dtypes import Dtype
 from pop_node.store.files import sync_directory, write_durably
+from pop_node.store.layout import TensorEntry
 from pop_node.store.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -138,28 +140,34 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
     check_model(path, manifest, lambda phase, more, _: progress(phase, done + more, total))
 
 
-def check_model(path: Path, manifest: Manifest, progress: Progress) -> None:
+def check_model(
+    path: Path, manifest: Manifest, progress: Progress, checked: Collection[str] = ()
+) -> None:
     """Of a bundle whose chunks match their digests: it is the model that it claims to be.
 
-    Reads every tensor and text file, phase ``verify``. Raises as ``check_claims`` does, naming what
-    differs.
+    Reads every text file and every tensor but those ``checked`` before, phase ``verify``. Raises as
+    ``check_claims`` does, naming what differs.
     """
-    weights = path / manifest.data.name
     total, done = _tensor_bytes(manifest), 0
+    for entry in manifest.tensors:
+        if entry.name not in checked:
+            check_tensor(path, manifest, entry)
+        done += entry.nbytes
+        progress("verify", done, total)
+    check_claims(path, manifest)
+
+
+def check_tensor(path: Path, manifest: Manifest, entry: TensorEntry) -> None:
+    """Raises ``FalseClaimError`` if it is not the one named, ``ConfigError`` if it is not there."""
+    weights = path / manifest.data.name
+    whole = blake3()
     try:
-        for entry in manifest.tensors:
-            whole = blake3()
-            for rows in read_rows(weights, entry, manifest.stripes):
-                whole.update(rows)
-            if whole.hexdigest() != entry.blake3:
-                raise FalseClaimError(
-                    f"tensor {entry.name} is not the one named", where=str(weights)
-                )
-            done += entry.nbytes
-            progress("verify", done, total)
+        for rows in read_rows(weights, entry, manifest.stripes):
+            whole.update(rows)
     except OSError as exc:
         raise ConfigError(f"cannot be read: {exc}", where=str(weights)) from exc
-    check_claims(path, manifest)
+    if whole.hexdigest() != entry.blake3:
+        raise FalseClaimError(f"tensor {entry.name} is not the one named", where=str(weights))
 
 
 def _tensor_bytes(manifest: Manifest) -> int:

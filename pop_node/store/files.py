@@ -5,10 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LOCK_POLL_S = 0.05
+"""Guess: nothing beside what locks with many seconds of work behind them are held for."""
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -54,17 +58,25 @@ def place_durably(path: Path, data: bytes, scratch: Path) -> None:
 def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` (created when absent), against threads and processes.
 
-    The kernel drops it when the holder dies. ``on_wait`` is called once if somebody else has it.
+    The kernel drops it when the holder dies. ``on_wait`` is called now and then while somebody else
+    has it, and may raise to give up.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not try_lock(fd):
-            if on_wait is not None:
-                on_wait()
+        if on_wait is None:
             fcntl.flock(fd, fcntl.LOCK_EX)
+        else:
+            lock_patiently(fd, on_wait)
         yield
     finally:
         os.close(fd)
+
+
+def lock_patiently(fd: int, on_wait: Callable[[], None]) -> None:
+    """Lock an open file exclusively; ``on_wait`` as for ``locked``."""
+    while not try_lock(fd):
+        on_wait()
+        time.sleep(LOCK_POLL_S)
 
 
 def tree_bytes(path: Path) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,10 @@ from pathlib import Path
 from pop_node.store.files import try_lock
 from pop_node.store.manifest import MANIFEST_FILE
 from wire.errors import ConfigError
+
+CLAIM_WAIT_S, CLAIM_WAITS = 0.002, 100
+"""Whoever only looks whether a bundle is in use claims it for a moment, some microseconds; whoever
+removes it, for a rename. Guess: far more than either takes."""
 
 
 class Hold:
@@ -28,7 +33,7 @@ class Hold:
         except OSError as exc:
             raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _share(self._fd)
             gone = os.stat(path).st_ino != os.fstat(self._fd).st_ino
         except (BlockingIOError, FileNotFoundError):
             gone = True
@@ -39,6 +44,16 @@ class Hold:
     def close(self) -> None:
         """No longer in use."""
         os.close(self._fd)
+
+
+def _share(fd: int) -> None:
+    """Raises ``BlockingIOError`` if somebody has it for himself and does not let it go."""
+    for _ in range(CLAIM_WAITS):
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        time.sleep(CLAIM_WAIT_S)
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ HUGE_PAGE_BYTES = 2 * 1024 * 1024
 """x86-64 and arm64 with 4 KiB pages. First touch of memory in such pages costs a fraction of what
 it costs in small ones, and the first touch is most of what a load spends beside the drive."""
 
-PREPARE_BYTES = 16 * HUGE_PAGE_BYTES
-"""Touched at a time: 2 ms of one processor, after which ``stop`` is looked at."""
+PREPARE_BYTES = 4 * HUGE_PAGE_BYTES
+"""Touched at a time: 0.4 ms of one processor, for which others that map memory have to wait."""
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14, asm-generic/mman-common.h
 
@@ -49,7 +49,7 @@ class HostArena:
         base, end = self.memory.ctypes.data, len(self.memory)
         for start in range(self._prepare_from, end, PREPARE_BYTES):
             length = min(PREPARE_BYTES, end - start)
-            if stop.is_set() or not _populate(base + start, length):
+            if stop.is_set() or not populate(base + start, length):
                 return
 
     def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
@@ -77,23 +77,34 @@ class HostArena:
         """Nothing is under way after ``place``."""
 
 
-def aligned_memory(nbytes: int) -> NDArray[Any]:
-    """[nbytes] uint8 of zeros that begin at a huge page; raises ``ConfigError`` without room."""
+def aligned_memory(nbytes: int, *, huge: bool = True) -> NDArray[Any]:
+    """[nbytes] uint8 of zeros that begin at a huge page, and take ``huge`` ones when they are first
+    touched; raises ``ConfigError`` without room."""
     try:
         mapping = mmap.mmap(
             -1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
     except OSError as exc:
         raise ConfigError(f"no memory for {nbytes} bytes: {exc}") from exc
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+    if huge:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     everything = np.frombuffer(mapping, np.uint8)
     start = -everything.ctypes.data % HUGE_PAGE_BYTES
     return everything[start : start + nbytes]
 
 
-def _populate(address: int, nbytes: int) -> bool:
+def populate(address: int, nbytes: int) -> bool:
     """Have pages from ``address`` on writable, with what is in them; False where that fails, and
     first use will say why. Through ctypes, which unlike ``mmap`` lets other threads run."""
+    return _advise(address, nbytes, _MADV_POPULATE_WRITE)
+
+
+def prefer_huge(address: int, nbytes: int) -> bool:
+    """Let what is not touched yet take huge pages; False where there are none."""
+    return _advise(address, nbytes, mmap.MADV_HUGEPAGE)
+
+
+def _advise(address: int, nbytes: int, advice: int) -> bool:
     at, length = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
-    return bool(_LIBC.madvise(at, length, _MADV_POPULATE_WRITE) == 0)
+    return bool(_LIBC.madvise(at, length, advice) == 0)

@@ -15,61 +15,30 @@ may share a store that is read-only to them; who loads or serves a bundle holds 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import get_args
 
 import msgspec
 
 from pop_node.store.adding import Adding, Request
+from pop_node.store.arrivals import is_filled
+from pop_node.store.aside import put_aside
 from pop_node.store.bundle import check_bundle, check_claims, read_texts
 from pop_node.store.collect import Held, least_used
 from pop_node.store.dtypes import Dtype
+from pop_node.store.facts import Bundle, Collected, Row
 from pop_node.store.files import locked, tree_bytes, workspace
 from pop_node.store.holding import Hold, claimed, last_used_ns
 from pop_node.store.manifest import Manifest, OutdatedBundleError, read_manifest
 from pop_node.store.names import NameEntry, Names, check_name
 from pop_node.store.origin import is_url
-from pop_node.store.partial import Partial, abandoned_partials, is_filled
+from pop_node.store.partial import Partial, abandoned_partials
 from pop_node.store.pypi import PREFIX
 from pop_node.store.source import Progress, unwatched
 from wire.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """A model ready to load: a directory whose manifest and text files were checked."""
-
-    path: Path
-    manifest: Manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A name and what is known about its bundle.
-
-    ``manifest`` is None where ``problem`` says why it cannot be used. ``nbytes`` on the disk;
-    ``used_ns``: added or last loaded, ns since 1970; ``loaded``: some process holds it.
-    """
-
-    name: str
-    entry: NameEntry
-    manifest: Manifest | None
-    problem: str
-    nbytes: int
-    used_ns: int
-    loaded: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What ``gc`` removed: ``bundles``, and ``num_partials`` abandoned fetches."""
-
-    bundles: list[Held]
-    num_partials: int
-    freed_bytes: int
-    kept_bytes: int
+__all__ = ["Bundle", "Collected", "Row", "Store"]
 
 
 class Store:
@@ -299,6 +268,10 @@ class Store:
             self._names.forget(name)
             self._sweep(work)
 
+    def put_aside(self, name: str) -> AbstractContextManager[None]:
+        """Be without a model for a while, see there; raises ``ConfigError`` as ``remove`` does."""
+        return put_aside(name, self._names, self._bundles, self._tmp, self._guard)
+
     def verify(self, name: str, progress: Progress = unwatched) -> None:
         """Read every byte of a model and recompute its digests; phase ``verify``.
 
@@ -311,12 +284,12 @@ class Store:
         finally:
             hold.close()
 
-    def gc(self, budget_bytes: int | None = None) -> Collected:
-        """Remove what no name means and what dead processes left, abandoned fetches included.
+    def gc(self, budget_bytes: int | None = None, *, abandoned: bool = True) -> Collected:
+        """Remove what no name means and what dead processes left.
 
-        With a budget, then the least recently used models until the rest fits it; never what is
-        pinned, loaded or being fetched. Raises ``ConfigError`` if the store is read-only or a name
-        is damaged.
+        ``abandoned``: fetches too that nobody goes on with now. With a budget, then the least
+        recently used models until the rest fits it; never what is pinned, loaded or being fetched.
+        Raises ``ConfigError`` if the store is read-only or a name is damaged.
         """
         if not self._bundles.is_dir():
             return Collected([], 0, 0, 0)
@@ -335,7 +308,7 @@ class Store:
             freed = sum(bundle.nbytes for bundle in removed)
             kept = sum(bundle.nbytes for bundle in held) - freed
             num_partials = 0
-            for path in abandoned_partials(self._partial):
+            for path in abandoned_partials(self._partial) if abandoned else ():
                 freed += tree_bytes(path)
                 path.rename(work / f"partial-{path.name}")
                 num_partials += 1

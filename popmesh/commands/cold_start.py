@@ -53,6 +53,7 @@ def default_drills() -> Path:
 @click.option(
     "--libraries", is_flag=True, help="Drop the files of Python and its libraries from memory too."
 )
+@click.option("--whole", is_flag=True, help="Start the whole node anew, its agent too.")
 @click.option("--runs", type=click.IntRange(1, MAX_RUNS), default=1, show_default=True)
 @click.option("--budget", type=Duration(), help="Longest start that passes. Default: any.")
 @click.option(
@@ -86,6 +87,7 @@ def cold_start(
     model: str | None,
     source: str,
     libraries: bool,
+    whole: bool,
     runs: int,
     budget: float | None,
     longest: float,
@@ -146,6 +148,7 @@ def cold_start(
             site=site,
             source=source,  # type: ignore[arg-type]  # click has checked it
             libraries=libraries,
+            whole=whole,
             runs=runs,
             budget_s=budget,
             longest_s=longest,

@@ -44,8 +44,10 @@ def node(
 ) -> None:
     """Run a node: the one called NAME in a topology.
 
-    It loads its models from the store, registers once every engine has produced a token, and
-    serves until SIGTERM or Ctrl-C, after which it ends what is running and takes nothing new.
+    It loads its models from the store, or those of them that fit its memory_gb, registers once
+    each has produced a token, and serves until SIGTERM or Ctrl-C, after which it ends what is
+    running and takes nothing new. Models that are missing are fetched from other nodes, or from
+    their source.
 
     \b
     Example:
@@ -76,4 +78,6 @@ def node(
         drills=drills,
     )
     log_to_stderr()
-    run_until_signal(lambda: serve(config))
+    rebirth = run_until_signal(lambda: serve(config))
+    if rebirth is not None:
+        rebirth.become()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
@@ -14,8 +15,8 @@ from popmesh.drill.cold_start.projection import Projection
 from popmesh.drill.cold_start.report import ColdStartDrill, Run
 from popmesh.render.models import size
 
-BAR_CELLS = 40
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
+MIN_SHARE = 0.01
+"""Of a bar, for what took next to no time: about an eighth of a character."""
 
 
 def cold_start_view(report: ColdStartDrill) -> Group:
@@ -91,11 +92,11 @@ def rate_of(phase: Phase) -> str:
 
 
 def _runs(runs: Sequence[Run]) -> Table:
-    numbers = ("Ready, s", "In the plan, s", "Down, s", "Load rate")
+    numbers = ("Ready, s", "In plan, s", "Down, s", "Rate", "Load avg")
     table = Table("Run", "Node", *(Column(name, justify="right") for name in numbers), "")
     longest_s = max(run.time_s for run in runs)
     for run in runs:
-        rate = run.load_bytes_per_s()
+        rate = run.bytes_per_s()
         seen = "-" if run.seen_ready_s is None else f"{run.seen_ready_s:.2f}"
         table.add_row(
             str(run.number),
@@ -104,6 +105,7 @@ def _runs(runs: Sequence[Run]) -> Table:
             seen,
             f"{run.down_s:.2f}",
             "-" if rate is None else f"{size(round(rate))}/s",
+            f"{run.load_average:.1f}",
             bar(0.0, run.time_s, longest_s),
         )
     return table
@@ -124,14 +126,11 @@ def _phases(run: Run) -> Table:
     return table
 
 
-def bar(start_s: float, end_s: float, whole_s: float) -> str:
-    """A bar of ``BAR_CELLS`` for the whole, to an eighth of a cell; a short phase is still seen."""
-    scale = BAR_CELLS * 8 / whole_s if whole_s > 0 else 0.0
-    start, end = (round(min(max(at, 0.0), whole_s) * scale) for at in (start_s, end_s))
-    first, last = start // 8, max(end, start + 1)
-    cells = min(last // 8, BAR_CELLS) - first
-    tail = _EIGHTHS[last % 8].strip() if first + cells < BAR_CELLS else ""
-    return " " * first + "█" * cells + tail
+def bar(start_s: float, end_s: float, whole_s: float) -> Bar:
+    """A bar within the whole, as wide as there is room; a short phase is seen too."""
+    shown_s = max(whole_s, start_s, 1e-9)
+    start_s = min(start_s, shown_s * (1 - MIN_SHARE))
+    return Bar(shown_s, start_s, max(end_s, start_s + shown_s * MIN_SHARE))
 
 
 # ---- projections --------------------------------------------------------------------------------

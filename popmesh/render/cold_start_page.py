@@ -49,7 +49,7 @@ def cold_start_page(report: ColdStartDrill) -> str:
 def _runs(report: ColdStartDrill) -> str:
     rows = []
     for run in report.runs:
-        rate = run.load_bytes_per_s()
+        rate = run.bytes_per_s()
         rows.append(
             (
                 str(run.number),
@@ -59,11 +59,12 @@ def _runs(report: ColdStartDrill) -> str:
                 f"{run.down_s:.3f}",
                 f"{run.drop_s:.3f}",
                 "-" if rate is None else f"{size(round(rate))}/s",
+                f"{run.load_average:.1f}",
                 coldness(run),
             )
         )
-    head = ("run", "node", "ready", "in the plan", "to end it", "to drop pages", "load rate", "")
-    return table(head, rows, numbers=(0, 2, 3, 4, 5, 6))
+    head = ("run", "node", "ready", "in the plan", "to end it", "to drop pages", "rate")
+    return table((*head, "load average", ""), rows, numbers=(0, *range(2, 8)))
 
 
 def _waterfalls(report: ColdStartDrill) -> list[str]:

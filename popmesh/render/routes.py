@@ -10,6 +10,7 @@ from popmesh.client import Plan, Record, Route, Transfer
 
 TERMS = {
     "to_prefill": "client to prefill site",
+    "load": "model into memory",
     "queue": "queue there",
     "prefill": "prefill",
     "kv_tail": "KV the link cannot hide",
@@ -73,6 +74,10 @@ def record_view(record: Record) -> Group:
         "Time to first token", _ms(record.ttft_ms), "at the router: request read -> token"
     )
     facts.add_row("Whole answer", _ms(record.total_ms), "")
+    for attempt in record.attempts:
+        for node, load in attempt.loads.items():
+            said = f"{node} had to load the model; it said {_ms(load.eta_ms)}"
+            facts.add_row("Waited for the model", _ms(load.waited_ms), said)
     facts.add_row("Queue at prefill", _ms(record.node_queue_ms), "measured by the node")
     facts.add_row("Prefill", _ms(record.node_prefill_ms), "measured by the node")
     if len(record.attempts) > 1:

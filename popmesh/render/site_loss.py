@@ -18,9 +18,10 @@ HEAD = (
 def site_loss_view(report: SiteLossReport) -> Group:
     """Result, what happened when, the stretches, pauses, and what is wrong."""
     style = "bold green" if report.passed else "bold red"
-    table = Table("", *(Column(name, justify="right") for name in HEAD))
-    for one in report.stretches:
-        table.add_row(one.name, *figures(one))
+    names = (one.name for one in report.stretches)
+    table = Table("", *(Column(name, justify="right") for name in names))
+    for row in zip(HEAD, *map(figures, report.stretches), strict=True):
+        table.add_row(*row)
     pauses = Table(
         "Seconds", *(Column(name, justify="right") for name in ("n", "p50", "p90", "p99", "max"))
     )
@@ -54,7 +55,7 @@ def sentences(report: SiteLossReport) -> list[str]:
 
 
 def figures(one: Stretch) -> list[str]:
-    """A row of ``HEAD``."""
+    """One text for each of ``HEAD``."""
     right, refused = one.verdicts.get("right", 0), one.verdicts.get("refused", 0)
     differs = one.verdicts.get("differs", 0)
     return [

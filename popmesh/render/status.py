@@ -10,7 +10,9 @@ from rich.text import Text
 
 
 def status_view(status: dict[str, Any]) -> Group:
-    """The router, then its nodes with link and load. ``status`` is ``/popmesh/status``'s JSON."""
+    """The router, its nodes with link and load, and what placement keeps. ``status`` is the JSON of
+    ``/popmesh/status``; a router of an older version leaves out what it does not know.
+    """
     age_s = status["registry_age_s"]
     registry = "registry not heard yet" if age_s is None else f"registry heard {age_s:.0f} s ago"
     head = (
@@ -18,7 +20,12 @@ def status_view(status: dict[str, Any]) -> Group:
         f"{status['running']} requests running; {registry}"
     )
     routable = ", ".join(status["routable"]) or "none"
-    nodes = Table("Node", "Site", "Roles", "Link", Column("RTT, ms", justify="right"))
+    budgets = any(node.get("memory_bytes") for node in status["nodes"])
+    nodes = Table(
+        *("Node", "Site", "Roles", "Link"),
+        Column("RTT, ms", justify="right"),
+        *([Column("Models, GB", justify="right", no_wrap=True)] if budgets else []),
+    )
     engines = Table(
         *(Column(name, no_wrap=True) for name in ("Node", "Engine", "State")),
         *(Column(name, no_wrap=True, justify="right") for name in ("Run", "Wait", "Free blocks")),
@@ -29,17 +36,56 @@ def status_view(status: dict[str, Any]) -> Group:
         if node.get("link_error") and link != "up":
             link = f"{link}: {node['link_error']}"
         rtt = f"{'' if node['rtt_measured'] else '~'}{node['rtt_ms']:.1f}"
-        nodes.add_row(node["name"], node["site"], ", ".join(node["roles"]), link, rtt)
+        cells = [node["name"], node["site"], ", ".join(node["roles"]), link, rtt]
+        nodes.add_row(*cells, *([_memory(node)] if budgets else []))
         for engine in node["engines"]:
             engines.add_row(node["name"], *_engine_cells(engine))
-    return Group(Text(head), nodes, engines, Text(f"Models with a route now: {routable}"))
+    parts: list[Text | Table] = [
+        Text(head),
+        nodes,
+        engines,
+        Text(f"Models with a route now: {routable}"),
+    ]
+    kept = [decision for decision in status.get("placement", []) if decision["nodes"]]
+    if kept:
+        parts.append(_placement(kept))
+    return Group(*parts)
+
+
+def _placement(decisions: list[dict[str, Any]]) -> Table:
+    """Models that are in memory because a region asks for them."""
+    table = Table("Model", "Region", Column("Asked/min", justify="right"), "Kept by", "For, s")
+    for decision in decisions:
+        kept_by, kept_s = ", ".join(decision["nodes"]), f"{decision['kept_s']:.0f}"
+        asked = f"{decision['per_min']:.1f}"
+        table.add_row(decision["model"], decision["region"], asked, kept_by, kept_s)
+    return table
+
+
+def _memory(node: dict[str, Any]) -> str:
+    """Taken of the node's budget for models; a dash where all models stay."""
+    if not node.get("memory_bytes"):
+        return "-"
+    return f"{node['memory_used_bytes'] / 1e9:.1f}/{node['memory_bytes'] / 1e9:.1f}"
+
+
+def _state(engine: dict[str, Any]) -> str:
+    """Where the model is, and how long until it could answer."""
+    warmth, eta_ms = engine.get("warmth", ""), engine.get("eta_ms", 0)
+    if engine["ready"]:
+        return "ready"
+    if warmth in ("", "warm"):
+        return "not ready"
+    if engine["warm_refused"]:
+        return f"{warmth}, cannot load"
+    return f"{warmth}, {eta_ms / 1e3:.1f} s" if eta_ms else str(warmth)
 
 
 def _engine_cells(engine: dict[str, Any]) -> list[str]:
     free = engine["free_blocks"] + engine["cached_blocks"]
     return [
         engine["model"],
-        "ready" if engine["ready"] else "not ready",
+        _state(engine),
         str(engine["running"]),
         str(engine["waiting"]),
         f"{free}/{engine['total_blocks']}",

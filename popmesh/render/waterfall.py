@@ -21,7 +21,7 @@ KINDS = (
 """Kinds of phase: CSS class, colour of the page, in words."""
 
 _KIND_OF = {
-    **dict.fromkeys(("process_start", "imports", "standby", "setup"), "process"),
+    **dict.fromkeys(("agent", "process_start", "imports", "standby", "setup"), "process"),
     **dict.fromkeys(
         ("fetch", "load", "read", "verify", "decode", "to_device", "bind"),
         "bytes",

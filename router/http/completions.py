@@ -23,6 +23,7 @@ from router.http.auth import Authenticator, Caller
 from router.http.resume import Resumer, Sender
 from router.http.sinks import SseSink, WholeSink
 from router.http.streaming import route_headers, send_stream
+from router.placement.placer import Placer
 from router.request.admission import MAX_BODY_BYTES, Limits
 from router.request.events import RequestSpec
 from router.request.exchange import Exchange
@@ -57,6 +58,7 @@ class ModelApi:
     def __init__(
         self,
         dispatch: Dispatch,
+        placer: Placer,
         authenticator: Authenticator,
         locator: ClientLocator,
         limits: Limits,
@@ -64,6 +66,7 @@ class ModelApi:
     ) -> None:
         self.resumer = Resumer(dispatch)
         self._dispatch = dispatch
+        self._placer = placer
         self._auth = authenticator
         self._locator = locator
         self._limits = limits
@@ -127,6 +130,7 @@ class ModelApi:
                 return await self._resume(request, kind, caller, last_event)
             try:
                 prepared = await self.prepare(request, kind, caller)
+                self._placer.asked(prepared.routing)
                 plan = self._dispatch.choose(prepared.routing)
             except MeshError as exc:
                 self._dispatch.metrics.refused.add(exc.code)

@@ -9,13 +9,13 @@ would have sent requests there again.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from router.dispatch import Dispatch
 from router.links.node_link import NodeLink
+from router.links.questions import Answer
 from router.routing.costs import Work
 from router.routing.policy import RouteRequest, obstacle
 from wire.errors import MeshError, PeerError, RequestError
@@ -40,6 +40,8 @@ MAX_COLD_START_S = 3600.0
 
 LOOK_S = 0.005
 """Between two looks at the view: how exactly it is known when the router saw the node ready."""
+
+_ON_DISK = ("warm", "loading", "disk")
 
 SEEN_S = 5.0
 """Longest wait for the view once the node has reported: loads are pushed once a second."""
@@ -125,52 +127,73 @@ async def _cold_start(dispatch: Dispatch, link: NodeLink, body: DrillBody) -> di
     name, model = link.node.name, _model(dispatch, link.node.name, body.model)
     if not body.alone:
         _check_others(dispatch, name, model)
+    if body.options.get("from") == "peer":
+        _check_peers(dispatch, name, model)
     number = dispatch.next_stream()
     longest_s = body.duration_s or COLD_START_S
     options = msgspec.json.encode(body.options).decode()
     question = Drill(number, COLD_START, model, max(1, round(longest_s * 1e3)), options)
     loop = asyncio.get_running_loop()
     asked_at = loop.time()
-    seen = _Seen()
-    looking = asyncio.create_task(_look(dispatch, name, model, seen))
-    try:
+    if body.options.get("whole"):
+        answer = await _reborn(dispatch, link, question, longest_s)
+    else:
         answer = await link.ask(number, question, longest_s + SEEN_S)
-        reported_at = loop.time()
-        if isinstance(answer, DrillStarted):
-            raise _refused(link, answer.error)
-        if not isinstance(answer, DrillReport):
-            raise _protocol_error(link, answer)
-        if answer.error:
-            raise PeerError(f"{name}: {answer.error[:2000]}", code="drill_failed", retryable=False)
-        report: dict[str, Any] = msgspec.json.decode(answer.report)
-        await asyncio.wait((looking,), timeout=SEEN_S)
-    finally:
-        looking.cancel()
-    # The report left the node ``total_s`` after the start, half a round trip ago.
-    offset_s = reported_at - report["total_s"] - (link.rtt_ms or 0.0) / 2e3
-    report["seen_ready_s"] = None if seen.ready_at is None else seen.ready_at - offset_s
+    # The report left the node ``said_s`` after the start, half a round trip ago.
+    said_at = loop.time() - (link.rtt_ms or 0.0) / 2e3
+    if isinstance(answer, DrillStarted):
+        raise _refused(link, answer.error)
+    if not isinstance(answer, DrillReport):
+        raise _protocol_error(link, answer)
+    if answer.error:
+        raise PeerError(f"{name}: {answer.error[:2000]}", code="drill_failed", retryable=False)
+    report: dict[str, Any] = msgspec.json.decode(answer.report)
+    ready_at = await _ready_at(dispatch, name, model)
+    offset_s = said_at - report["said_s"]
+    report["seen_ready_s"] = None if ready_at is None else ready_at - offset_s
     report["wall_s"] = loop.time() - asked_at
     return report
 
 
-@dataclass(slots=True)
-class _Seen:
-    """When the router's view had the model away, and then ready for requests again."""
+async def _reborn(dispatch: Dispatch, link: NodeLink, question: Drill, longest_s: float) -> Answer:
+    """Have the whole node start anew; what its new process says of it.
 
-    away_at: float | None = None
-    ready_at: float | None = None
+    Raises ``PeerError`` when it does not come back.
+    """
+    name, before = link.node.name, link.incarnation
+    try:
+        async with asyncio.timeout(longest_s):
+            try:
+                return await link.ask(question.number, question, longest_s)  # why it stays
+            except PeerError as exc:
+                if exc.code != "link_lost":
+                    raise
+            while True:
+                new = dispatch.pool.get(name)
+                if new is not None and new.up and new.incarnation != before:
+                    number = dispatch.next_stream()
+                    options = msgspec.json.encode({"recall": question.number}).decode()
+                    recall = Drill(
+                        number, COLD_START, question.model, question.duration_ms, options
+                    )
+                    return await new.ask(number, recall, longest_s)
+                await asyncio.sleep(LOOK_S)
+    except TimeoutError as exc:
+        raise PeerError(f"{name} did not come back within {longest_s:g} s") from exc
 
 
-async def _look(dispatch: Dispatch, name: str, model: str, seen: _Seen) -> None:
-    """Watch the view until the model was away and is back."""
+async def _ready_at(dispatch: Dispatch, name: str, model: str) -> float | None:
+    """When the view had the node ready again, on the router's clock; None if not within ``SEEN_S``.
+
+    What it said before its report has been heard, so a view that is ready now is no old one.
+    """
     loop = asyncio.get_running_loop()
-    while seen.ready_at is None:
-        ready = _is_ready(dispatch, name, model)
-        if not ready and seen.away_at is None:
-            seen.away_at = loop.time()
-        elif ready and seen.away_at is not None:
-            seen.ready_at = loop.time()
+    until = loop.time() + SEEN_S
+    while not _is_ready(dispatch, name, model):
+        if loop.time() >= until:
+            return None
         await asyncio.sleep(LOOK_S)
+    return loop.time()
 
 
 def _is_ready(dispatch: Dispatch, name: str, model: str) -> bool:
@@ -214,6 +237,20 @@ def _check_others(dispatch: Dispatch, name: str, model: str) -> None:
             "does not matter",
             code="drill_refused",
         ) from exc
+
+
+def _check_peers(dispatch: Dispatch, name: str, model: str) -> None:
+    """Has another node the model on its disk? Raises ``RequestError`` if not."""
+    nodes = dispatch.builder.snapshot().nodes
+    if any(
+        other.name != name and model in other.engines and other.engines[model].warmth in _ON_DISK
+        for other in nodes.values()
+    ):
+        return
+    raise RequestError(
+        f"no other node is known to have {model}, so {name} cannot bring it from a peer",
+        code="drill_refused",
+    )
 
 
 def _refused(link: NodeLink, error: str) -> RequestError:

@@ -16,6 +16,8 @@ from router.http.completions import ModelApi, peer_of
 from router.http.drill import hold_drill
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
 from router.model_metrics import model_gauges
+from router.placement.placer import Placer
+from router.placement.words import Decision
 from router.request.record import RequestRecord
 from router.routing.costs import Work
 from router.routing.foresight import foresee
@@ -33,18 +35,21 @@ class OperatorApi:
         name: str,
         dispatch: Dispatch,
         watcher: Watcher,
+        placer: Placer,
         authenticator: Authenticator,
         models: ModelApi,
     ) -> None:
         self._name = name
         self._dispatch = dispatch
         self._watcher = watcher
+        self._placer = placer
         self._auth = authenticator
         self._models = models
         self._metrics = [
             *dispatch.metrics.all(),
             *self._gauges(),
             *model_gauges(dispatch.builder),
+            *placer.gauges(),
         ]
         self.stopping = False
 
@@ -69,7 +74,7 @@ class OperatorApi:
         """``GET /popmesh/status``: the view, links, loads and counters."""
         self._operator(request)
         dispatch = self._dispatch
-        view = dispatch.builder.snapshot()
+        view, now = dispatch.builder.snapshot(), asyncio.get_running_loop().time()
         book = self._models.resumer.book
         return _json(
             {
@@ -85,6 +90,20 @@ class OperatorApi:
                 "models": {name: list(nodes) for name, nodes in view.offered.items()},
                 "routable": self._routable(),
                 "nodes": [self._node(node) for node in view.nodes.values()],
+                "placement": [_decision(decision, now) for decision in self._placer.decisions],
+            }
+        )
+
+    async def placement(self, request: web.Request) -> web.Response:
+        """``GET /popmesh/placement``: which models are kept where because of demand, and why."""
+        self._operator(request)
+        rules = self._dispatch.builder.snapshot().topology.placement
+        now = asyncio.get_running_loop().time()
+        return _json(
+            {
+                "warm_per_min": rules.warm_per_min,
+                "cool_after_s": rules.cool_after_s,
+                "decisions": [_decision(decision, now) for decision in self._placer.decisions],
             }
         )
 
@@ -215,6 +234,15 @@ def _json(value: object) -> web.Response:
 
 def _route(route: Route) -> dict[str, Any]:
     return asdict(route)
+
+
+def _decision(decision: Decision, now: float) -> dict[str, Any]:
+    """With the time that is left instead of the router's clock."""
+    out = asdict(decision)
+    until = out.pop("until")
+    out["kept_s"] = max(0.0, until - now) if until else 0.0
+    out["left_out"] = [{"node": name, "reason": why} for name, why in decision.left_out]
+    return out
 
 
 def _record(record: RequestRecord) -> dict[str, Any]:

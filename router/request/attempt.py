@@ -165,7 +165,8 @@ class Attempt:
         if transfer is None:
             return []
         self.open_legs[self.route.prefill] = "prefill"
-        self.prefill_started_at = now
+        loaded_s = min(self.route.prefill_load_s, now - self.prefill_started_at)
+        self.prefill_s, self.prefill_started_at = self.prefill_s - loaded_s, now
         submit = _submit(spec, self, "prefill", transfer, now)
         return [SendSubmit(self.route.prefill, submit)]
 
@@ -222,7 +223,8 @@ def begin(
         relayed_before=len(relayed),
         record=AttemptRecord(number, route, len(relayed), routed.recovery),
         open_legs={},
-        prefill_s=sum(r.seconds for r in route.reasons if r.term in ("load", "queue", "prefill")),
+        prefill_s=route.prefill_load_s
+        + sum(r.seconds for r in route.reasons if r.term in ("queue", "prefill")),
     )
     legs: list[tuple[str, Leg, Transfer | None]]
     effects: list[Effect] = []

@@ -28,13 +28,20 @@ there more than so many times as long: the second copy throws other models out o
 requests of one burst would all have to make the same guess. Guess."""
 
 
+CROWD = 128
+"""Requests that may wait for one load; more are a reason for a second one. Guess: half of what a
+node lets wait for its models, since other routers send theirs as well."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadWait:
-    """``seconds`` until a model is in memory, 0 when it is. ``begun``: somebody waits already."""
+    """``seconds`` until a model is in memory, 0 when it is, and how many requests wait there.
+    ``begun``: it is under way."""
 
     seconds: float
     begun: bool
     detail: str
+    waiting: int = 0
 
 
 IN_MEMORY = LoadWait(0.0, True, "in memory")
@@ -63,17 +70,19 @@ def load_wait(node: NodeView, model: str, now: float) -> LoadWait:
 
     A load that has not begun starts with the request.
     """
-    if not is_cold(node, model):
+    engine = node.engines.get(model)
+    if engine is None or engine.ready or engine.warmth not in _STATES:
         return IN_MEMORY
-    engine = node.engines[model]
     words, begun, unknown_s = _STATES[engine.warmth]
     eta_s = engine.eta_ms / 1e3 or unknown_s
-    since = node.load_at if begun else node.pending.get(model, Pending()).wanted_at
+    pending = node.pending.get(model, Pending())
+    since = node.load_at if begun else pending.wanted_at
     left = eta_s if since is None else max(OVERRUN * eta_s, eta_s - max(0.0, now - since))
     if since is not None and not begun:
         words = "asked to load it"
     guess = "" if engine.eta_ms else " (a guess)"
-    return LoadWait(left, since is not None, f"{words}, {left:.1f} s to go{guess}")
+    detail, waiting = f"{words}, {left:.1f} s to go{guess}", engine.waiting + pending.streams
+    return LoadWait(left, since is not None, detail, waiting)
 
 
 def needless_loads(waits: Iterable[tuple[str, LoadWait]]) -> dict[str, str]:
@@ -83,7 +92,11 @@ def needless_loads(waits: Iterable[tuple[str, LoadWait]]) -> dict[str, str]:
     """
     waits = list(waits)
     soonest = min(
-        ((wait.seconds, name) for name, wait in waits if wait.begun and wait is not IN_MEMORY),
+        (
+            (wait.seconds, name)
+            for name, wait in waits
+            if wait.begun and wait.waiting < CROWD and wait is not IN_MEMORY
+        ),
         default=None,
     )
     if soonest is None:

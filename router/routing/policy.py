@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from router.routing import costs
 from router.routing.costs import Reason, Work
 from router.routing.loading import LoadWait, is_cold, load_wait, needless_loads
-from router.routing.refusals import MAX_EXCUSE, check_model, check_pin, no_route
+from router.routing.refusals import MAX_EXCUSE, REFUSED_S, check_model, check_pin, no_route
 from router.routing.view import NodeView, View
 from topology.model import Position
 
@@ -101,12 +101,14 @@ def choose(
     rejected: list[tuple[str, str]] = []
     prefills: list[_Candidate] = []
     decodes: list[_Candidate] = []
-    loads: list[LoadWait] = []
+    waits: list[float] = []  # until a node could have the model, where that is all it lacks
     for name, node in view.nodes.items():
         why, load = obstacle(node, request, view), load_wait(node, model, now)
-        if why is None and load.seconds:
-            loads.append(load)
+        if load.seconds and why is None:
+            waits.append(load.seconds)
             why = _too_late(view, node, load, request, now)
+        elif load.seconds and node.engines[model].warm_refused:
+            waits.append(REFUSED_S)
         if why is not None:
             rejected.append((name, why))
             continue
@@ -115,18 +117,21 @@ def choose(
             prefills.append(_prefill_candidate(view, node, load, request.work, trip, now))
         if "decode" in node.roles and request.pin.decode in (None, name):
             decodes.append(_decode_candidate(view, node, load, request.work, trip))
-    ranked = _best_pairs(_needed(prefills), _needed(decodes), request, view, now)
-    if not ranked:  # those that are loading it cannot hand over to each other
+    ranked: list[_Pair] = []
+    if waits:
+        ranked = _best_pairs(_needed(prefills), _needed(decodes), request, view, now)
+        rejected += _needless(prefills, decodes).items() if ranked else ()
+    if not ranked:  # all are in memory, or those that load it cannot hand over to each other
         ranked = _best_pairs(prefills, decodes, request, view, now)
     if not ranked:
         missing = {"prefill": not prefills, "decode": not decodes}
-        raise no_route(model, rejected, missing, loads)
+        raise no_route(model, rejected, missing, waits)
     first = _among_ties(ranked, rng)
     route = ranked.pop(first)
     return Plan(
         _explained(route, request, view, now),
         tuple(_explained(pair, request, view, now) for pair in ranked[:fallbacks]),
-        (*rejected, *_needless(prefills, decodes).items()),
+        tuple(rejected),
     )
 
 
@@ -144,7 +149,8 @@ def obstacle(node: NodeView, request: RouteRequest, view: View) -> str | None:
         return "no link"
     if node.draining:
         return "draining"
-    offer, engine, cold = node.offers.get(model), node.engines.get(model), is_cold(node, model)
+    offer, engine = node.offers.get(model), node.engines.get(model)
+    cold = (engine is None or not engine.ready) and is_cold(node, model)
     if offer is None and not cold:
         return f"does not serve {model}"
     pinned = None if configured is None else configured.digest
@@ -246,8 +252,9 @@ def _best_pairs(
             p, d = prefill.node, decode.node
             if not may_hand_over(p, d, request):
                 continue
-            cost = floor + max(0.0, decode.load.seconds - prefill.load.seconds)
-            cost += sum(term.seconds for term in _pair_terms(p, d, request.work, view, now))
+            cost = floor + sum(term.seconds for term in _pair_terms(p, d, request.work, view, now))
+            if decode.load.seconds > prefill.load.seconds:  # both load at the same time
+                cost += decode.load.seconds - prefill.load.seconds
             pair = _Pair(cost, p, d, prefill.load, decode.load)
             bisect.insort(best, pair, key=_pair_order)
             del best[MAX_ROUTES:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from router.routing.loading import LoadWait
 from router.routing.view import View
 from wire.errors import OverloadError, RequestError
 from wire.messages import Role
@@ -16,6 +15,10 @@ MAX_EXCUSES = 8
 
 MAX_EXCUSE = 200
 """Characters of what a node says about itself there."""
+
+REFUSED_S = 5.0
+"""When to come back to nodes whose memory is taken by models that answer: an answer of average
+length. Guess."""
 
 
 def known_models(view: View) -> list[str]:
@@ -52,15 +55,15 @@ def check_pin(view: View, role: Role, name: str | None, model: str) -> None:
 
 
 def no_route(
-    model: str, rejected: list[tuple[str, str]], missing: Mapping[str, bool], loads: list[LoadWait]
+    model: str, rejected: list[tuple[str, str]], missing: Mapping[str, bool], waits: list[float]
 ) -> OverloadError:
-    """No pair passes the hard rules. Where a model only has to be loaded, the smallest estimate
-    says when to come back."""
+    """No pair passes the hard rules. Where a model only has to be loaded, the shortest of these
+    ``waits`` in seconds says when to come back."""
     roles = " and ".join(role for role, out in missing.items() if out)
     problem = f"no node for {roles}" if roles else "no two nodes that can hand over to each other"
     excuses = "; ".join(f"{name}: {why}" for name, why in rejected[:MAX_EXCUSES])
     return OverloadError(
         f"{model}: {problem} at the moment" + (f" ({excuses})" if excuses else ""),
         code="no_route",
-        retry_after_s=min((load.seconds for load in loads), default=1.0),
+        retry_after_s=min(waits, default=1.0),
     )

@@ -159,7 +159,8 @@ class FakeNode:
     many bytes to every token's text. ``max_version`` is the newest of the wire that it knows.
     ``warmth`` other than "" makes the model one that comes and goes: a leg or a ``Warm`` (kept in
     ``warms``) begins a load unless it is "warm", which ends when the test calls ``loaded``;
-    ``loads`` counts them, ``waiting`` are the streams that were told to wait for one.
+    ``loads`` counts them, ``waiting`` are the streams that were told to wait for one, and
+    ``memory_bytes`` is its budget.
     ``kept`` tokens are what a decode leg keeps of a hand-over that did not come. ``starts`` counts
     its incarnations.
     """
@@ -187,6 +188,7 @@ class FakeNode:
     cold_start: Callable[[Drill], None] | None = None
     warmth: Warmth = ""
     eta_ms: int = 0
+    memory_bytes: int = 0
     warms: list[Warm] = field(default_factory=list)
     loads: int = 0
     waiting: list[int] = field(default_factory=list)
@@ -256,7 +258,7 @@ class FakeNode:
             warm = self.warmth == "warm"
             changes = {"ready": warm, "warmth": self.warmth, "eta_ms": 0 if warm else self.eta_ms}
             engine = msgspec.structs.replace(engine, **changes)
-        return Load([engine], [], False)
+        return Load([engine], [], False, self.memory_bytes)
 
     def wanted(self) -> None:
         """A model that is not in memory begins to be loaded."""

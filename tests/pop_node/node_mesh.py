@@ -238,14 +238,14 @@ class TinyMesh:
         self._all_routers: list[HandRouter] = []
         self._streams = itertools.count(1)
 
-    async def greet(self, name: str) -> HandRouter:
+    async def greet(self, name: str, version: int = 2) -> HandRouter:
         """A fresh link to a node, once the node has said Hello and its load."""
         host, port = parse_address(self.nodes[name].address)
         router = HandRouter(*await asyncio.open_connection(host, port))
         self._all_routers.append(router)
         self._background.append(self._tasks.create_task(router.read()))
         self._background.append(self._tasks.create_task(router.ping()))
-        router.send(Hello(1, 2, MESH, "router", "hand", "ams", "i1", [], []))
+        router.send(Hello(1, version, MESH, "router", "hand", "ams", "i1", [], []))
         await router.until(lambda: router.hello and router.load)
         self.routers[name] = router
         return router
@@ -335,17 +335,33 @@ def a_submit(stream: int, leg: Leg | str, **changes: Any) -> Submit:
 
 @asynccontextmanager
 async def tiny_mesh(
-    store: Store, directory: Path, *names: str, detection_s: float = 30.0
+    store: Store,
+    directory: Path,
+    *names: str,
+    detection_s: float = 30.0,
+    plan: Topology | None = None,
+    version: int = 2,
 ) -> AsyncIterator[TinyMesh]:
-    """Nodes that serve, each with one link from the router; all drained at the end."""
+    """Nodes that serve, each with one link from the router; all drained at the end.
+
+    ``plan``: nodes ``names`` of another topology, which may have stores of their own.
+    """
     registry = EmbeddedRegistry()
     url = await registry.start()
-    plan = topology(*names, detection_s=detection_s)
+    plan = plan or topology(*names, detection_s=detection_s)
     nodes = {
         name: RunningNode(
-            AgentConfig(node, plan, url, store.root, Dialer(), None, directory / f"{name}.json")
+            AgentConfig(
+                plan.nodes[name],
+                plan,
+                url,
+                plan.nodes[name].store or store.root,
+                Dialer(),
+                None,
+                directory / f"{name}.json",
+            )
         )
-        for name, node in plan.nodes.items()
+        for name in names
     }
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -355,7 +371,7 @@ async def tiny_mesh(
                 for node in nodes.values():
                     await node.open.wait()
             for name in names:
-                await mesh.greet(name)
+                await mesh.greet(name, version)
             try:
                 yield mesh
             finally:

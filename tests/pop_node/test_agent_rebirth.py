@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pop_node import agent, lifecycle
+from pop_node import lifecycle
 from pop_node.engine import messages as engine
 from pop_node.engine.config import EngineConfig
+from pop_node.hosting import host_maker
 from pop_node.hosting.model_host import ModelHost
 from pop_node.legs.live_legs import LiveLegs
 from pop_node.store.store import Store
@@ -106,7 +107,7 @@ async def test_a_cancel_reaches_the_engine_within_a_step(
 ) -> None:
     """Pain: a cancel before the first token does not reach the engine, the next request waits."""
     monkeypatch.setattr(
-        agent, "EngineConfig", partial(EngineConfig, token_budget=1, max_sequences=1)
+        host_maker, "EngineConfig", partial(EngineConfig, token_budget=1, max_sequences=1)
     )
     steps: list[engine.StepDone] = []
     in_the_middle = asyncio.Event()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pop_node import agent
 from pop_node.engine.config import EngineConfig
+from pop_node.hosting import host_maker
 from pop_node.hosting.generation import Generation
 from pop_node.kv_stream.spec import Piece
 from pop_node.legs import live_legs
@@ -32,7 +32,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt takes a dozen steps."""
     monkeypatch.setattr(
-        agent, "EngineConfig", partial(EngineConfig, token_budget=32, max_sequences=8)
+        host_maker, "EngineConfig", partial(EngineConfig, token_budget=32, max_sequences=8)
     )
 
 
@@ -132,7 +132,7 @@ async def test_what_arrived_of_a_broken_hand_over_is_not_computed_again(
         monkeypatch.setattr(Generation, "on_import", freeze_in_mid_transfer)
         chain = prefix_chain(bytes(32), canonical_bytes(LONG))
         stream = mesh.split("a", "b", input=LONG, max_tokens=20, chain=chain)
-        endpoint = mesh.nodes["b"].agent._hosts[MODEL]._generation.endpoint
+        endpoint = mesh.nodes["b"].agent._residents.hosts[MODEL]._generation.endpoint
         await b.until(lambda: b.accepted.get(stream) and endpoint.statistics().received_bytes)
         await b.until(lambda: endpoint._receiver.kept_tokens(stream.to_bytes(16, "big")))
         if how == "prefill dies":

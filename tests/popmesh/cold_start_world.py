@@ -39,6 +39,8 @@ def node_report(node: str = "p1", total_s: float = 1.0, **changes: Any) -> ColdS
             Phase("warm", 1.8 * half, 1.95 * half),
         ],
         "total_s": total_s,
+        "said_s": total_s,
+        "load_average": 1.5,
     }
     return ColdStartReport(**(values | changes))
 
@@ -65,6 +67,7 @@ def drill_of(runs: list[Run], **changes: Any) -> ColdStartDrill:
         "nodes": sorted({run.node for run in runs}),
         "source": "disk",
         "libraries": True,
+        "whole": False,
         "budget_s": None,
         "passed": True,
         "problems": [],

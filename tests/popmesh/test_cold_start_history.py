@@ -23,7 +23,7 @@ from tests.popmesh.cold_start_world import drill_of, runs_of
 
 
 def line(time_s: float, **changes: object) -> Line:
-    values = {"started": "t", "source": "disk", "libraries": False, "bundle": "b"}
+    values = {"started": "t", "source": "disk", "libraries": False, "whole": False, "bundle": "b"}
     values |= {"bundle_bytes": 1, "time_s": time_s, "phases": {"read": time_s / 2, "warm": 0.1}}
     return Line(**(values | changes))  # type: ignore[arg-type]
 
@@ -55,7 +55,9 @@ def test_the_threshold(now_s: float, before: list[float], flagged: bool):
     assert bool(found) is flagged
 
 
-@pytest.mark.parametrize("changes", [{"source": "peer"}, {"libraries": True}, {"bundle": "other"}])
+@pytest.mark.parametrize(
+    "changes", [{"source": "peer"}, {"libraries": True}, {"whole": True}, {"bundle": "other"}]
+)
 def test_only_runs_of_one_kind_are_compared(changes: dict[str, object]):
     before = [line(0.1, **changes)] * 5
     assert regressions({"n": [line(9.0)]}, {"n": before}) == []

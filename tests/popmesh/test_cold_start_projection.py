@@ -95,9 +95,22 @@ def test_rates_of_a_drill_are_those_of_its_runs(tmp_path: Path):
     # The middle run: 2 s, 0.8 s of it load 100 MB, and the router sees it 0.05 s later.
     assert rates.load_bytes_per_s == pytest.approx(100e6 / 0.8)
     assert rates.fixed_s == pytest.approx(2.05 - 0.8)
-    assert "3 runs of fake (100 MB) on p1" in rates.load_from
+    assert "3 cold starts of fake (100 MB) on p1" in rates.load_from
     given = given_rates(7e9, path)
     assert (given.load_bytes_per_s, given.fixed_s) == (7e9, rates.fixed_s)
+
+
+def test_the_larger_model_tells_the_rate_and_the_drill_the_rest(tmp_path: Path):
+    path = tmp_path / "report.json"
+    write_json(drill_of(runs_of(2.0)), path)
+    drill = measured_rates(path, NOWHERE)
+    rates = measured_rates(path, BENCHMARK)
+    assert rates.load_bytes_per_s == measured_rates(NOWHERE, BENCHMARK).load_bytes_per_s
+    assert (rates.fixed_s, rates.fixed_from) == (drill.fixed_s, drill.fixed_from)
+    huge = runs_of(2.0)
+    huge[0].bundle_bytes = 10**12
+    write_json(drill_of(huge), path)
+    assert measured_rates(path, BENCHMARK).load_bytes_per_s == drill.load_bytes_per_s
 
 
 def test_without_a_drill_the_benchmark_tells_and_says_so():

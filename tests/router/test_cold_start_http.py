@@ -13,7 +13,7 @@ from tests.fakes.fake_node import FakeNode, idle_engine
 from tests.router.router_mesh import RouterMesh, running_mesh
 from wire.messages import COLD_START, Drill, DrillReport
 
-REPORT = {"model": "fake-model", "node": "iad-1", "total_s": 0.4, "phases": []}
+REPORT = {"model": "fake-model", "node": "iad-1", "total_s": 0.4, "said_s": 0.4, "phases": []}
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +122,73 @@ async def test_what_cannot_be_held_is_refused_by_name(monkeypatch, node, body, s
         assert got == status
         assert words in said["error"]["message"]
         assert not any(fake.drills for fake in mesh.nodes.values())
+
+
+@pytest.mark.parametrize(
+    ("warmth", "status"),
+    [("disk", 200), ("warm", 200), ("absent", 409), ("fetching", 409), ("", 409)],
+)
+async def test_a_model_comes_from_a_peer_only_where_one_has_it(monkeypatch, warmth, status):
+    async with running_mesh(monkeypatch) as mesh:
+        for name in ("fra-1", "lhr-1"):
+            node = mesh.nodes[name]
+            node.load = idle_engine("fake-model", warmth=warmth)
+            node.tell(node.load_message())
+        await mesh.wait_status(lambda e: e["lhr-1"]["warmth"] == e["fra-1"]["warmth"] == warmth)
+        ColdStart(mesh, mesh.nodes["iad-1"])
+        got, said = await ask(mesh, options={"from": "peer"})
+        assert got == status
+        if status == 409:
+            assert "cannot bring it from a peer" in said["error"]["message"]
+            assert not mesh.nodes["iad-1"].drills
+
+
+class Anew:
+    """Lets a fake node start anew as a whole, and tell of it when it is asked."""
+
+    def __init__(self, node: FakeNode) -> None:
+        self.node = node
+        self.tasks: list[asyncio.Task[None]] = []
+        node.cold_start = self.told
+
+    def told(self, drill: Drill) -> None:
+        if "recall" in json.loads(drill.options):
+            self.node.tell(DrillReport(drill.number, json.dumps(REPORT).encode(), ""))
+        else:
+            self.tasks.append(asyncio.create_task(self.start()))
+
+    async def start(self) -> None:
+        await self.node.stop()
+        await self.node.start()
+
+
+async def test_a_whole_node_is_asked_again_when_it_is_back(monkeypatch):
+    async with running_mesh(monkeypatch) as mesh:
+        node = mesh.nodes["iad-1"]
+        Anew(node)
+        status, said = await ask(mesh, options={"whole": True})
+        assert status == 200
+        assert said["node"] == "iad-1"
+        assert said["seen_ready_s"] is not None
+        first, second = node.drills
+        assert json.loads(second.options) == {"recall": first.number}
+        assert node.starts == 2
+
+
+async def test_a_whole_node_that_does_not_come_back_is_said(monkeypatch):
+    async with running_mesh(monkeypatch) as mesh:
+        node = mesh.nodes["iad-1"]
+        node.cold_start = lambda drill: mesh.nodes["iad-1"].connections[0].drop()
+        status, said = await ask(mesh, options={"whole": True}, duration_s=0.5)
+        assert status == 502
+        assert "iad-1 did not come back within 0.5 s" in said["error"]["message"]
+
+
+async def test_a_whole_node_that_stays_says_why(monkeypatch):
+    async with running_mesh(monkeypatch) as mesh:
+        node = mesh.nodes["iad-1"]
+        node.cold_start = lambda drill: node.tell(DrillReport(drill.number, b"", "no bundle"))
+        status, said = await ask(mesh, options={"whole": True})
+        assert (status, said["error"]["code"]) == (502, "drill_failed")
+        assert "iad-1: no bundle" in said["error"]["message"]
+        assert node.starts == 1

@@ -148,3 +148,50 @@ async def test_explain_shows_the_wait_and_status_the_memory(
         status = await mesh.get_json("/popmesh/status")
         assert status["routable"] == [MODEL]
         assert {"memory_bytes", "memory_used_bytes"} <= status["nodes"][0].keys()
+
+
+async def test_a_region_that_keeps_asking_gets_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first requests cross the ocean; meanwhile the model is loaded where they come from."""
+    from_iad = {"x-popmesh-client-geo": "38.9,-77.4"}
+    async with running_mesh(monkeypatch, THREE) as mesh:
+        for node in mesh.nodes.values():
+            node.memory_bytes = 10**9
+        fra, iad = mesh.nodes["fra-1"], mesh.nodes["iad-1"]
+        fra.warmth = "warm"
+        fra.loaded()
+        await make_cold(mesh, "lhr-1", "iad-1")
+        for _ in range(3):
+            async with await mesh.chat(from_iad) as response:
+                assert response.headers["x-popmesh-prefill"] == "fra-1"
+                await response.read()
+        await iad.wait_until(lambda: bool(iad.warms))
+        assert (iad.warms[0].model, iad.loads, mesh.nodes["lhr-1"].loads) == (MODEL, 1, 0)
+        placement = await mesh.get_json("/popmesh/placement")
+        assert (placement["warm_per_min"], placement["cool_after_s"]) == (2.0, 300.0)
+        (decision,) = placement["decisions"]
+        assert (decision["model"], decision["region"]) == (MODEL, "na")
+        assert decision["nodes"] == ["iad-1"]
+        assert decision["kept_s"] == pytest.approx(300.0, abs=30.0)
+        assert "iad-1 has it on its disk" in decision["why"]
+        metrics = await (await mesh.http.get("/metrics")).text()
+        assert f'popmesh_placement_nodes{{model="{MODEL}",region="na"}} 1' in metrics
+        assert "popmesh_placement_warms_total 1" in metrics
+        iad.loaded()
+        await mesh.wait_status(lambda seen: seen["iad-1"]["ready"])
+        async with await mesh.chat(from_iad) as response:
+            assert response.headers["x-popmesh-prefill"] == "iad-1"
+            await response.read()
+
+
+async def test_neither_questions_nor_operators_who_choose_nodes_are_demand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_mesh(monkeypatch, THREE) as mesh:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+        for _ in range(5):
+            async with mesh.http.post("/popmesh/explain", json=body) as response:
+                assert response.status == 200
+        pinned = {"x-popmesh-route": "prefill=iad-1,decode=iad-1"}
+        for _ in range(5):
+            await content(await mesh.chat(pinned))
+        assert (await mesh.get_json("/popmesh/placement"))["decisions"] == []

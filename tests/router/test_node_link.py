@@ -17,19 +17,26 @@ from router.links.node_link import NodeLink
 from tests.fakes.fake_node import FakeMesh, FakeNode
 from tests.router.router_mesh import make_topology
 from wire.address import Dialer
-from wire.errors import MeshError
+from wire.errors import MeshError, PeerError
 from wire.messages import (
+    COLD_START,
     MAX_VERSION,
     CacheDelta,
     Cancel,
+    Drill,
+    DrillReport,
+    DrillStarted,
     Hello,
     Load,
+    Loading,
+    Offers,
     Retarget,
     Sampling,
     StepEntry,
     Submit,
     TextInput,
     Transfer,
+    Warm,
 )
 
 
@@ -328,3 +335,43 @@ async def test_the_greeting_agrees_on_a_version() -> None:
         assert link.incarnation == "fra-1-1"
         assert link.retarget(Retarget(1, 2, Transfer(bytes(16), "lhr-1", "127.0.0.1:1")))
         await node.wait_until(lambda: len(node.retargets) == 1)
+
+
+async def test_words_of_version_3_have_no_way_to_an_older_node() -> None:
+    node = fake()
+    node.max_version = 2
+    async with linked(node) as (link, heard):
+        assert not link.warm(Warm("fake-model", 1000))  # there is no connection yet
+        await heard.wait("up")
+        assert not link.warm(Warm("fake-model", 1000))
+        with pytest.raises(PeerError, match="needs 3"):
+            await link.ask(7, Drill(7, COLD_START, "fake-model", 1000))
+        link.send(Cancel(3))
+        await node.wait_until(lambda: node.cancels == [3])
+        assert (node.warms, node.drills) == ([], [])
+
+
+async def test_what_a_node_says_of_its_models_is_heard() -> None:
+    node = fake()
+    async with linked(node) as (link, heard):
+        await heard.wait("up")
+        assert link.warm(Warm("fake-model", 1000))
+        await node.wait_until(lambda: node.warms == [Warm("fake-model", 1000)])
+        node.tell(Offers(node.hello().models))
+        await heard.wait("offers")
+        assert ("offers", node.hello().models) in heard.log
+        node.tell(Loading(99, 2000))  # of a stream that nobody knows any more
+        await node.wait_until(lambda: node.cancels == [99])
+        assert link.unknown_stream_messages == 1
+
+
+async def test_a_drill_that_reports_is_answered_by_its_report_or_its_refusal() -> None:
+    node = fake()
+    report = DrillReport(7, b"{}", "")
+    node.cold_start = lambda drill: node.tell(report)
+    async with linked(node) as (link, heard):
+        await heard.wait("up")
+        assert await link.ask(7, Drill(7, COLD_START, "fake-model", 1000)) == report
+        node.drill_error = "a drill is held already"
+        refused = await link.ask(8, Drill(8, COLD_START, "fake-model", 1000))
+        assert refused == DrillStarted(8, "a drill is held already")

@@ -1,7 +1,8 @@
 """The request machine under random faults in random order: exactly once, right text, one end.
 
 Simulated nodes script what each leg says; hand-overs break, legs detach, nodes keep KV, links go,
-cancels cross answers, routes are missing. Each check of an effect is an invariant of the machine.
+models have to be loaded first, cancels cross answers, routes are missing. Each check of an effect
+is an invariant of the machine.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from router.request.events import (
     SendCancel,
     SendRetarget,
     SendSubmit,
+    SendWarm,
     Tick,
     Tokens,
     Unroutable,
@@ -47,6 +49,7 @@ from wire.messages import (
     Detached,
     Failed,
     Finished,
+    Loading,
     Refused,
     Sampling,
     StepEntry,
@@ -79,8 +82,9 @@ def wanted_at(index: int, count: int) -> bytes:
 class Leg:
     """A simulated leg: it says its messages in order, each at a random moment.
 
-    ``handoff`` is what a prefill leg says once its hand-over is taken; ``transfer`` names the one
-    that it works on. ``over``: the router heard its end, or lost the link.
+    ``handoff`` is what a prefill leg says once its hand-over is taken, ``later`` what a decode leg
+    says once its prefill leg was sent; ``transfer`` names the hand-over that it works on. ``over``:
+    the router heard its end, or lost the link.
     """
 
     node: str
@@ -89,6 +93,7 @@ class Leg:
     transfer: bytes
     said: list[Event] = field(default_factory=list)
     handoff: Event | None = None
+    later: list[Event] = field(default_factory=list)
     cancelled: bool = False
     over: bool = False
 
@@ -109,6 +114,7 @@ class Simulation:
         self.now = 0.0
         self.stream = 0
         self.legs: list[Leg] = []
+        self.held: set[int] = set()  # streams whose prefill leg waits for the decode leg
         self.hands: dict[int, int] = {}  # by stream: the index from which decode goes on
         self.kept: dict[str, int] = {}
         self.kinds: set[str] = set()
@@ -133,6 +139,11 @@ class Simulation:
         match effect:
             case SendSubmit(node, message):
                 self.submitted(node, message)
+            case SendWarm(node, message):
+                assert message.model == "m"
+                assert self.stream in self.held
+                assert not [leg for leg in self.legs if leg.submit.stream == self.stream]
+                self.kinds.add("warm")
             case SendRetarget(node, message):
                 self.retargeted(node, message.stream, message.attempt, message.transfer.id)
             case SendCancel(node, stream):
@@ -180,7 +191,7 @@ class Simulation:
             others = set(NODES) - running.barred - {leg.node}
             if others and dice < 0.7:
                 self.kinds.add("retarget")
-                routed = self.routed(leg.node, self.rng.choice(sorted(others)))
+                routed = self.routed(leg.node, self.rng.choice(sorted(others)), cold=0.0)
                 recovery = Recovery("retarget", 0.1)
                 return replace(routed, keeps_prefill=True, recovery=recovery)
         return self.any_route()
@@ -189,9 +200,12 @@ class Simulation:
         prefill = self.rng.choice(NODES)
         return self.routed(prefill, self.rng.choice([prefill, *NODES]))
 
-    def routed(self, prefill: str, decode: str) -> Routed:
+    def routed(self, prefill: str, decode: str, cold: float = 0.3) -> Routed:
         self.stream += 1
-        route = Route(prefill, decode, "x", "y", 0.1, (), "1", "1")
+        loads = [2.0 * (self.rng.random() < cold) for _ in ("prefill", "decode")]
+        route = Route(prefill, decode, "x", "y", 0.1, (), "1", "1", *loads)
+        if loads[1] and prefill != decode:
+            self.held.add(self.stream)
         return Routed(route, self.stream, self.rng.randbytes(16), "127.0.0.1:9")
 
     # ---- simulated nodes ----------------------------------------------------------------------
@@ -211,14 +225,17 @@ class Simulation:
         if submit.leg != "decode":
             assert wanted(start) == self.text  # forced is exactly what the client has
         first, last = start, self.answer
+        if submit.leg != "both":
+            hand = self.hands.setdefault(stream, min(self.answer, start + rng.randint(1, 2)))
+            first, last = (start, hand) if submit.leg == "prefill" else (hand, self.answer)
         if submit.leg == "prefill":
-            last = self.hands[stream] = min(self.answer, start + rng.randint(1, 2))
-        elif submit.leg == "decode":
-            first = self.hands[stream]
+            self.prefill_sent(stream)
         if rng.random() < self.trouble / 3:
             code = rng.choice(["overloaded", "engine_died"])
             leg.said = [NodeSaid(node, Refused(stream, code, "", True, 0))]
             return
+        if rng.random() < 0.3:
+            leg.said += [NodeSaid(node, Loading(stream, eta_ms)) for eta_ms in self.estimates()]
         leg.said.append(NodeSaid(node, Accepted(stream, 9, 0)))
         at = first
         while at < last:
@@ -226,13 +243,41 @@ class Simulation:
             leg.said.append(Tokens(node, entry(stream, at, count)))
             at += count
         if submit.leg == "decode" and first >= self.answer:
-            leg.said = [NodeSaid(node, Failed(stream, "answer_complete", "", True))]
+            accepted = leg.said if stream in self.held else []
+            leg.said = [*accepted, NodeSaid(node, Failed(stream, "answer_complete", "", True))]
         elif submit.leg == "prefill" and last < self.answer:
             leg.handoff = NodeSaid(node, Finished(stream, "handoff", last, 0, 0, REPORT))
         else:
             leg.said.append(NodeSaid(node, Finished(stream, "stop", last, 0, 0, None)))
         if rng.random() < self.trouble:
             self.break_leg(leg)
+        if submit.leg == "decode" and stream in self.held:
+            events = enumerate(leg.said, 1)
+            at = next(
+                (
+                    at
+                    for at, e in events
+                    if isinstance(e, NodeSaid) and isinstance(e.message, Accepted)
+                ),
+                len(leg.said),
+            )
+            leg.said, leg.later = leg.said[:at], leg.said[at:]
+
+    def estimates(self) -> list[int]:
+        """What a node says while it loads the model; sometimes more than the request has."""
+        late = self.rng.random() < self.trouble / 3
+        return [2000] * self.rng.randint(1, 3) + [200_000] * late
+
+    def prefill_sent(self, stream: int) -> None:
+        """A decode leg that waited for it goes on."""
+        if stream not in self.held:
+            return
+        self.held.discard(stream)
+        self.kinds.add("held")
+        legs = [leg for leg in self.legs if leg.submit.stream == stream]
+        (decode,) = [leg for leg in legs if leg.submit.leg == "decode"]
+        assert not decode.said, "the prefill leg was sent before its decode leg had blocks"
+        decode.said, decode.later = decode.later, []
 
     def break_leg(self, leg: Leg) -> None:
         """It stops somewhere, in one of many ways."""
@@ -283,7 +328,7 @@ class Simulation:
         for leg in self.legs:
             if (leg.node, leg.submit.stream) != (node, stream) or leg.over or leg.cancelled:
                 continue
-            leg.cancelled, leg.handoff = True, None
+            leg.cancelled, leg.handoff, leg.later = True, None, []
             late = leg.said[: self.rng.randint(0, len(leg.said))]  # on its way already
             ended = any(
                 isinstance(e, LinkLost) or type(e.message).__name__ in LATE
@@ -396,5 +441,9 @@ def test_the_simulation_reaches_what_it_is_for() -> None:
     runs = [simulate(seed, 8, 0.5, 0.0) for seed in range(300)]
     assert sum("retarget" in run.kinds for run in runs) > 20
     assert sum(bool(run.kept) for run in runs) > 20
+    assert sum("held" in run.kinds for run in runs) > 20
+    assert sum("warm" in run.kinds for run in runs) > 5
+    outcomes = [attempt.outcome for run in runs for attempt in run.machine.record.attempts]
+    assert outcomes.count("not_loaded") > 5
     assert sum(run.text == wanted(8) for run in runs) > 200
     assert NodeStart("a", "1") in {start for run in runs for start in run.machine._setbacks._kept}

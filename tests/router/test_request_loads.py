@@ -23,6 +23,7 @@ from router.request.events import (
 )
 from router.request.record import LoadWaited
 from router.routing.avoidance import NodeStart
+from router.routing.costs import Reason
 from router.routing.policy import Route
 from tests.router.test_request_machine import entry, machine, routed, text_of, wanted
 from wire.messages import Accepted, Detached, Finished, Loading, Refused, Warm
@@ -132,6 +133,20 @@ def test_a_cold_prefill_node_is_told_to_load_while_its_leg_is_held() -> None:
         "d": LoadWaited(3000, pytest.approx(2900.0)),
         "p": LoadWaited(500, pytest.approx(400.0)),
     }
+
+
+def test_what_a_held_prefill_leg_has_left_is_known() -> None:
+    """3 s of its own load and 1 s of computing; 2 s of the load pass while it is held."""
+    m = machine()
+    routed = cold(prefill_s=3.0, decode_s=2.0)
+    route = replace(routed.route, reasons=(Reason("load", 3.0, ""), Reason("prefill", 1.0, "")))
+    m.handle(replace(routed, route=route), 0.0)
+    m.handle(NodeSaid("d", Accepted(1, 10, 0)), 2.0)
+    assert m.handle(NodeSaid("d", Accepted(1, 10, 0)), 2.1) == []  # said twice, begun once
+    (*_, replan) = m.handle(LinkLost("d"), 2.5)
+    assert isinstance(replan, Replan)
+    assert replan.broken.running is not None
+    assert replan.broken.running.remaining_s == pytest.approx(1.5)
 
 
 def test_no_model_is_held_beyond_the_request() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from router.routing.avoidance import NodeStart
 from router.routing.loading import (
+    CROWD,
     OVERRUN,
     UNKNOWN_FETCH_S,
     UNKNOWN_LOAD_S,
@@ -22,6 +23,7 @@ from router.routing.loading import (
 )
 from router.routing.policy import Pin, choose
 from router.routing.recovery import Broken, RunningPrefill, choose_recovery
+from router.routing.refusals import REFUSED_S
 from router.routing.view import Pending, View
 from router.routing.view_builder import Reservation, ViewBuilder
 from tests.fakes.fake_node import FakeMesh, FakeNode, idle_engine
@@ -170,6 +172,10 @@ def test_a_node_that_cannot_load_it_is_out_and_says_why() -> None:
     plan = pick(all_cold(fra_1=full), request())
     assert plan.route.prefill == "lhr-1"
     assert ("fra-1", "cannot load it: two others are answering") in plan.rejected
+    everywhere = dict.fromkeys(("fra_1", "lhr_1", "iad_1", "syd_1"), full)
+    with pytest.raises(OverloadError, match="two others") as caught:
+        pick(view_of(FOUR, **everywhere), request())
+    assert caught.value.retry_after_s == REFUSED_S
 
 
 def test_residency_holds_for_loads() -> None:
@@ -215,9 +221,17 @@ def burst(count: int, tokens: int = 100) -> dict[str, int]:
     return went
 
 
-@pytest.mark.parametrize("count", [2, 50, 300])
+@pytest.mark.parametrize("count", [2, 50, CROWD])
 def test_a_burst_for_a_cold_model_makes_one_node_load_it(count: int) -> None:
     assert burst(count) == {"fra-1": count}
+
+
+def test_a_crowd_is_a_reason_for_a_second_load_and_no_more() -> None:
+    assert burst(2 * CROWD) == {"fra-1": CROWD, "lhr-1": CROWD}
+    waits = cold("loading", 2000, waiting=CROWD)
+    assert pair(all_cold(fra_1=waits), request(FRA))[1] == "lhr-1"
+    near = cold("loading", 2000, waiting=CROWD - 1)
+    assert pair(all_cold(fra_1=near), request(FRA)) == ("fra-1", "fra-1")
 
 
 def test_routers_agree_on_who_loads() -> None:
@@ -318,3 +332,32 @@ def test_no_plan_loads_what_it_must_not(states: list[Any], deadline: float, seed
             if wait_s:
                 assert wait_s < deadline
                 assert not engine.warm_refused
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    etas=st.lists(st.sampled_from([0, 500, 4000, 20_000]), min_size=4, max_size=4),
+    queued=st.lists(st.integers(0, 5000), min_size=4, max_size=4),
+    tokens=st.integers(1, 4000),
+)
+def test_the_search_finds_the_cheapest_pair_of_cold_and_warm_nodes(
+    etas: list[int], queued: list[int], tokens: int
+) -> None:
+    """Against brute force: pinning every pair in turn finds nothing cheaper."""
+    split = make_topology(
+        {"fra-1": BOTH, "lhr-1": BOTH, "iad-1": ("prefill",), "syd-1": ("decode",)}
+    )
+    changes = {
+        name.replace("-", "_"): cold("disk", eta_ms, ready=eta_ms == 0, queued_prefill_tokens=some)
+        for name, eta_ms, some in zip(split.nodes, etas, queued, strict=True)
+    }
+    view, asked = view_of(split, **changes), request(tokens=tokens)
+    costs = [
+        pick(view, replace(asked, pin=Pin(p, d))).route.cost_s
+        for p in ("fra-1", "lhr-1", "iad-1")
+        for d in ("fra-1", "lhr-1", "syd-1")
+    ]
+    plan = pick(view, asked)
+    ranked = [plan.route.cost_s, *(route.cost_s for route in plan.fallbacks)]
+    assert min(ranked) == pytest.approx(min(costs))
+    assert sorted(ranked) == pytest.approx(sorted(costs)[: len(ranked)])

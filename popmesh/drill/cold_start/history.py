@@ -36,15 +36,16 @@ class Line(msgspec.Struct, rename={"source": "from"}):
     started: str
     source: str
     libraries: bool
+    whole: bool
     bundle: str
     bundle_bytes: int
     time_s: float
     phases: dict[str, float]
 
     @property
-    def kind(self) -> tuple[str, bool, str]:
+    def kind(self) -> tuple[str, bool, bool, str]:
         """Runs of one kind can be compared."""
-        return self.source, self.libraries, self.bundle
+        return self.source, self.libraries, self.whole, self.bundle
 
 
 def lines_of(drill: ColdStartDrill) -> dict[str, list[Line]]:
@@ -60,6 +61,7 @@ def _line(drill: ColdStartDrill, run: Run) -> Line:
         started=drill.started,
         source=drill.source,
         libraries=drill.libraries,
+        whole=drill.whole,
         bundle=run.bundle,
         bundle_bytes=run.bundle_bytes,
         time_s=run.time_s,

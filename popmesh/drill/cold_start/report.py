@@ -14,6 +14,9 @@ from popmesh.drill.statistics import Quantiles
 
 SCHEMA = 1
 
+MOVING = ("read", "verify", "decode", "to_device")
+"""Phases that the model's bytes go through, overlapping: their length grows with the model."""
+
 
 class RouterSaid(ColdStartReport):
     """What a router answers: the node's report, when the router would have sent requests there
@@ -36,6 +39,7 @@ class Run(msgspec.Struct):
     drop_s: float
     bundle: str
     bundle_bytes: int
+    load_average: float
     cold: Cold
     phases: list[Phase]
 
@@ -44,14 +48,17 @@ class Run(msgspec.Struct):
         lengths = [phase.end_s - phase.start_s for phase in self.phases if phase.name == name]
         return sum(lengths) if lengths else None
 
-    def load_s(self) -> float:
-        """From the first byte of the model wanted to all of it in place; 0 if nobody said."""
-        return self.length_s("load") or self.length_s("read") or 0.0
+    def bytes_s(self) -> float:
+        """From the first byte read to the last one in its place; 0 if nobody said."""
+        moving = [phase for phase in self.phases if phase.name in MOVING]
+        if not moving:
+            return 0.0
+        return max(phase.end_s for phase in moving) - min(phase.start_s for phase in moving)
 
-    def load_bytes_per_s(self) -> float | None:
-        """What was read, over all of the load; None if that is not known."""
+    def bytes_per_s(self) -> float | None:
+        """What was read, over ``bytes_s``; None if that is not known."""
         read = sum(phase.nbytes for phase in self.phases if phase.name == "read")
-        return read / self.load_s() if read and self.load_s() else None
+        return read / self.bytes_s() if read and self.bytes_s() else None
 
 
 class Regression(msgspec.Struct, frozen=True):
@@ -91,6 +98,7 @@ class ColdStartDrill(msgspec.Struct, rename={"source": "from"}):
     nodes: list[str]
     source: Source
     libraries: bool
+    whole: bool
     budget_s: float | None
     passed: bool
     problems: list[str]
@@ -103,7 +111,9 @@ class ColdStartDrill(msgspec.Struct, rename={"source": "from"}):
 def make_run(number: int, said: RouterSaid) -> Run:
     """A run from what the router answered; when the router saw it is the last of its phases."""
     seen_s = said.seen_ready_s
-    phases = [*said.phases, Phase("ready", _last_s(said.phases), said.total_s)]
+    phases = list(said.phases)
+    if said.total_s > _last_s(said.phases):
+        phases.append(Phase("ready", _last_s(said.phases), said.total_s))
     if seen_s is not None and seen_s > said.total_s:
         phases.append(Phase("in the plan", said.total_s, seen_s))
     return Run(
@@ -116,6 +126,7 @@ def make_run(number: int, said: RouterSaid) -> Run:
         drop_s=said.drop_s,
         bundle=said.bundle,
         bundle_bytes=said.bundle_bytes,
+        load_average=said.load_average,
         cold=said.cold,
         phases=phases,
     )

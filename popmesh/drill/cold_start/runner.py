@@ -41,6 +41,7 @@ class Config:
     site: str | None
     source: Source
     libraries: bool
+    whole: bool
     runs: int
     budget_s: float | None
     longest_s: float
@@ -76,10 +77,15 @@ class ColdStarts:
 
     def _announce(self, mesh: str, nodes: list[str]) -> None:
         config = self._config
-        cold = "its model's files" + (", Python and its libraries" if config.libraries else "")
+        files = "Its files" + (", Python and its libraries" if config.libraries else "")
+        cold = f"{files} are dropped from memory first."
+        if config.source != "disk":
+            cold = "The copy on the disk is put aside meanwhile."
+        what = "start anew with" if config.whole else "take down and start"
+        often = "once" if config.runs == 1 else f"{config.runs} times"
         self._say(
-            f"Mesh {mesh}: {', '.join(nodes)} will be taken down in turn, {config.runs} times, "
-            f"and start {config.model} from {config.source} with {cold} dropped from memory."
+            f"Mesh {mesh}: {', '.join(nodes)} will {what} {config.model}, {often}, from "
+            f"{config.source}. {cold}"
         )
 
     async def _once(
@@ -88,7 +94,7 @@ class ColdStarts:
         """One run; returns why it failed. Raises when it could not be held."""
         config = self._config
         await self._wait_ready(client, node)
-        options = msgspec.to_builtins(Options(config.source, config.libraries))
+        options = msgspec.to_builtins(Options(config.source, config.libraries, config.whole))
         try:
             answer = await client.cold_start(
                 node, config.model, options, config.longest_s, config.alone
@@ -141,6 +147,7 @@ class ColdStarts:
             nodes=nodes,
             source=config.source,
             libraries=config.libraries,
+            whole=config.whole,
             budget_s=config.budget_s,
             passed=not problems,
             problems=problems,
@@ -168,7 +175,8 @@ def pick_nodes(status: dict[str, Any], model: str, node: str | None, site: str |
     nodes = status["nodes"]
     if node is not None:
         nodes = [said for said in nodes if said["name"] == node]
-        missing, known = f"no node is called {node!r}", [said["name"] for said in status["nodes"]]
+        missing = f"no node is called {node!r}"
+        known = sorted(said["name"] for said in status["nodes"])
     else:
         nodes = [said for said in nodes if said["site"] == site]
         missing = f"no node is at site {site!r}"

@@ -247,3 +247,22 @@ async def test_a_bundle_brought_from_elsewhere_is_put_aside_meanwhile(bundle: Pa
     report = msgspec.json.decode(said.report, type=ColdStartReport)
     assert report.source == "peer"
     assert report.cold.model is None
+
+
+async def test_a_fetch_that_fails_leaves_the_model_as_it_was(bundle: Path):
+    away = bundle.with_name("away")
+
+    @contextlib.contextmanager
+    def aside(model: str) -> Iterator[None]:
+        bundle.rename(away)
+        try:
+            yield
+        finally:
+            away.rename(bundle)
+
+    host = FakeHost(bundle, fail="start m peer")
+    _, said = await hold(host, aside, **{"from": "peer"})
+    assert said is not None
+    assert "does not come up" in said.error
+    assert host.calls == ["down m", "start m peer", "start m disk"]
+    assert host.resident_at_start >= 0, "its own copy was there again"

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from kernels.ops import load_ops
 from pop_node.models.llama import LlamaConfig
-from pop_node.models.registry import load_backend, load_model, read_weights
+from pop_node.models.registry import load_backend, load_model, prepare, read_weights
+from pop_node.models.rope import cos_sin_table
 from wire.errors import ConfigError
 
 GOOD = {
@@ -157,3 +158,18 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         LlamaConfig.from_hf({**GOOD, **changes})
     assert error.value.where == "config.json"
+
+
+def test_what_was_prepared_from_another_configuration_is_not_used(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    right = load_model(tmp_path, "float32", load_ops("reference", 1))._cos_sin
+    good = (tmp_path / "config.json").read_text()
+    for content in (json.dumps({**GOOD, "rope_theta": 7.0}), "{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        prepare(tmp_path)  # says nothing: who loads will
+    (tmp_path / "config.json").write_text(good)
+    assert torch.equal(load_model(tmp_path, "float32", load_ops("reference", 1))._cos_sin, right)
+    cos_sin_table.cache_clear()
+    prepare(tmp_path)
+    load_model(tmp_path, "float32", load_ops("reference", 1))
+    assert (cos_sin_table.cache_info().hits, cos_sin_table.cache_info().misses) == (1, 1)

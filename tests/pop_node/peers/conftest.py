@@ -32,8 +32,8 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gathering, "LOOK_S", 0.02)
     monkeypatch.setattr(bring, "LOOK_S", 0.02)
     monkeypatch.setattr(survey, "AGAIN_S", 0.05)
-    monkeypatch.setattr(choice, "TURN_S", 0.3)
-    monkeypatch.setattr(client, "STALL_S", 0.5)
+    monkeypatch.setattr(choice, "TURN_S", 1.0)
+    monkeypatch.setattr(client, "STALL_S", 2.0)
     monkeypatch.setattr(client, "MAX_RETRY_AFTER_S", 0.05)
     monkeypatch.setattr(fetch, "BACKOFF_S", 0.001)
 

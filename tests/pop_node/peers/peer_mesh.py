@@ -88,6 +88,7 @@ class Neighbour:
             rate_bytes_per_s=rate_bytes_per_s,
             is_busy=is_busy,
             authorize=check,
+            wanting=self.bringer.wanted,
             bringing=self.bringer.from_origin,
         )
         self.address = ""

@@ -32,6 +32,7 @@ class Rogue:
         self.cut_after = -1  # bytes of data per answer, then the connection is reset
         self.pause_s = 0.0  # before each piece of 1 KiB of data
         self.status = 0  # of every answer about data
+        self.drip_s = 0.0  # before each byte of everything else
         self.extra = b""  # more than was asked for
         self.bringing: list[str] = []
         self.requests: list[str] = []
@@ -50,7 +51,7 @@ class Rogue:
             chunks=len(data.chunks),
             arrived=sum(self.marks),
         )
-        return msgspec.json.encode(Inventory(self.name, [stocked], self.bringing))
+        return msgspec.json.encode(Inventory(self.name, [stocked], [], self.bringing))
 
     def content(self, name: str) -> bytes:
         return self.spoil.get(name) or (self.bundle / name).read_bytes()
@@ -80,6 +81,13 @@ def misbehaving(name: str, bundle: Path) -> Iterator[Rogue]:
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            if rogue.drip_s:
+                with suppress(OSError):
+                    for byte in body:
+                        if rogue.released.wait(rogue.drip_s):
+                            return
+                        self.wfile.write(bytes([byte]))
+                return
             self.wfile.write(body)
 
         def _data(self) -> None:

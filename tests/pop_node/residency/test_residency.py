@@ -135,6 +135,30 @@ def test_missing_models_are_fetched_the_wanted_ones_first() -> None:
     assert node.handle(ev.Fetched("b", 3 * GB, GB), 4.0) == []
 
 
+def test_an_engine_begins_while_the_rest_arrives_if_somebody_asks() -> None:
+    node = Residency("ab", fetchable="ab", budget_bytes=4 * GB)
+    node.handle(ev.Started(), 0.0)
+    assert node.handle(ev.Arriving("a", 3 * GB, GB), 1.0) == []
+    assert node.handle(ev.Wanted("a", 60.0), 1.0) == [ev.Load("a")]
+    assert node.handle(ev.Fetched("a", 3 * GB, GB), 2.0) == [ev.Fetch("b")]
+    warm(node, 3.0, "a")
+    node.handle(ev.Held("b", 60.0), 4.0)
+    assert node.handle(ev.Arriving("b", 3 * GB, GB), 5.0) == [ev.Unload("a")]
+    assert node.handle(ev.Left("a"), 6.0) == [ev.Load("b")]
+    assert node.handle(ev.FetchFailed("b", "a broken line"), 7.0) == [ev.Unload("b")]
+    node.handle(ev.Left("b"), 8.0)
+    assert node.why_refused("b", 8.0) == "a broken line"
+
+
+def test_what_does_not_fit_the_disk_comes_when_somebody_asks() -> None:
+    node = Residency("ab", fetchable="ab", budget_bytes=4 * GB)
+    node.handle(ev.Started(), 0.0)
+    assert node.handle(ev.PutOff("a"), 1.0) == [ev.Fetch("b")]
+    assert node.next_deadline() is None
+    assert node.why_refused("a", 1.0) == ""
+    assert node.handle(ev.Held("a", 60.0), 1.0) == [ev.Fetch("a")]
+
+
 def test_a_failed_fetch_is_told_and_tried_again_later_and_later() -> None:
     node = Residency("a", fetchable="a")
     node.handle(ev.Started(), 0.0)
@@ -208,6 +232,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.legs = dict.fromkeys(SIZES, 0)
         self.held: dict[str, float] = {}
         self.fetching: set[str] = set()
+        self.arriving: set[str] = set()
         self.engines: dict[str, str] = {}  # starting, ready, ending
         self.node = Residency(
             list(SIZES), pinned=PINNED, fetchable="abde", budget_bytes=BUDGET * GB
@@ -230,7 +255,7 @@ class AnyOrder(RuleBasedStateMachine):
                     assert model not in self.fetching | self.disk
                     self.fetching.add(model)
                 case ev.Load():
-                    assert model in self.disk
+                    assert model in self.disk | self.arriving
                     assert model not in self.engines
                     self.engines[model] = "starting"
                 case ev.Unload():
@@ -269,11 +294,19 @@ class AnyOrder(RuleBasedStateMachine):
     def fetch_ends(self, data: st.DataObject, works: bool) -> None:
         model = data.draw(st.sampled_from(sorted(self.fetching)))
         self.fetching.remove(model)
+        self.arriving.discard(model)
         if works:
             self.disk.add(model)
             self.feed(ev.Fetched(model, SIZES[model] * GB, GB))
         else:
             self.feed(ev.FetchFailed(model, "a broken line"))
+
+    @precondition(lambda self: self.fetching - self.arriving)
+    @rule(data=st.data())
+    def enough_is_there(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from(sorted(self.fetching - self.arriving)))
+        self.arriving.add(model)
+        self.feed(ev.Arriving(model, SIZES[model] * GB, GB))
 
     @precondition(lambda self: self.engines)
     @rule(data=st.data(), works=st.booleans())
@@ -284,7 +317,7 @@ class AnyOrder(RuleBasedStateMachine):
                 del self.engines[model]
                 self.legs[model] = 0
                 self.feed(ev.Left(model))
-            case "starting" if works:
+            case "starting" if works and model in self.disk:
                 self.engines[model] = "ready"
                 self.waiting.pop(model, None)
                 self.feed(ev.Ready(model, 1.0))
@@ -328,12 +361,13 @@ class AnyOrder(RuleBasedStateMachine):
                 if self.engines[model] == "ending":
                     del self.engines[model]
                     self.feed(ev.Left(model))
-                elif self.engines[model] == "starting":
+                elif self.engines[model] == "starting" and model in self.disk:
                     self.engines[model] = "ready"
                     self.waiting.pop(model, None)
                     self.feed(ev.Ready(model, 1.0))
             for model in list(self.fetching):
                 self.fetching.remove(model)
+                self.arriving.discard(model)
                 self.disk.add(model)
                 self.feed(ev.Fetched(model, SIZES[model] * GB, GB))
             if not self.fetching and set(self.engines.values()) <= {"ready"}:
@@ -344,5 +378,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert all(self.node.state(m).memory in ("out", "warm") for m in SIZES)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestAnyOrder = AnyOrder.TestCase

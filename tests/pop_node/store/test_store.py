@@ -316,7 +316,7 @@ def test_a_second_add_waits_for_the_first_and_sees_its_model(store: Store, sourc
         assert converting.wait(30)
         two = pool.submit(Store(store.root).add, str(source), "tiny", "float32", second)
         assert one.result() == two.result()
-    assert phases == ["wait"]
+    assert set(phases) == {"wait"}
 
 
 def test_names_added_at_once_share_one_bundle(store: Store, source: Path) -> None:

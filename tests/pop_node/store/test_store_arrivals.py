@@ -17,8 +17,12 @@ from tiny_models import write_huggingface
 from kernels.ops import load_ops
 from pop_node.models import registry
 from pop_node.store import arrivals, layout
+from pop_node.store import bundle as bundle_module
+from pop_node.store import partial as partial_module
 from pop_node.store.arrivals import CHECKED, REFUSED, Arrivals, Marks
-from pop_node.store.holding import Hold
+from pop_node.store.bundle import check_tensor
+from pop_node.store.holding import Hold, claimed
+from pop_node.store.layout import TensorEntry
 from pop_node.store.manifest import Manifest, bundle_digest
 from pop_node.store.partial import Partial, partial_bundle
 from pop_node.store.source import unwatched
@@ -94,7 +98,7 @@ def arriving(sender: Sender) -> Iterator[Callable[[], Manifest]]:
 def test_what_is_there_comes_first_and_the_rest_as_it_arrives(tmp_path: Path) -> None:
     marks = Marks(tmp_path, 5)
     marks.mark(3)
-    reader = Arrivals(marks._fd, 5, "here")
+    reader = Arrivals(marks._fd, 5, tmp_path)
     order = reader.as_they_come([Number(i) for i in range(5)], threading.Event())
     assert next(order).index == 3
     marks.mark(1)
@@ -107,7 +111,7 @@ def test_what_is_there_comes_first_and_the_rest_as_it_arrives(tmp_path: Path) ->
 
 def test_patience_ends_when_nothing_comes_any_more(tmp_path: Path) -> None:
     marks = Marks(tmp_path, 2)
-    reader = Arrivals(marks._fd, 2, "here")
+    reader = Arrivals(marks._fd, 2, tmp_path)
     with pytest.raises(ConfigError, match="nothing of the bundle has arrived"):
         list(reader.as_they_come([Number(0)], threading.Event(), patience_s=0.05))
     with pytest.raises(ConfigError, match="nothing of the bundle has arrived"):
@@ -123,11 +127,26 @@ def test_patience_ends_when_nothing_comes_any_more(tmp_path: Path) -> None:
     marks.close()
 
 
+def test_nothing_is_waited_for_that_nobody_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrivals, "ORPHAN_S", 0.02)
+    marks = Marks(tmp_path, 2)
+    reader = Arrivals(marks._fd, 2, tmp_path)
+    for wait in (
+        lambda: list(reader.as_they_come([Number(0)], threading.Event())),
+        lambda: reader.wait_checked(),
+    ):
+        with pytest.raises(ConfigError, match="nothing of the bundle has arrived for 0 s"):
+            wait()
+    marks.close()
+
+
 def test_a_new_writer_forgets_what_the_last_one_said(tmp_path: Path) -> None:
     first = Marks(tmp_path, 3)
     first.mark(1)
     first.judge(CHECKED)
-    reader = Arrivals(first._fd, 3, "here")
+    reader = Arrivals(first._fd, 3, tmp_path)
     assert reader.marks() == b"\0\1\0"
     second = Marks(tmp_path, 3)
     assert reader.marks() == b"\0\0\0"
@@ -209,6 +228,7 @@ def test_what_is_being_loaded_is_not_collected(tmp_path: Path, manifest: Manifes
         hold = Hold(partial.path)
     assert store.gc().num_partials == 0, "an engine reads it"
     hold.close()
+    assert store.gc(0, abandoned=False).num_partials == 0, "a later fetch is to go on with it"
     assert store.gc().num_partials == 1
 
 
@@ -221,3 +241,89 @@ def test_a_bundle_is_held_by_its_name(original: Store) -> None:
     original.remove("tiny")
     with pytest.raises(ConfigError, match="no model tiny"):
         original.hold("tiny")
+
+
+def test_a_look_at_a_bundle_does_not_stop_who_begins_to_load_it(original: Store) -> None:
+    path = original.get("tiny").path
+    looking, seen = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with claimed(path) as free:
+            assert free
+            looking.set()
+            seen.wait(0.02)
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(look)
+        assert looking.wait(10)
+        Hold(path).close()
+        seen.set()
+        result.result(10)
+
+
+def test_a_bundle_that_is_being_removed_is_not_held(original: Store) -> None:
+    path = original.get("tiny").path
+    with claimed(path) as free:
+        assert free
+        with pytest.raises(ConfigError, match="is being removed"):
+            Hold(path)
+
+
+def test_tensors_are_checked_as_soon_as_they_are_whole(
+    tmp_path: Path, original: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial_module, "CHECK_S", 0.001)
+    seen: list[str] = []
+    some = threading.Event()
+
+    def check(path: Path, manifest: Manifest, entry: TensorEntry) -> None:
+        seen.append(entry.name)
+        check_tensor(path, manifest, entry)
+        some.set()
+
+    monkeypatch.setattr(partial_module, "check_tensor", check)
+    monkeypatch.setattr(bundle_module, "check_tensor", check)
+    sender = Sender(original, Store(tmp_path / "here"), manifest)
+    with arriving(sender) as finish:
+        first, *rest = range(len(manifest.data.chunks))
+        sender.send(*rest)
+        assert some.wait(30)
+        sender.send(first)
+        finish()
+    names = {tensor.name for tensor in manifest.tensors}
+    assert set(seen) == names
+    assert len(seen) == len(names), "each is read once"
+
+
+def test_a_bit_that_flips_after_its_chunk_arrived_is_found_by_the_loader(
+    tmp_path: Path, original: Store, manifest: Manifest
+) -> None:
+    store = Store(tmp_path / "here")
+    sender = Sender(original, store, manifest)
+    with arriving(sender):
+        bundle = store.open_partial("tiny")
+        assert bundle is not None
+        sender.send(*range(len(manifest.data.chunks)))
+        with (bundle.path / manifest.data.name).open("r+b") as file:
+            file.seek(5000)
+            byte = file.read(1)
+            file.seek(5000)
+            file.write(bytes([byte[0] ^ 8]))
+        with pytest.raises(ConfigError, match=r"chunk 1 .* does not match its digest"):
+            registry.load(bundle.path, "float32", load_ops("reference", 1))
+
+
+def test_who_waits_for_another_process_can_give_up(
+    tmp_path: Path, original: Store, manifest: Manifest
+) -> None:
+    class GivenUpError(Exception):
+        pass
+
+    def give_up(phase: str, done: int, total: int) -> None:
+        raise GivenUpError(phase)
+
+    store = Store(tmp_path / "here")
+    with arriving(Sender(original, store, manifest)):
+        for name in ("tiny", "other"):  # waits for the name, and for the bundle
+            with pytest.raises(GivenUpError, match="wait"):
+                store.receive(manifest, name, "test", lambda partial: None, give_up)

@@ -284,7 +284,7 @@ def test_touching_ends_with_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
         stop.set()
         return True
 
-    monkeypatch.setattr(host_arena, "_populate", populate)
+    monkeypatch.setattr(host_arena, "populate", populate)
     arena = HostArena(LoadPlan(4 * PREPARE_BYTES, [], []), 1, 4096)
     arena.prepare(stop)
     assert touched == [PREPARE_BYTES]

@@ -1,0 +1,63 @@
+"""What an engine does while it imports torch: waits for its set-up, then reads its model.
+
+A process that was started ahead has imported everything when the set-up comes; the way is the same.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pop_node.engine.boundary import receive_setup
+from pop_node.engine.config import EngineConfig
+from pop_node.engine.port import Port
+from pop_node.engine.start_clock import StartClock
+from pop_node.kv_stream.staging import Staging
+from pop_node.store.reading import ReadBundle, is_bundle, read_bundle
+from wire.errors import PeerError
+
+
+@dataclass(frozen=True, slots=True)
+class SetUp:
+    """``bundle()`` waits for the model's bytes, None of a plain directory; raises ``ConfigError``.
+    ``came_at`` is a moment of the monotonic clock."""
+
+    config: EngineConfig
+    staging: Staging
+    came_at: float
+    bundle: Callable[[], ReadBundle | None]
+
+
+class Beginning:
+    """Two threads that end by themselves: one takes the set-up, one reads the model."""
+
+    def __init__(self, sock: socket.socket, port: Port, clock: StartClock) -> None:
+        """``port`` begins to read ``sock`` after the set-up: a start that takes long can be stopped
+        and notices an agent that is gone."""
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="beginning")
+        self._set_up = self._pool.submit(self._take, sock, port, clock)
+
+    def set_up(self) -> SetUp | None:
+        """Wait for it; None when the agent is gone or says something else."""
+        try:
+            return self._set_up.result()
+        except PeerError:
+            return None
+        finally:
+            self._pool.shutdown(wait=False)
+
+    def _take(self, sock: socket.socket, port: Port, clock: StartClock) -> SetUp:
+        config, layout, fd = receive_setup(sock)
+        came_at = time.monotonic()
+        port.start()
+        reading: Future[ReadBundle | None] = self._pool.submit(_read, config)
+        with clock.phase("setup"):
+            staging = Staging.attach(fd, layout)
+        return SetUp(config, staging, came_at, reading.result)
+
+
+def _read(config: EngineConfig) -> ReadBundle | None:
+    return read_bundle(config.model_dir) if is_bundle(config.model_dir) else None

@@ -1,0 +1,136 @@
+"""From a set-up and a model's bytes to an engine that has produced a token. Needs torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import torch
+
+from pop_node.engine.beginning import SetUp
+from pop_node.engine.block_pool import BlockPool
+from pop_node.engine.loop import EngineLoop
+from pop_node.engine.messages import Add, Ready
+from pop_node.engine.port import Port
+from pop_node.engine.runner import Runner
+from pop_node.engine.scheduler import Scheduler
+from pop_node.engine.stager import Stager
+from pop_node.engine.start_clock import StartClock
+from pop_node.engine.validate import Limits
+from pop_node.models.registry import load, load_backend, prepare
+from pop_node.store.host_arena import HUGE_PAGE_BYTES, populate, prefer_huge
+
+TOUCH_PAUSE = 3
+"""Between steps, in steps: touching the cache takes a quarter of a processor from the answers."""
+
+
+def build(port: Port, set_up: SetUp, clock: StartClock) -> tuple[EngineLoop, Ready]:
+    """Load and warm: afterwards a token was produced and nothing is held or cached."""
+    config = set_up.config
+    with clock.phase("kernels"):
+        ops = load_backend(config.backend, config.threads, batch_invariant=config.batch_invariant)
+    prepare(config.model_dir)
+    read = set_up.bundle()
+    began = time.monotonic()
+    loaded = load(config.model_dir, config.dtype, ops, read)  # held as long as the process lives
+    loaded_at = time.monotonic()
+    if read is None:
+        clock.add("load", began, loaded_at)
+    else:
+        clock.add("load", read.began, read.ended)
+    for name, phase in loaded.phases.items():
+        clock.add(name, phase.began, phase.ended, phase.nbytes)
+    model = loaded.model
+    runner = Runner(model, ops, config.num_blocks, config.block_tokens)
+    pool = BlockPool(config.num_blocks, config.block_tokens)
+    limits = Limits(
+        vocab_size=model.config.vocab_size,
+        context_tokens=min(
+            model.config.context_tokens,
+            config.context_tokens or model.config.context_tokens,
+            config.num_blocks * config.block_tokens,
+        ),
+        block_tokens=config.block_tokens,
+        num_blocks=config.num_blocks,
+    )
+    scheduler = Scheduler(
+        pool,
+        limits,
+        token_budget=config.token_budget,
+        max_sequences=config.max_sequences,
+        max_waiting=config.max_waiting,
+    )
+    first_token_at = _warm(scheduler, runner, limits)
+    pool.forget()
+    spec = model.kv_spec()
+    stager = Stager(
+        spec, runner.cache, config.block_tokens, set_up.staging, pool.generations, port.wake
+    )
+    port.attach(stager)
+    clock.add("first_token", loaded_at, first_token_at)
+    clock.add("warm", loaded_at, time.monotonic())
+    last_layer = max(layer for group in spec.groups for layer in group.layers)
+    ready = Ready(
+        pid=os.getpid(),
+        block_tokens=config.block_tokens,
+        total_blocks=config.num_blocks,
+        context_tokens=limits.context_tokens,
+        backend=ops.name,
+        kv_spec=spec.to_dict(),
+        phases_ms={
+            "import": clock.length_s("imports") * 1000,
+            "load": sum(map(clock.length_s, ("kernels", "load", "bind"))) * 1000,
+            **{name: phase.wall_s * 1000 for name, phase in loaded.phases.items()},
+            "warm": clock.length_s("warm") * 1000,
+        },
+        phase_bytes={name: phase.nbytes for name, phase in loaded.phases.items()},
+        phases=clock.spans(),
+    )
+    threading.Thread(target=_touch, args=(runner.cache,), name="touch", daemon=True).start()
+    return EngineLoop(scheduler, runner, stager, port, last_layer), ready
+
+
+def _touch(cache: tuple[torch.Tensor, ...]) -> None:
+    """Have the cache's memory before it is needed, but not before the engine is ready: it may be
+    far more than the model. In small steps: whoever maps memory waits for a step to end."""
+    for component in cache:
+        base, nbytes = component.data_ptr(), component.nbytes
+        prefer_huge(base, nbytes)
+        for start in range(0, nbytes, HUGE_PAGE_BYTES):
+            began = time.monotonic()
+            if not populate(base + start, min(HUGE_PAGE_BYTES, nbytes - start)):
+                return
+            time.sleep(TOUCH_PAUSE * (time.monotonic() - began))
+
+
+def _warm(scheduler: Scheduler, runner: Runner, limits: Limits) -> float:
+    """Answer a prompt of a block and a token with two tokens: a prefill and a decode step.
+
+    Returns when the first token was there, on the monotonic clock.
+    """
+    room = limits.context_tokens
+    prompt = [0] * max(1, min(limits.block_tokens + 1, room - 2))
+    add = Add(
+        seq=0,
+        leg="both",
+        prompt_ids=prompt,
+        forced_ids=[],
+        max_tokens=min(2, room - len(prompt)),
+        temperature=0.0,
+        top_p=1.0,
+        seed=0,
+        stop_ids=[],
+        salt=b"",
+        transfer=b"",
+    )
+    scheduler.handle(add, time.monotonic())
+    first_at: float | None = None
+    while scheduler.num_sequences:
+        schedule, _ = scheduler.schedule(time.monotonic())
+        ids = runner.run(schedule, lambda layer: None)
+        scheduler.complete(schedule, ids, time.monotonic())
+        if ids and first_at is None:
+            first_at = time.monotonic()
+    assert first_at is not None, "the engine could not produce a token"
+    return first_at

@@ -1,0 +1,398 @@
+"""The models of a node: on its disk, on their way, in memory. A thin shell.
+
+Carries out what ``residency`` decides: engines through the node's lifecycle, bundles through its
+supply. Lets submits wait for models that are not in memory, and says how models are. Whatever takes
+long runs in tasks and threads: the event loop goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from pop_node.agent_config import AgentConfig
+from pop_node.engine.spawn import Standby
+from pop_node.hosting.host_maker import HostMaker, Opened
+from pop_node.hosting.model_host import ModelHost
+from pop_node.legs.leg import refusal
+from pop_node.legs.parking import PARKING_VERSION, Parking
+from pop_node.residency import events as ev
+from pop_node.residency.fetching import Fetching
+from pop_node.residency.residency import Residency
+from pop_node.residency.state import ModelState
+from pop_node.residency.supply import Supply, can_be_fetched
+from pop_node.router_link import RouterLink
+from pop_node.store.holding import Hold
+from topology.budget import memory_budget
+from wire.errors import ConfigError, MeshError, OverloadError
+from wire.messages import EngineLoad, ModelOffer, Submit, Warm, Warmth
+
+log = logging.getLogger(__name__)
+
+FILL_AFTER_S = 2.0
+"""From a model's first token to the start of the next engine process. Guess: its imports do not
+slow down the answers that waited for the model."""
+
+MAX_HOLD_S = 3600.0
+"""Longest lease that a router is given; it renews those it still wants. Guess."""
+
+_NOT_HERE = EngineLoad("", False, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What the models need of their node.
+
+    ``want`` and ``unwant`` say which engines are to be kept running, ``changed`` that routers
+    should hear of the load, ``offers_changed`` of the offers.
+    """
+
+    want: Callable[[str], None]
+    unwant: Callable[[str], None]
+    changed: Callable[[], None]
+    offers_changed: Callable[[], None]
+
+
+class Residents:
+    """All models of one node; used in its event loop."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        supply: Supply,
+        maker: HostMaker,
+        standby: Standby | None,
+        tasks: asyncio.TaskGroup,
+        around: Around,
+    ) -> None:
+        """Looks at the store. Raises ``ConfigError`` for a model that is damaged, not the one
+        pinned or nowhere to be had, and for pinned models beyond the memory."""
+        node = config.node
+        self._budget = memory_budget(node)
+        self._supply = supply
+        self._maker = maker
+        self._standby = standby
+        self._tasks = tasks
+        self._around = around
+        self._models = node.models
+        self._machine = Residency(
+            node.models,
+            pinned=node.pinned,
+            fetchable=[name for name in node.models if can_be_fetched(config, name)],
+            budget_bytes=self._budget,
+        )
+        self.hosts: dict[str, ModelHost] = {}
+        self.parking = Parking(self._eta_s)
+        self._started_at: dict[str, float] = {}
+        self._holds: dict[str, Hold] = {}
+        self.fetching = Fetching(supply, maker, tasks, self.feed, self._install, self._is_asked_for)
+        self._filling: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._news = asyncio.Event()
+        self._is_closed = False
+        for name in node.models:
+            if supply.store.has(name) or not self._machine.state(name).fetchable:
+                opened = maker.open(name)
+                self.hosts[name] = maker.make(name, opened)
+                self._machine.handle(_fetched(name, opened), 0.0)
+        self._check_pinned(node.pinned)
+
+    def _check_pinned(self, pinned: tuple[str, ...]) -> None:
+        need = sum(self._machine.state(name).memory_bytes for name in pinned)
+        if self._budget is not None and need > self._budget:
+            raise ConfigError(
+                f"the pinned models take {need / 1e9:.1f} GB of memory, memory_gb is "
+                f"{self._budget / 1e9:g}",
+                suggestion="pin fewer models, or lower kv_tokens",
+            )
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether models come and go within a memory budget."""
+        return self._budget is not None
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Models that the doors wait for: all, or with a budget those that fit from the disk."""
+        return tuple(self._machine.first()) if self.is_bounded else self._models
+
+    def start(self) -> None:
+        """Load what fits, fetch what is missing."""
+        self.feed(ev.Started())
+        if not any(self.state(name).memory == "loading" for name in self._models):
+            self._fill_standby()
+
+    async def start_engine(self, model: str) -> None:
+        """The lifecycle wants this model's engine to start, now."""
+        if self.state(model).memory != "loading":
+            return  # not any more
+        host = self.hosts[model]
+        if model not in self._holds:
+            try:
+                self._holds[model] = Hold(host.settings.engine.model_dir)
+            except ConfigError as exc:
+                log.error("the bundle of %s cannot be held: %s", model, exc)
+        self._started_at[model] = asyncio.get_running_loop().time()
+        await host.start(self._tasks)
+
+    def engine_ready(self, model: str) -> None:
+        """Its first token is there: who waited for it is served."""
+        took_s = asyncio.get_running_loop().time() - self._started_at[model]
+        log.info("%s is in memory after %.2f s", model, took_s)
+        self._let_go_of(model)
+        self.feed(ev.Ready(model, took_s))
+        if self.serves(model):  # a drill may want it down by now
+            for link, submit in self.parking.take(model):
+                self.hosts[model].submit(link, submit)
+        self._fill_standby()
+        self._around.offers_changed()
+
+    def engine_exited(self, model: str) -> None:
+        """Its engine ended by itself; the lifecycle starts it again."""
+        self._let_go_of(model)
+        self.feed(ev.Exited(model))
+
+    def legs_changed(self, model: str) -> None:
+        """A leg of this model began or is over."""
+        if self.is_bounded or self.state(model).barred:
+            count = self.hosts[model].num_open_legs
+            self.feed(ev.Legs(model, count))
+            if not count:  # another model may have its place now
+                self._around.changed()
+
+    def drain(self) -> None:
+        """Nobody waits for a model any more."""
+        self.parking.refuse_all(OverloadError("the node is draining", code="draining"))
+
+    async def close(self) -> None:
+        """End everything; nothing starts again."""
+        self._is_closed = True
+        for timer in (self._timer, self._filling):
+            if timer is not None:
+                timer.cancel()
+        self.drain()
+        await self.fetching.close()
+        for host in self.hosts.values():
+            await host.stop()
+        for model in list(self._holds):
+            self._let_go_of(model)
+        if self._standby is not None:
+            await self._standby.close()
+        await self._supply.close()
+
+    # ---- from routers --------------------------------------------------------------------------
+
+    def submit(self, link: RouterLink, submit: Submit) -> None:
+        """Hand a submit to its model, let it wait for it, or refuse it."""
+        model = submit.model
+        if self.serves(model):
+            self.hosts[model].submit(link, submit)
+            return
+        error = self._admit(link, submit)
+        if error is not None:
+            link.say(refusal(submit.stream, error))
+            return
+        loop = asyncio.get_running_loop()
+        self.parking.add(link, submit)
+        self.feed(ev.Wanted(model, loop.time() + submit.deadline_remaining_ms / 1000))
+
+    def _admit(self, link: RouterLink, submit: Submit) -> MeshError | None:
+        """Why a submit for a model that is not in memory cannot wait for it; None when it can."""
+        model, now = submit.model, asyncio.get_running_loop().time()
+        if link.version < PARKING_VERSION:
+            return OverloadError("the engine is starting", code="not_ready", retry_after_s=1.0)
+        refused = self._machine.refusal(model, now)
+        if refused is not None:
+            wait_s = refused.retry_after_s
+            return OverloadError(refused.why, code="not_loaded", retry_after_s=wait_s or None)
+        problem = self.parking.problem(link, submit)
+        if problem is not None:
+            return problem
+        eta_s = self._eta_s(model)
+        if eta_s * 1000 > submit.deadline_remaining_ms:
+            self.feed(ev.Held(model, now + eta_s))  # for whoever comes back for it
+            why = f"{model} takes about {eta_s:.0f} s, longer than the request may wait"
+            return OverloadError(why, code="not_loaded", retry_after_s=eta_s)
+        return None
+
+    def serves(self, model: str) -> bool:
+        """Is this model in memory, and may legs come to it?"""
+        state = self.state(model)
+        return state.memory == "warm" and not state.barred and self.hosts[model].ready
+
+    def warm(self, message: Warm) -> None:
+        """A router wants a model in memory for some time; unknown models are no business of it."""
+        if message.model in self._models:
+            hold_s = min(max(0.0, message.hold_ms / 1000), MAX_HOLD_S)
+            self.feed(ev.Held(message.model, asyncio.get_running_loop().time() + hold_s))
+
+    # ---- how they are --------------------------------------------------------------------------
+
+    def state(self, model: str) -> ModelState:
+        """What is known of a model; not to be changed."""
+        return self._machine.state(model)
+
+    def states(self) -> Mapping[str, ModelState]:
+        """All of them by name; not to be changed."""
+        return self._machine.models()
+
+    @property
+    def num_legs(self) -> int:
+        """Legs of all models in any stage, those included that wait for a model."""
+        return sum(host.num_legs for host in self.hosts.values()) + len(self.parking)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The budget for models, 0 without one."""
+        return self._budget or 0
+
+    @property
+    def memory_used_bytes(self) -> int:
+        """What models take of it."""
+        return self._machine.resident_bytes
+
+    def offers(self) -> list[ModelOffer]:
+        """What routers may ask for: every model that was ever on the disk."""
+        offers = [host.facts.offer for host in self.hosts.values()]
+        return [offer for offer in offers if offer is not None]
+
+    def loads(self) -> list[EngineLoad]:
+        """The load of every model, wherever it is."""
+        now = asyncio.get_running_loop().time()
+        return [self._load(name, now) for name in self._models]
+
+    def _load(self, model: str, now: float) -> EngineLoad:
+        state, host = self.state(model), self.hosts.get(model)
+        load = host.load() if host is not None else _NOT_HERE
+        return msgspec.structs.replace(
+            load,
+            model=model,
+            ready=load.ready and self.serves(model),
+            waiting=load.waiting + self.parking.waiting_for(model),
+            warmth=self.warmth(model),
+            eta_ms=round(self._eta_s(model) * 1000),
+            memory_bytes=state.memory_bytes,
+            warm_refused=self._machine.why_refused(model, now),
+            last_load_ms=round(state.last_load_s * 1000),
+        )
+
+    def warmth(self, model: str) -> Warmth:
+        """Where the model is, in the words of the wire."""
+        state = self.state(model)
+        if self.serves(model):
+            return "warm"
+        if state.memory in ("queued", "loading", "warm") or state.again:
+            return "loading"
+        words: dict[str, Warmth] = {"absent": "absent", "fetching": "fetching", "here": "disk"}
+        return words[state.disk]
+
+    def engine_pid(self, model: str) -> int | None:
+        """Process id of the model's engine, if one runs."""
+        host = self.hosts.get(model)
+        return host.engine_pid if host is not None else None
+
+    def _is_asked_for(self, model: str) -> bool:
+        state = self.state(model)
+        return state.pinned or state.is_asked_for(asyncio.get_running_loop().time())
+
+    def _eta_s(self, model: str) -> float:
+        return self._machine.eta_s(model, asyncio.get_running_loop().time())
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that follows from the state of models."""
+        while not condition():
+            await self._news.wait()
+
+    # ---- effects -------------------------------------------------------------------------------
+
+    def feed(self, event: ev.Event) -> None:
+        """Give the machine an event and carry out what it decides."""
+        if self._is_closed:
+            return
+        loop = asyncio.get_running_loop()
+        effects = self._machine.handle(event, loop.time())
+        for effect in effects:
+            match effect:
+                case ev.Load(model):
+                    self._around.want(model)
+                case ev.Unload(model):
+                    self._around.unwant(model)
+                    self._tasks.create_task(self._unload(model))
+                case ev.Fetch(model):
+                    self.fetching.begin(model)
+                case ev.Refuse(model, why, retry_after_s):
+                    error = OverloadError(
+                        why, code="not_loaded", retry_after_s=retry_after_s or None
+                    )
+                    self.parking.refuse(model, error)
+        self._arm_timer(loop)
+        if effects or not isinstance(event, ev.Legs | ev.Progress | ev.Tick | ev.Held | ev.Wanted):
+            self._around.changed()
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _arm_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        at = self._machine.next_deadline()
+        self._timer = None if at is None else loop.call_at(at, self.feed, ev.Tick())
+
+    async def _unload(self, model: str) -> None:
+        await self.hosts[model].unload()
+        self._let_go_of(model)
+        log.info("%s has left memory", model)
+        self.feed(ev.Left(model))
+        if not self._supply.store.has(model):
+            self.feed(ev.Gone(model))
+
+    def _let_go_of(self, model: str) -> None:
+        """The bundle of a model is not held by us any more: its engine does that, or nobody."""
+        hold = self._holds.pop(model, None)
+        if hold is not None:
+            hold.close()
+
+    async def drop_standby(self) -> None:
+        """The next engine starts from nothing."""
+        if self._filling is not None:
+            self._filling.cancel()
+            self._filling = None
+        if self._standby is not None:
+            await self._standby.empty()
+
+    def _fill_standby(self) -> None:
+        """Start an engine process ahead, unless all models are in memory."""
+        idle = all(self.state(name).is_committed for name in self._models)
+        if self._standby is None or idle or self._filling is not None:
+            return
+        loop, standby = asyncio.get_running_loop(), self._standby
+
+        def fill() -> None:
+            self._filling = None
+            self._tasks.create_task(standby.fill())
+
+        self._filling = loop.call_later(FILL_AFTER_S, fill)
+
+    # ---- disk ----------------------------------------------------------------------------------
+
+    async def _install(self, model: str, opened: Opened, arriving: bool) -> None:
+        """The model is on the disk now, or on its way there."""
+        host = self.hosts.get(model)
+        if host is not None and host.settings.identity == opened.bundle.manifest.identity:
+            host.lies_in(opened.bundle.path)
+        else:
+            self.hosts[model] = self._maker.make(model, opened)
+            if host is not None:
+                await host.stop()
+        said = ev.Arriving if arriving else ev.Fetched
+        self.feed(said(model, opened.memory_bytes, opened.load_bytes))
+        self._around.offers_changed()
+
+
+def _fetched(model: str, opened: Opened) -> ev.Fetched:
+    return ev.Fetched(model, opened.memory_bytes, opened.load_bytes)
