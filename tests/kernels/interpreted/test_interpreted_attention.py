@@ -13,16 +13,8 @@ from interpreted_cases import DOT_DTYPES, close, matmul_in_one_order
 from kernel_cases import PagedBatch, paged_batch, place, random_kv
 
 from kernels.reference import attention as reference
-from kernels.triton.attention import (
-    MAX_SPLITS,
-    MIN_SPLIT_TOKENS,
-    Tiles,
-    attention,
-    attention_kernel,
-    count_splits,
-    merge_kernel,
-    plan_attention,
-)
+from kernels.triton.attention import attention, attention_kernel, merge_kernel, plan_attention
+from kernels.triton.attention_tiles import MAX_SPLITS, MIN_SPLIT_TOKENS, Tiles, count_splits
 
 # Many small tiles in few tokens, which the tiles of real launches would swallow whole.
 WIDE, NARROW = Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 2)
