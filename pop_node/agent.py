@@ -26,13 +26,13 @@ from pop_node.engine.spawn import Standby, launch_engine
 from pop_node.hosting.host_maker import HostMaker, Told
 from pop_node.legs.leg import refusal
 from pop_node.load_push import LoadPush
-from pop_node.peers.neighbours import BUNDLES_KEY
+from pop_node.registration import keeper
 from pop_node.residency.cold_start_host import ResidentColdStarts
 from pop_node.residency.residents import Around, Residents
 from pop_node.residency.supply import Supply
 from pop_node.router_link import RouterLink, link_factory
 from pop_node.status_file import write_status
-from registry.client import Registration, Registry
+from registry.client import Registry
 from registry.keeper import Keeper
 from wire.address import format_address
 from wire.errors import ConfigError, OverloadError, RequestError
@@ -58,8 +58,6 @@ __all__ = ["SERVICE", "Agent", "AgentConfig", "serve"]
 
 log = logging.getLogger(__name__)
 
-REGISTRY_TTL_S = 10.0
-DEREGISTER_AFTER_S = 600.0
 DRAIN_TIMEOUT_S = 30.0
 TEXT_THREADS = 2
 
@@ -131,7 +129,7 @@ class Agent:
         """Serve until drained; must run inside the task group it was given."""
         push = self._tasks.create_task(self._push.run())
         try:
-            await self._supply.start()
+            await self._supply.start(self._tasks)
             self._residents.start()
             self._apply(lifecycle.Started())
             await self._stopped.wait()
@@ -243,18 +241,8 @@ class Agent:
         self._server = server
         host, port = server.sockets[0].getsockname()[:2]
         self._mesh_address = format_address(host, port)
-        self._keeper = Keeper(
-            self._registry,
-            Registration(
-                service_id=f"{self._config.topology.mesh}:{node.name}",
-                service=SERVICE,
-                address=host,
-                port=port,
-                meta=self._meta(),
-                ttl_s=REGISTRY_TTL_S,
-                deregister_after_s=DEREGISTER_AFTER_S,
-            ),
-        )
+        name = f"{self._config.topology.mesh}:{node.name}"
+        self._keeper = keeper(self._registry, name, SERVICE, (host, port), self._meta())
         self._tasks.create_task(self._keeper.run())
         self._write_status()
         log.info("node %s at %s serves routers on %s", node.name, node.site, self._mesh_address)
@@ -268,14 +256,13 @@ class Agent:
             await self._keeper.set_meta(self._meta())
 
     def _meta(self) -> dict[str, str]:
-        meta = {
+        return {
             "mesh": self._config.topology.mesh,
             "name": self._node.name,
             "site": self._node.site,
             "incarnation": self._incarnation,
             "drain": "0" if self._is_serving() else "1",
         }
-        return meta | ({BUNDLES_KEY: self._supply.address} if self._supply.address else {})
 
     def _is_serving(self) -> bool:
         return self._lifecycle.state == "serving"

@@ -9,9 +9,9 @@ warmth=(tests/e2e/test_e2e_models.py tests/e2e/test_e2e_cold_start.py tests/e2e/
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
-"${pytest[@]}" tests --ignore tests/e2e >"$logs/computing" 2>&1 &
+"${pytest[@]}" tests --ignore tests/e2e --ignore tests/sim >"$logs/computing" 2>&1 &
 lanes=($!)
-"${pytest[@]}" "${warmth[@]}" >"$logs/warmth" 2>&1 &
+"${pytest[@]}" "${warmth[@]}" tests/sim >"$logs/warmth" 2>&1 &
 lanes+=($!)
 trap 'kill -INT "${lanes[@]}" 2>/dev/null; wait "${lanes[@]}"; exit 130' INT TERM
 failed=0

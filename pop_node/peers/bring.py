@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from pop_node.peers.choice import Offer, best_offer, origin_wait_s
+from pop_node.peers.choice import START_S, Offer, best_offer, origin_wait_s
 from pop_node.peers.client import Dialing, PeerBusyError, PeerLacksError, PeerSource
 from pop_node.peers.gathering import Gathering
 from pop_node.peers.neighbours import Peer
@@ -261,11 +261,17 @@ class Bring:
 
     def _must_hold_out(self) -> bool:
         """Whether peers will have what is missing, because one of this site brings it."""
-        return self._model.source is not None and self._origin_wait_s(0.0) > 0
+        return self._model.source is not None and self._origin_wait_s(START_S) > 0
 
     def _origin_wait_s(self, waited_s: float) -> float:
-        found = self._survey.found()
-        return origin_wait_s(self._model, self._node, self._peers(), found, waited_s)
+        found, peers = self._survey.found(), self._peers()
+        seen = {self._node.name, *(peer.name for peer in peers)}
+        unseen = {
+            name
+            for name, node in self._topology.nodes.items()
+            if self._model.name in node.models and name not in seen
+        }
+        return origin_wait_s(self._model, self._node, peers, found, waited_s, unseen)
 
     def _wait_for_others(self) -> bool:
         """Wait until it is this node's turn; True if there is an offer before that."""

@@ -9,6 +9,10 @@ from pop_node.peers.inventory import Inventory, Stocked
 from pop_node.peers.neighbours import Peer
 from topology.model import Model, Node
 
+START_S = 2.0
+"""How long nodes that the topology says have the model, and that nobody has seen yet, are waited
+for before the origin is asked: agents that start together listen within a second of each other."""
+
 TURN_S = 3.0
 """How long the next node of a site waits for the one before it to be seen going to the origin:
 longer than it takes until inventories are asked for again."""
@@ -71,13 +75,16 @@ def origin_wait_s(
     peers: Sequence[Peer],
     found: Mapping[str, Inventory],
     waited_s: float,
+    unseen: Collection[str] = (),
 ) -> float:
-    """Seconds to wait for other nodes of the site before going to the origin.
+    """Seconds to wait for other nodes before going to the origin: for ``unseen`` ones, which should
+    have the model and have not been heard of, ``START_S``; for others of the site as follows.
 
     Nodes that start together go one after the other, in order of their names: each waits ``TURN_S``
     for everybody before it to be seen going, and as long as one of them brings the model from
     there. The first waits as well, for those that it has not seen yet.
     """
+    start_s = START_S - waited_s if unseen else 0.0
     wanting = set()
     for peer in peers:
         inventory = found.get(peer.name)
@@ -88,6 +95,6 @@ def origin_wait_s(
         if model.name in inventory.wanting:
             wanting.add(peer.name)
     if not wanting:
-        return 0.0
+        return max(0.0, start_s)
     turn = 1 + sum(name < node.name for name in wanting)
-    return max(0.0, turn * TURN_S - waited_s)
+    return max(0.0, start_s, turn * TURN_S - waited_s)

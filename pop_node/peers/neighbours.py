@@ -15,8 +15,12 @@ from topology.model import Node, Topology
 from wire.address import parse_address
 from wire.errors import ConfigError
 
+BUNDLES_SERVICE = "popmesh-bundles"
+"""Nodes that give bundles register under this name as soon as they do: a node that starts may have
+what its neighbour lacks long before it can answer anybody."""
+
 BUNDLES_KEY = "bundles"
-"""Key of a registration's meta: ``host:port`` of the node's listener for takers."""
+"""Key of such a registration's meta: ``host:port`` of the node's listener for takers."""
 
 TYPICAL_BYTES = 16 * 1024 * 1024
 """Of a range when nearness is compared: for it 40 ms of distance weigh as much as a third of

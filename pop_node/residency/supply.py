@@ -10,19 +10,22 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from pop_node.agent_config import SERVICE, AgentConfig
+from pop_node.agent_config import AgentConfig
 from pop_node.authorization import Authorization
 from pop_node.peers.bring import Bringing
 from pop_node.peers.bringer import Bringer, Via
 from pop_node.peers.client import Dialing
 from pop_node.peers.giver import Giver
+from pop_node.peers.neighbours import BUNDLES_KEY, BUNDLES_SERVICE
+from pop_node.registration import keeper
 from pop_node.store.holding import Hold
 from pop_node.store.store import Bundle, Store
 from registry.client import Registry
 from registry.entries import ServiceEntry
+from registry.keeper import Keeper
 from topology.budget import disk_budget
 from topology.model import Node
-from wire.address import is_loopback
+from wire.address import is_loopback, parse_address
 from wire.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class Supply:
         self, config: AgentConfig, registry: Registry, is_busy: Callable[[], bool]
     ) -> None:
         node, credentials = config.node, config.credentials
+        self._mesh = config.topology.mesh
         authorization = Authorization(config.topology, credentials)
         self._node = node
         self._registry = registry
@@ -76,17 +80,21 @@ class Supply:
             wanting=self._bringer.wanted,
             bringing=self._bringer.from_origin,
         )
-        self.address = ""
+        self._keeper: Keeper | None = None
 
     async def _entries(self) -> tuple[ServiceEntry, ...]:
-        return (await self._registry.services(SERVICE)).entries
+        return (await self._registry.services(BUNDLES_SERVICE)).entries
 
-    async def start(self) -> None:
-        """Give from now on, at ``address``. Raises ``ConfigError`` if it is taken."""
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Give from now on, and say so. Raises ``ConfigError`` if the address is taken."""
         node = self._node
-        if gives_bundles(node):
-            host, port = node.bundles.host, node.bundles.port
-            self.address = await self._giver.start(host, port, self._server_ssl)
+        if not gives_bundles(node):
+            return
+        told = await self._giver.start(node.bundles.host, node.bundles.port, self._server_ssl)
+        meta = {"mesh": self._mesh, "name": node.name, "site": node.site, BUNDLES_KEY: told}
+        name = f"{self._mesh}:{node.name}:bundles"
+        self._keeper = keeper(self._registry, name, BUNDLES_SERVICE, parse_address(told), meta)
+        tasks.create_task(self._keeper.run(), name="registration of bundles")
 
     async def bring(
         self,
@@ -139,5 +147,7 @@ class Supply:
 
     async def close(self) -> None:
         """Nothing is given any more; call when every ``bring`` has ended."""
+        if self._keeper is not None:
+            await self._keeper.close()
         await self._giver.close()
         self._bringer.close()

@@ -228,7 +228,7 @@ def test_the_first_request_waits_for_the_load_and_the_least_used_guest_goes(mesh
 
 def test_a_model_whose_place_is_in_use_is_refused_with_a_time(mesh):
     warm, cold = wait_guests(mesh)
-    long = Streaming(mesh, warm, 1500)
+    long = Streaming(mesh, warm, 500)
     long.wait_begun()
     refused = ask(mesh, cold, "fra-1")
     assert refused.status_code == 503, refused.text

@@ -223,9 +223,9 @@ def _engines_stay_dead() -> Iterator[None]:
     """An engine that exits is not started again."""
     right = NodeLifecycle._engine_exited
 
-    def wrong(self: Any, engine: Any, now: float) -> None:
-        right(self, engine, now)
-        engine.restart_at = None
+    def wrong(self: Any, model: str, now: float) -> None:
+        right(self, model, now)
+        self._engines[model].restart_at = None
 
     with patch.object(NodeLifecycle, "_engine_exited", wrong):
         yield

@@ -134,3 +134,13 @@ def test_nobody_goes_while_one_of_the_site_is_there() -> None:
     for waited_s in (0.0, 1e6):
         assert wait_s("n1", wants("n4", bringing=True), waited_s) > 0
     assert wait_s("n1", wants("n2", bringing=True)) == 0
+
+
+def test_nodes_that_should_have_it_are_waited_for_a_moment() -> None:
+    def wait(waited_s: float) -> float:
+        peers = [peer("n2", TOPOLOGY.nodes["n2"].site)]
+        return origin_wait_s(PINNED, TOPOLOGY.nodes["n1"], peers, {}, waited_s, {"n3"})
+
+    assert wait(0.0) == choice.START_S
+    assert 0 < wait(0.9 * choice.START_S) < choice.START_S
+    assert wait(choice.START_S) == 0, "they may never come"
