@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -29,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from report import ROOT, command_line, commit, facts, save
+
 BATCHES = (1, 4, 16)
 PROMPTS = (32, 512, 2048)
 DECODE_PROMPT = {"native": 64, "reference": 8}
@@ -220,14 +220,9 @@ def summary(
     return rows
 
 
-def git(*arguments: str, cwd: Path = ROOT) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=cwd)
-    return done.stdout.strip()
-
-
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--store", type=Path, required=True, help="store that holds the models")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--before", type=Path, help="checkout of an earlier commit")
@@ -235,21 +230,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    import torch
-
     from pop_node.store.store import Store
 
     store = Store(args.store)
-    report: dict[str, Any] = {
-        "what": (__doc__ or "").splitlines()[0],
-        "commit": git("rev-parse", "HEAD"),
-        "before": git("rev-parse", "HEAD", cwd=args.before) if args.before else None,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+    report = facts(__doc__, ("torch",)) | {
+        "before": commit(args.before) if args.before else None,
         "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "seed": args.seed,
         "rounds": args.rounds,
         "load_average": os.getloadavg(),
@@ -259,8 +245,7 @@ def main() -> None:
         report[dtype] = compare(store.get(model).path.resolve(), dtype, args)
         for name, rows in report[dtype]["summary"].items():
             print(dtype, name, json.dumps(rows), flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        save(report, args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ pseudo-random words), so prefix caches do not answer for the engine.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from report import command_line
 from tokenizers import Tokenizer
 
 WORD_LIST = """
@@ -177,7 +177,7 @@ async def run(load: Load) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("url")
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokenizer", required=True)

@@ -22,8 +22,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import platform
 import random
 import signal
 import socket
@@ -35,13 +33,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import aiohttp
 import uvloop
 from aiohttp import web
+from report import command_line, commit, facts, save
 
 from registry.client import Registry
 from registry.entries import Registration
@@ -414,14 +412,9 @@ def summary(samples: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, 
     return out
 
 
-def _commit(checkout: Path) -> str:
-    git = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
@@ -439,22 +432,14 @@ def main() -> None:
         parser.error("--out is needed")
     with tempfile.TemporaryDirectory(prefix="popmesh-bench-") as work:
         samples = run(args.rounds, args.seconds, Path(work), args.before)
-    report = {
-        "what": (__doc__ or "").splitlines()[0],
-        "commit": _commit(Path(__file__).parent),
-        "before": _commit(args.before) if args.before is not None else None,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("aiohttp", "uvloop", "msgspec")},
+    report = facts(__doc__, ("aiohttp", "uvloop", "msgspec")) | {
+        "before": commit(args.before) if args.before is not None else None,
         "warm_up_s": WARM_S,
         "loads": LOADS,
         "summary": summary(samples),
         "samples": samples,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, args.out)
     print(json.dumps(report["summary"], indent=1))
 
 

@@ -18,19 +18,17 @@ import argparse
 import asyncio
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import uvloop
+from report import command_line, facts, save
 
 from pop_node.kv_stream import intake, link
 from pop_node.kv_stream.endpoint import KvEndpoint
@@ -210,7 +208,7 @@ def once(variant: str, mbytes: int, work: Path) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mbytes", type=int, default=512)
@@ -243,16 +241,7 @@ def main() -> None:
         for variant, got in samples.items()
     }
     full = medians["full"]["cpu_s_per_gbyte"]
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    report = {
-        "what": (__doc__ or "").splitlines()[0],
-        "commit": done.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("uvloop", "msgspec", "xxhash")},
+    report = facts(__doc__, ("uvloop", "msgspec", "xxhash")) | {
         "mbytes": args.mbytes,
         "warm_up_bytes": WARM_BYTES,
         "summary": {
@@ -261,8 +250,7 @@ def main() -> None:
         },
         "samples": samples,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, args.out)
     print(json.dumps(report["summary"], indent=1))
 
 
