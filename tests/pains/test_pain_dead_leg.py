@@ -21,8 +21,9 @@ from tests.pains.pain_parts import (
     let_time_pass,
     text_of,
 )
+from tests.pop_node.kv_stream.kv_content import Plan
 from tests.pop_node.kv_stream.kv_node import Node
-from tests.pop_node.kv_stream.kv_pair import Pair, Plan
+from tests.pop_node.kv_stream.kv_pair import Pair
 from tests.router.router_mesh import RouterMesh
 from wire.messages import Finished
 

@@ -7,7 +7,9 @@ import datetime
 import ipaddress
 import ssl
 from collections import deque
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cryptography import x509
@@ -37,6 +39,7 @@ SPEC = KvSpec(
     )
 )
 CHUNK = 32
+Run = Callable[[Coroutine[Any, Any, None]], None]
 LAYOUT = StagingLayout(slot_bytes=CHUNK * HEADS * DIM * 4, export_slots=6, import_slots=8)
 
 
@@ -195,6 +198,31 @@ class Node:
         self.kept[transfer] = kept_tokens
         self.to_stage = deque(item for item in self.to_stage if item[0] != transfer)
         self.ends[transfer].set_result(error)
+
+
+def assert_at_rest(*nodes: Node) -> None:
+    """No transfer is left, and every slot is where it was."""
+    for node in nodes:
+        s = node.endpoint.statistics()
+        assert (s.outgoing_now, s.incoming_now, s.parked_now) == (0, 0, 0)
+        assert s.export_slots_held_now == 0
+        assert s.import_slots_free_now == LAYOUT.import_slots
+        assert sorted(node.free) == list(range(LAYOUT.export_slots))
+
+
+async def hand_over(p: Node, d: Node, transfer: bytes, tokens: int, have: int = 0) -> None:
+    """One whole transfer, of which ``have`` tokens need not be sent; compares every byte."""
+    cache = cache_of(tokens, tokens)
+    p.send(transfer, d, cache)
+    d.receive(transfer, p.name, tokens, cache[:, :, :have] if have else None)
+    assert await d.ends[transfer] == [42]
+    report = await p.ends[transfer]
+    assert isinstance(report, TransferReport)
+    assert report.kv_bytes == (tokens - have) * SPEC.token_bytes
+    assert report.wire_bytes >= report.kv_bytes
+    np.testing.assert_array_equal(
+        d.caches[transfer].view(np.uint32), cache.view(np.uint32), strict=True
+    )
 
 
 class Authority:

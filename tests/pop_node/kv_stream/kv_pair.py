@@ -1,104 +1,38 @@
 """A real sender and a real receiver back to back, with engines and a network made of lists.
 
-The network keeps every frame until the test decides what becomes of it. Each engine has memory
-whose content is a function of (group, component, layer, token), so misplaced bytes show.
+The network keeps every frame until the test decides what becomes of it. Misplaced bytes show: see
+``kv_content.py``.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from pop_node.kv_stream import events as ev
-from pop_node.kv_stream.coverage import required_tokens
-from pop_node.kv_stream.frames import CODEC_RAW, Commit, Data, data_checksum
-from pop_node.kv_stream.prompt import prompt_digest
+from pop_node.kv_stream.frames import CODEC_RAW, Data, data_checksum
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.sender import Sender
-from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec, Piece
+from pop_node.kv_stream.spec import Piece
+from tests.pop_node.kv_stream.kv_content import (
+    CHUNK,
+    DEADLINE_S,
+    SPEC,
+    Plan,
+    check_cells,
+    piece_bytes,
+    pieces_after,
+    pieces_from,
+    scatter,
+)
 from wire.errors import MeshError, PeerError
 
-SPEC = KvSpec(
-    (
-        KvGroup(
-            "tokens",
-            (0, 2),
-            (KvComponent("k", "float32", (2,)), KvComponent("v", "bfloat16", (1, 2))),
-        ),
-        KvGroup("window", (1,), (KvComponent("latent", "float16", (3,)),), window=3),
-    )
-)
-CHUNK = 4  # tokens per piece
 SLOT_BYTES = 2 * CHUNK * 8
 EXPORT_SLOTS = 3
 IMPORT_SLOTS = 4
 CONN = 7
 LINK = "d 127.0.0.1:1"
-DEADLINE_S = 60.0
-
-
-def token_bytes(seed: bytes, group: int, component: int, layer: int, token: int) -> bytes:
-    """What a correct cache holds at one place."""
-    size = SPEC.groups[group].components[component].token_bytes
-    place = f"{group}.{component}.{layer}.{token}".encode()
-    return hashlib.blake2b(place, key=seed, digest_size=size).digest()
-
-
-def piece_bytes(seed: bytes, p: Piece) -> bytes:
-    """Payload of a piece: [layer, token]."""
-    return b"".join(
-        token_bytes(seed, p.group, p.component, layer, token)
-        for layer in range(p.layer_lo, p.layer_hi)
-        for token in range(p.token_lo, p.token_hi)
-    )
-
-
-def pieces_after(arrived: tuple[int, ...], total: int) -> list[Piece]:
-    """What is missing when so many tokens of each place have arrived."""
-    places = [
-        (g, c, layer)
-        for g, group in enumerate(SPEC.groups)
-        for c in range(len(group.components))
-        for layer in range(len(group.layers))
-    ]
-    found = [
-        Piece(g, c, layer, layer + 1, lo, min(lo + CHUNK, total))
-        for (g, c, layer), start in zip(places, arrived, strict=True)
-        for lo in range(start, total, CHUNK)
-    ]
-    return sorted(found, key=lambda piece: piece.token_lo)
-
-
-def pieces_from(have: int, total: int) -> list[Piece]:
-    """All pieces of a prompt in chunks, both layers of group 0 at once."""
-    found = []
-    for lo in range(have, total, CHUNK):
-        for g, group in enumerate(SPEC.groups):
-            hi, layers = min(lo + CHUNK, total), len(group.layers)
-            found += [Piece(g, c, 0, layers, lo, hi) for c in range(len(group.components))]
-    return found
-
-
-@dataclass
-class Plan:
-    """One transfer as the test wants it."""
-
-    transfer: bytes
-    prompt_tokens: int = 9
-    have_tokens: int = 0
-    ids: tuple[int, ...] = (5,)
-    attempt: int = 1
-    deadline: float = DEADLINE_S
-
-    @property
-    def digest(self) -> bytes:
-        return prompt_digest(range(self.prompt_tokens))
-
-    @property
-    def total(self) -> int:
-        return self.prompt_tokens + len(self.ids) - 1
 
 
 @dataclass
@@ -149,40 +83,16 @@ class Pair:
 
     def open(self, plan: Plan, **changes) -> None:
         self.plans[plan.transfer] = plan
-        opened = ev.Opened(
-            plan.transfer,
-            plan.attempt,
-            "d",
-            LINK,
-            "m",
-            "ident",
-            SPEC,
-            plan.prompt_tokens,
-            plan.digest,
-            plan.deadline,
-        )
-        self.p(replace(opened, **changes))
+        self.p(replace(plan.opened(LINK), **changes))
 
     def expect(self, plan: Plan, **changes) -> None:
         self.plans[plan.transfer] = plan
-        expected = ev.Expected(
-            plan.transfer,
-            plan.attempt,
-            "p",
-            "m",
-            "ident",
-            SPEC,
-            plan.prompt_tokens,
-            plan.digest,
-            plan.deadline,
-            max_ids=len(plan.ids),
-        )
-        self.d(replace(expected, **changes))
+        self.d(replace(plan.expected(), **changes))
 
     def allocate(self, plan: Plan) -> None:
         cells = self.memory[plan.transfer] = {}
         for p in pieces_from(0, plan.have_tokens):
-            self.scatter(cells, p, piece_bytes(b"kv", p))
+            scatter(cells, p, piece_bytes(b"kv", p))
         self.d(ev.Allocated(plan.transfer, plan.have_tokens))
 
     def commit(self, plan: Plan) -> None:
@@ -285,19 +195,10 @@ class Pair:
         item = self.to_import.pop(at % len(self.to_import))
         cells = self.memory.get(item.transfer)
         if cells is not None:
-            self.scatter(cells, item.piece, self.slots[item.slot])
+            scatter(cells, item.piece, self.slots[item.slot])
         del self.slots[item.slot]
         self.d(ev.Imported(item.slot))
         return True
-
-    @staticmethod
-    def scatter(cells: dict, p: Piece, payload: bytes) -> None:
-        size = SPEC.groups[p.group].components[p.component].token_bytes
-        at = 0
-        for layer in range(p.layer_lo, p.layer_hi):
-            for token in range(p.token_lo, p.token_hi):
-                cells[p.group, p.component, layer, token] = payload[at : at + size]
-                at += size
 
     # ---- the network ----
 
@@ -479,32 +380,4 @@ class Pair:
     def check_bytes(self, plan: Plan) -> None:
         """What was committed is complete and bit-equal."""
         assert self.committed[plan.transfer] == plan.ids
-        cells = self.memory[plan.transfer]
-        for g, group in enumerate(SPEC.groups):
-            lo, hi = required_tokens(group, 0, plan.total)
-            for c in range(len(group.components)):
-                for layer in range(len(group.layers)):
-                    for token in range(lo, hi):
-                        want = token_bytes(b"kv", g, c, layer, token)
-                        assert cells[g, c, layer, token] == want
-
-
-def altered(frame: tuple, how: int) -> tuple:
-    """A frame with one thing changed."""
-    message, payload = frame
-    if payload:
-        if how % 2:
-            flipped = bytearray(payload)
-            flipped[how % len(payload)] ^= 1 << how % 8
-            return message, bytes(flipped)
-        changes = [{"token_lo": 0, "token_hi": message.token_hi - message.token_lo}]
-        changes += [{"component": 1 - min(message.component, 1)}, {"group": 9}, {"codec": "zip"}]
-        return _with(message, changes[how // 2 % 4]), payload
-    if isinstance(message, Commit):
-        return _with(message, {"prompt_digest": bytes(16)}), payload
-    return _with(message, {"attempt": message.attempt + how % 3 - 1 & 0xFF}), payload
-
-
-def _with(message, changes: dict):
-    fields = {name: getattr(message, name) for name in message.__struct_fields__}
-    return type(message)(**(fields | changes))
+        check_cells(self.memory[plan.transfer], plan.total)

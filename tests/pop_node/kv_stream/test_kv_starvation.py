@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kv_pair import Pair, Plan
-
 from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.liveness import MIN_WAIT_S
+from tests.pop_node.kv_stream.kv_content import Plan
+from tests.pop_node.kv_stream.kv_pair import Pair
 
 OLD, YOUNG = bytes(range(16)), bytes(range(1, 17))
 
