@@ -11,6 +11,7 @@ Source: tun(4), network_namespaces(7), netdevice(7).
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import heapq
 import json
@@ -43,8 +44,8 @@ NETWORK = "198.18.0."
 BUFFER_S = 0.2
 """Longest queue in front of a link, in seconds at its rate; what comes then is lost."""
 
-UNAVAILABLE = 3
-"""Exit code of the program where the kernel does not let it."""
+DENIALS = (errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENODEV)
+"""No permission for a namespace or a device, or no /dev/net/tun: all else is a fault of ours."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -109,15 +110,13 @@ def wan(hosts: int, weather: Weather, seed: int) -> Iterator[list[Host]]:
     assert program.stdin is not None
     assert program.stdout is not None
     try:
-        said = program.stdout.readline()
-        if not said:
-            code = program.wait(20)
-            raise (
-                Unavailable("no /dev/net/tun or no new namespaces here")
-                if (code == UNAVAILABLE)
-                else RuntimeError(f"the WAN ended with {code}")
-            )
-        yield [Host(**each) for each in json.loads(said)]
+        line = program.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the WAN ended with {program.wait(20)}")
+        said = json.loads(line)
+        if isinstance(said, str):
+            raise Unavailable(said)
+        yield [Host(**each) for each in said]
         assert program.poll() is None, "the WAN ended"
     finally:
         program.stdin.close()  # its sign to end
@@ -210,8 +209,10 @@ def main() -> None:
     try:
         network = Network(hosts, weather, random.Random(seed))
     except OSError as exc:
-        print(f"wan: {exc}", file=sys.stderr)
-        sys.exit(UNAVAILABLE)
+        if exc.errno not in DENIALS:
+            raise
+        print(json.dumps(f"no network namespaces or TUN devices here: {exc}"))
+        return
     print(json.dumps([host.__dict__ for host in network.hosts]), flush=True)
     network.run()
 

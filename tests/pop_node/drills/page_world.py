@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 MAPPER = """
 import mmap, sys
 with open(sys.argv[1], "rb") as file:
@@ -21,3 +23,10 @@ def kind_of(path: Path) -> str:
         ["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=True
     )
     return found.stdout.strip()
+
+
+def needs_a_disk(path: Path) -> None:
+    """Skip the test where files under ``path`` are memory themselves."""
+    kind = kind_of(path)
+    if kind in ("tmpfs", "ramfs"):
+        pytest.skip(f"files of this {kind} live in memory: there is nothing to drop")

@@ -20,7 +20,7 @@ from pop_node.drills import cold_start
 from pop_node.drills.cold_start import ColdStarts, Span
 from pop_node.drills.pages import resident_pages
 from pop_node.drills.report import ColdStartReport, Source
-from tests.pop_node.drills.page_world import MAPPER, kind_of
+from tests.pop_node.drills.page_world import MAPPER, needs_a_disk
 from wire.errors import PeerError
 from wire.messages import COLD_START, Drill, DrillReport, DrillStarted
 
@@ -78,8 +78,7 @@ class FakeHost:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    if kind_of(tmp_path) in ("tmpfs", "ramfs"):
-        pytest.skip("files of this file system live in memory: there is nothing to drop")
+    needs_a_disk(tmp_path)
     path = tmp_path / "d1ce"
     path.mkdir()
     (path / "model.data").write_bytes(b"w" * (10 * mmap.PAGESIZE))

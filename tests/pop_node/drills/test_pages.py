@@ -13,7 +13,7 @@ import pytest
 from pop_node.drills import pages
 from pop_node.drills.libraries import library_files
 from pop_node.drills.pages import Dropped, drop_pages, mapped_by, mapped_files, resident_pages
-from tests.pop_node.drills.page_world import MAPPER, kind_of
+from tests.pop_node.drills.page_world import MAPPER, kind_of, needs_a_disk
 
 PAGE = mmap.PAGESIZE
 
@@ -25,8 +25,7 @@ def write(path: Path, nbytes: int) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    if kind_of(tmp_path) in ("tmpfs", "ramfs"):
-        pytest.skip("files of this file system live in memory: there is nothing to drop")
+    needs_a_disk(tmp_path)
     return tmp_path
 
 

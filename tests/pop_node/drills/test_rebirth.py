@@ -19,7 +19,7 @@ from pop_node.drills.cold_start import ColdStarts
 from pop_node.drills.pages import resident_pages
 from pop_node.drills.rebirth import REBORN, Rebirth, Reborn, cold_of, made_at, take_reborn
 from pop_node.drills.report import ColdStartReport
-from tests.pop_node.drills.page_world import kind_of
+from tests.pop_node.drills.page_world import needs_a_disk
 from tests.pop_node.drills.test_cold_start import SPANS, FakeHost
 from wire.messages import COLD_START, Drill, DrillReport, DrillStarted
 
@@ -41,8 +41,7 @@ msgspec.json.decode(sys.argv[1], type=Rebirth).become()
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    if kind_of(tmp_path) in ("tmpfs", "ramfs"):
-        pytest.skip("files of this file system live in memory: there is nothing to drop")
+    needs_a_disk(tmp_path)
     path = tmp_path / "model.data"
     path.write_bytes(b"w" * (20 * mmap.PAGESIZE))
     return path
