@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from popmesh.commands.common import DEFAULT_MESH, DIRECTORY
-from popmesh.commands.durations import FAILED, Duration
+from popmesh.commands.common import DEFAULT_MESH, DIRECTORY, mesh_option, user_data
+from popmesh.commands.drilling import (
+    FAILED,
+    alone_option,
+    hold,
+    json_option,
+    model_option,
+    operator_key_option,
+)
+from popmesh.commands.durations import Duration
+
+if TYPE_CHECKING:
+    from popmesh.drill.cold_start.report import ColdStartDrill
 
 MAX_RUNS = 100
 LONGEST = "10m"
@@ -16,32 +28,15 @@ LONGEST = "10m"
 
 def default_drills() -> Path:
     """``$POPMESH_DRILLS``, else under the user's data directory."""
-    if named := os.environ.get("POPMESH_DRILLS"):
-        return Path(named)
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "popmesh" / "drills" / "cold-start"
+    return user_data("POPMESH_DRILLS", "drills", "cold-start")
 
 
 @click.command("cold-start")
-@click.option(
-    "--mesh",
-    envvar="POPMESH_MESH",
-    show_envvar=True,
-    default=DEFAULT_MESH,
-    show_default=True,
-    metavar="URL",
-    help="A router of the mesh.",
-)
-@click.option(
-    "--operator-key",
-    envvar="POPMESH_OPERATOR_KEY",
-    show_envvar=True,
-    metavar="KEY",
-    help="Key of an operator; needed unless the router is on this machine.",
-)
+@mesh_option()
+@operator_key_option
 @click.option("--node", metavar="NAME", help="Which node to start.")
 @click.option("--site", metavar="NAME", help="All nodes there, one after the other.")
-@click.option("--model", metavar="NAME", help="Which model. Default: the first one served.")
+@model_option
 @click.option(
     "--from",
     "source",
@@ -63,7 +58,7 @@ def default_drills() -> Path:
     show_default=True,
     help="A start that takes longer has failed.",
 )
-@click.option("--alone", is_flag=True, help="Even if nobody else can answer meanwhile.")
+@alone_option
 @click.option(
     "--project",
     metavar="BYTES@RANKS,...",
@@ -78,7 +73,7 @@ def default_drills() -> Path:
     metavar="DIR",
     help="report.json, report.html, and the history of earlier runs.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The result as JSON, and nothing else.")
+@json_option
 def cold_start(
     mesh: str,
     operator_key: str | None,
@@ -119,27 +114,17 @@ def cold_start(
         raise ConfigError(
             "name one node or one site", suggestion="--node NAME or --site NAME; see popmesh status"
         )
-    import sys
-
-    import msgspec
-    from rich.console import Console
-
-    from popmesh.drill.cold_start.report import ColdStartDrill
     from popmesh.drill.cold_start.runner import ColdStarts, Config
-    from popmesh.drill.report import write_json
     from popmesh.drill.setup import check_permission, find_model, routers_of
     from popmesh.render.cold_start import cold_start_view
     from popmesh.render.cold_start_page import cold_start_page
-    from popmesh.signals import run_until_signal
 
     (url, *others) = routers_of(mesh, None, DEFAULT_MESH)
     if others:
         raise ConfigError("one router is enough", where="--mesh")
     check_permission((url,), operator_key)
-    report.mkdir(parents=True, exist_ok=True)
-    console = Console(file=sys.stderr if as_json else None, highlight=False, soft_wrap=True)
 
-    async def work() -> ColdStartDrill:
+    async def work(say: Callable[[str], None]) -> ColdStartDrill:
         config = Config(
             url=url,
             key=operator_key,
@@ -155,19 +140,10 @@ def cold_start(
             alone=alone,
             directory=report,
         )
-        return await ColdStarts(config, lambda line: console.print(line, markup=False)).run()
+        return await ColdStarts(config, say).run()
 
-    done = run_until_signal(work)
-    if done is None:
-        raise ConfigError("the drill was interrupted; its node starts the model again by itself")
-    write_json(done, report / "report.json")
-    (report / "report.html").write_text(cold_start_page(done), encoding="utf-8")
-    if as_json:
-        click.echo(msgspec.json.encode(done).decode())
-    else:
-        console.print(cold_start_view(done))
-        console.print(f"Report: {report / 'report.html'}", markup=False)
-    raise SystemExit(0 if done.passed else FAILED)
+    interrupted = "the drill was interrupted; its node starts the model again by itself"
+    hold(work, cold_start_view, cold_start_page, report, as_json, interrupted)
 
 
 def _project(text: str, rate: str | None, report: Path, budget: float | None, as_json: bool) -> int:

@@ -21,32 +21,50 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 
 
-def default_store() -> Path:
-    """``$POPMESH_STORE``, else the user's data directory."""
-    if named := os.environ.get("POPMESH_STORE"):
+def user_data(variable: str, *parts: str) -> Path:
+    """What the environment ``variable`` names, else ``parts`` under popmesh's data directory."""
+    if named := os.environ.get(variable):
         return Path(named)
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "popmesh" / "store"
+    return Path(data, "popmesh", *parts)
 
 
-def mesh_options(command: F) -> F:
-    """``--mesh`` and ``--api-key`` of the commands that talk to a running mesh."""
-    command = click.option(
+def default_store() -> Path:
+    """``$POPMESH_STORE``, else under the user's data directory."""
+    return user_data("POPMESH_STORE", "store")
+
+
+def mesh_option(
+    help_text: str = "A router of the mesh.",
+    metavar: str = "URL",
+    default: str | None = DEFAULT_MESH,
+) -> Callable[[F], F]:
+    """``--mesh``: where the mesh is asked."""
+    return click.option(
+        "--mesh",
+        envvar="POPMESH_MESH",
+        show_envvar=True,
+        default=default,
+        show_default=True,
+        metavar=metavar,
+        help=help_text,
+    )
+
+
+def api_key_option(command: F) -> F:
+    """``--api-key``: as which tenant."""
+    return click.option(
         "--api-key",
         envvar="POPMESH_API_KEY",
         show_envvar=True,
         metavar="KEY",
         help="Key of a tenant, where the topology has tenants.",
     )(command)
-    return click.option(
-        "--mesh",
-        envvar="POPMESH_MESH",
-        show_envvar=True,
-        default=DEFAULT_MESH,
-        show_default=True,
-        metavar="URL",
-        help="A router of the mesh.",
-    )(command)
+
+
+def mesh_options(command: F) -> F:
+    """``--mesh`` and ``--api-key`` of the commands that talk to a running mesh."""
+    return mesh_option()(api_key_option(command))
 
 
 def process_options(command: F) -> F:

@@ -1,13 +1,10 @@
-"""Lengths of time as drills take them on the command line, and how drills end."""
+"""Lengths of time as drills take them on the command line."""
 
 from __future__ import annotations
 
 import re
 
 import click
-
-FAILED = 1
-"""Exit code of a drill that was held and not passed; 2 is that of one that could not be held."""
 
 MAX_DURATION_S = 4 * 3600.0
 """Every answer is kept until the end, some 5 KB each: 16 clients fill about a gigabyte in it."""

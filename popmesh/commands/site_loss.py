@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from popmesh.commands.common import DEFAULT_MESH, DIRECTORY
-from popmesh.commands.durations import FAILED, Duration
+from popmesh.commands.common import DEFAULT_MESH, api_key_option, mesh_option
+from popmesh.commands.drilling import (
+    alone_option,
+    deadline_option,
+    hold,
+    json_option,
+    model_option,
+    operator_key_option,
+    report_option,
+    seed_option,
+    streams_option,
+)
+from popmesh.commands.durations import Duration
+
+if TYPE_CHECKING:
+    from popmesh.drill.site_loss.report import SiteLossReport
 
 MAX_AWAY_S = 3600.0
 """Longest absence, see ``wire.messages.MAX_AWAY_MS``."""
@@ -15,26 +31,10 @@ MAX_AWAY_S = 3600.0
 
 @click.command("site-loss")
 @click.option("--site", required=True, metavar="NAME", help="Which site is lost.")
-@click.option(
-    "--mesh",
-    envvar="POPMESH_MESH",
-    show_envvar=True,
-    default=DEFAULT_MESH,
-    show_default=True,
-    metavar="URL[,URL]",
-    help="Routers of the mesh; clients use all of them.",
-)
-@click.option(
-    "--api-key", envvar="POPMESH_API_KEY", show_envvar=True, metavar="KEY", help="Of a tenant."
-)
-@click.option(
-    "--operator-key",
-    envvar="POPMESH_OPERATOR_KEY",
-    show_envvar=True,
-    metavar="KEY",
-    help="Key of an operator; needed unless the routers are on this machine.",
-)
-@click.option("--model", metavar="NAME", help="Which model to ask. Default: the first one served.")
+@mesh_option("Routers of the mesh; clients use all of them.", "URL[,URL]")
+@api_key_option
+@operator_key_option
+@model_option
 @click.option(
     "--duration",
     type=Duration(),
@@ -42,19 +42,13 @@ MAX_AWAY_S = 3600.0
     show_default=True,
     help="How long the site stays away; it may start again then.",
 )
-@click.option("--streams", type=click.IntRange(1, 256), default=8, show_default=True)
-@click.option(
-    "--deadline",
-    type=Duration(),
-    default="120s",
-    show_default=True,
-    help="An answer that takes longer hangs.",
-)
+@streams_option(8)
+@deadline_option
 @click.option("--exact", is_flag=True, help="Answers must equal those before the loss.")
-@click.option("--alone", is_flag=True, help="Even if nobody else can answer meanwhile.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--report", type=DIRECTORY, metavar="DIR", help="Write report.json and report.html.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON, and nothing else.")
+@alone_option
+@seed_option
+@report_option
+@json_option
 def site_loss(
     site: str,
     mesh: str,
@@ -82,29 +76,18 @@ def site_loss(
       popmesh up mesh.yaml --drills &
       popmesh drill site-loss --site ams --duration 30s --report build/site-loss
     """
-    import sys
-
-    import msgspec
-    from rich.console import Console
-
-    from popmesh.drill.report import write_json
     from popmesh.drill.setup import check_permission, find_model, routers_of
     from popmesh.drill.site_loss.drill import Config, SiteLoss
-    from popmesh.drill.site_loss.report import SiteLossReport
     from popmesh.render.site_loss import site_loss_view
     from popmesh.render.site_loss_page import site_loss_page
-    from popmesh.signals import run_until_signal
     from wire.errors import ConfigError
 
     if duration > MAX_AWAY_S:
         raise ConfigError("a site stays away for an hour at most", where="--duration")
     urls = routers_of(mesh, None, DEFAULT_MESH)
     check_permission(urls, operator_key)
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-    console = Console(file=sys.stderr if as_json else None, highlight=False, soft_wrap=True)
 
-    async def work() -> SiteLossReport:
+    async def work(say: Callable[[str], None]) -> SiteLossReport:
         config = Config(
             urls=urls,
             api_key=api_key,
@@ -118,18 +101,7 @@ def site_loss(
             exact=exact,
             alone=alone,
         )
-        return await SiteLoss(config, lambda line: console.print(line, markup=False)).run()
+        return await SiteLoss(config, say).run()
 
-    done = run_until_signal(work)
-    if done is None:
-        raise ConfigError("the drill was interrupted; lost nodes come back when their time is over")
-    if report is not None:
-        write_json(done, report / "report.json")
-        (report / "report.html").write_text(site_loss_page(done), encoding="utf-8")
-    if as_json:
-        click.echo(msgspec.json.encode(done).decode())
-    else:
-        console.print(site_loss_view(done))
-        if report is not None:
-            console.print(f"Report: {report / 'report.html'}", markup=False)
-    raise SystemExit(0 if done.passed else FAILED)
+    interrupted = "the drill was interrupted; lost nodes come back when their time is over"
+    hold(work, site_loss_view, site_loss_page, report, as_json, interrupted)
