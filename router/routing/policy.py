@@ -72,6 +72,29 @@ class Route:
     prefill_load_s: float = 0.0
     decode_load_s: float = 0.0
 
+    @classmethod
+    def between(
+        cls,
+        prefill: NodeView,
+        decode: NodeView,
+        reasons: tuple[Reason, ...],
+        prefill_load_s: float = 0.0,
+        decode_load_s: float = 0.0,
+    ) -> Route:
+        """The route over these two, as they are now, at the price that ``reasons`` add up to."""
+        return cls(
+            prefill=prefill.name,
+            decode=decode.name,
+            prefill_site=prefill.site,
+            decode_site=decode.site,
+            cost_s=sum(reason.seconds for reason in reasons),
+            reasons=reasons,
+            prefill_incarnation=prefill.incarnation,
+            decode_incarnation=decode.incarnation,
+            prefill_load_s=prefill_load_s,
+            decode_load_s=decode_load_s,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -325,15 +348,6 @@ def _explained(pair: _Pair, request: RouteRequest, view: View, now: float) -> Ro
         Reason("decode", *costs.decode_s(view, decode, work)),
         Reason("to_client", back / 2, f"half of {back_detail}"),
     )
-    return Route(
-        prefill=prefill.name,
-        decode=decode.name,
-        prefill_site=prefill.site,
-        decode_site=decode.site,
-        cost_s=sum(reason.seconds for reason in reasons),
-        reasons=reasons,
-        prefill_incarnation=prefill.incarnation,
-        decode_incarnation=decode.incarnation,
-        prefill_load_s=pair.prefill_load.seconds,
-        decode_load_s=pair.decode_load.seconds,
+    return Route.between(
+        prefill, decode, reasons, pair.prefill_load.seconds, pair.decode_load.seconds
     )

@@ -240,13 +240,4 @@ def _to_decode(
         Reason("decode", *costs.decode_s(view, decode, work)),
         Reason("to_client", back / 2, f"half of {back_detail}"),
     )
-    return Route(
-        prefill=prefill.name,
-        decode=decode.name,
-        prefill_site=prefill.site,
-        decode_site=decode.site,
-        cost_s=sum(reason.seconds for reason in reasons),
-        reasons=reasons,
-        prefill_incarnation=prefill.incarnation,
-        decode_incarnation=decode.incarnation,
-    )
+    return Route.between(prefill, decode, reasons)
