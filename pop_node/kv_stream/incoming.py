@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pop_node.kv_stream.coverage import Coverage, validate_piece
 from pop_node.kv_stream.events import Expected
-from pop_node.kv_stream.faults import violation
+from pop_node.kv_stream.faults import timed_out, violation
 from pop_node.kv_stream.frames import CODEC_RAW, Commit, Data, Open
 from pop_node.kv_stream.liveness import dial_limit_s, wait_limit_s
 from pop_node.kv_stream.spec import Piece
@@ -125,6 +125,13 @@ class Incoming:
         if self.conn is None or self.ids is not None:
             return min(deadline, self.last_progress + wait_limit_s(rtt_s))
         return deadline
+
+    def standstill(self) -> TransferError:
+        """What it waited for in vain when its wait for progress ends."""
+        what = "the KV transfer stands still"
+        if self.conn is None:
+            what = "nobody resumed the KV transfer" if self.grants else "no Open came"
+        return timed_out(f"{what} ({self.expected.peer})")
 
     def refuse_open(self, peer: str, message: Open) -> MeshError | None:
         """Why the peer's ``Open`` is not the transfer we were told of; None when it is."""

@@ -28,7 +28,6 @@ from pop_node.kv_stream.frames import (
     Abort,
     Commit,
     Data,
-    Deny,
     Done,
     Open,
 )
@@ -48,7 +47,7 @@ class Receiver:
         self.pool = SlotPool(first_slot, slots)
         self._slot_bytes = slot_bytes
         self._incoming: dict[bytes, Incoming] = {}
-        self._parking = Parking()
+        self._parking = Parking(self.counts)
         self._grants = Grants(self.pool, slot_bytes, self._incoming)
         self._landing = Landing(self.pool)
         self._starvation = Starvation()
@@ -150,24 +149,7 @@ class Receiver:
                 self.counts.late_frames += 1
                 return []
             return self._match(incoming, caller, now)
-        if caller.open.resumed and self._parking.is_committed(transfer, attempt):
-            return [ev.Reply(caller.conn, Done(transfer, attempt))]
-        if self._parking.is_closed(transfer, attempt):
-            self.counts.late_frames += 1
-            return [self._deny(caller, TransferError("the transfer is over here"))]
-        if caller.open.resumed:  # it was granted by somebody who is gone
-            return [self._deny(caller, TransferError("the transfer is not known here"))]
-        other = self._parking.get(transfer)
-        if other is not None and (
-            other.peer != caller.peer or (other.open.attempt, other.link) >= (attempt, caller.link)
-        ):
-            self.counts.late_frames += 1
-            return []
-        if other is None and self._parking.is_full:
-            full = reported("overloaded", "too many transfers wait for their decode leg")
-            return [self._deny(caller, full)]
-        self._parking.park(caller)
-        return []
+        return [*self._parking.receive(caller)]
 
     def _match(self, incoming: Incoming, caller: Parked, now: float) -> list[ev.ReceiverEffect]:
         if caller.open.attempt < incoming.expected.attempt:
@@ -175,7 +157,7 @@ class Receiver:
             return []
         error = incoming.refuse_open(caller.peer, caller.open)
         if error is not None:
-            denial = self._deny(caller, error)
+            denial = self._parking.deny(caller, error)
             # A stranger who knows the id must not be able to end the transfer of its owner.
             if caller.peer != incoming.expected.peer:
                 return [denial]
@@ -198,9 +180,6 @@ class Receiver:
         if incoming.conn is None or incoming.have_tokens is None:
             return []
         self._grants.queue(incoming.expected.transfer)
-        return self._share(now)
-
-    def _share(self, now: float) -> list[ev.ReceiverEffect]:
         return [*self._grants.share(now)]
 
     # ---- pieces --------------------------------------------------------------------------------
@@ -235,7 +214,7 @@ class Receiver:
         if incoming is None:
             self.counts.late_frames += 1
             self._landing.end(slot, None)
-            return self._share(now)
+            return [*self._grants.share(now)]
         del incoming.landing[slot]
         if checksum != held.data.checksum:
             self.counts.bad_checksums += 1
@@ -264,7 +243,7 @@ class Receiver:
             incoming.importing -= 1
             incoming.last_progress = now
             effects += self._try_commit(incoming)
-        return effects + self._share(now)
+        return [*effects, *self._grants.share(now)]
 
     # ---- ending --------------------------------------------------------------------------------
 
@@ -277,14 +256,11 @@ class Receiver:
             return self._end_all([(incoming, refusal)], now)
         incoming.ids = tuple(message.ids)
         incoming.last_progress = now
-        return [*self._try_commit(incoming), *self._share(now)]
+        return [*self._try_commit(incoming), *self._grants.share(now)]
 
     def _abort(self, peer: str, message: Abort, now: float) -> list[ev.ReceiverEffect]:
         """The peer gave up, over whichever link it says so."""
-        parked = self._parking.get(message.transfer)
-        if parked and (parked.peer, parked.open.attempt) == (peer, message.attempt):
-            self._parking.take(message.transfer)
-            self._parking.close(message.transfer, message.attempt)
+        if self._parking.withdrawn(peer, message.transfer, message.attempt):
             return []
         incoming = self._live(peer, message.transfer, message.attempt)
         if incoming is None:
@@ -341,7 +317,7 @@ class Receiver:
 
     def _tick(self, now: float) -> list[ev.ReceiverEffect]:
         effects: list[ev.ReceiverEffect] = [
-            self._deny(parked, timed_out("no decode leg came here"))
+            self._parking.deny(parked, timed_out("no decode leg came here"))
             for parked in self._parking.take_expired(now)
         ]
         ends: list[tuple[Incoming, MeshError]] = []
@@ -349,10 +325,7 @@ class Receiver:
             if now >= incoming.expected.deadline:
                 ends.append((incoming, expired()))
             elif now >= self._deadline(incoming):
-                what = "the KV transfer stands still"
-                if incoming.conn is None:
-                    what = "nobody resumed the KV transfer" if incoming.grants else "no Open came"
-                ends.append((incoming, timed_out(f"{what} ({incoming.expected.peer})")))
+                ends.append((incoming, incoming.standstill()))
         if not ends and (victim := self._starvation.take_victim(self._incoming.values(), now)):
             text = f"others wait for its blocks, and {victim.expected.peer} has sent nothing"
             ends.append((victim, timed_out(text)))
@@ -363,7 +336,7 @@ class Receiver:
     ) -> list[ev.ReceiverEffect]:
         """Fail these transfers, then let others have what they held."""
         effects = [e for incoming, error in ends for e in self._end(incoming, error, tell_peer)]
-        return effects + self._share(now)
+        return [*effects, *self._grants.share(now)]
 
     def _end(
         self, incoming: Incoming, error: MeshError, tell_peer: bool = True
@@ -403,9 +376,3 @@ class Receiver:
             return None
         current = incoming.expected.attempt, incoming.link
         return incoming if current == (held.data.attempt, held.link) else None
-
-    def _deny(self, caller: Parked, error: MeshError) -> ev.Reply:
-        self.counts.denied += 1
-        code, text = as_text(error)
-        o = caller.open
-        return ev.Reply(caller.conn, Deny(o.transfer, o.attempt, code, text, error.retryable))
