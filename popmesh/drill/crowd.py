@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from popmesh.drill.check import judge
 from popmesh.drill.ledger import Answers
+from popmesh.drill.look import Lookout, Route
 from popmesh.drill.observation import Observation
+from popmesh.drill.report import AskRow, ask_row
 from popmesh.drill.stream import Caller
-from popmesh.drill.workload import Ask
+from popmesh.drill.workload import Ask, make_asks
 from wire.errors import PeerError
+
+ASKS = 32
+"""Different requests: few enough to ask them all beforehand, enough to outgrow a small cache."""
 
 REFERENCES_AT_ONCE = 4
 """Guess: a batch, but no queue."""
@@ -23,60 +29,79 @@ UNLUCKY_PAUSE_S = 0.5
 """A client whose request was refused asks again, but does not storm."""
 
 
-async def ask_references(asks: Sequence[Ask], caller: Caller) -> dict[int, Observation]:
-    """The answer to each request without any fault, by its number; raises ``PeerError`` when one
-    fails."""
-    gate = asyncio.Semaphore(REFERENCES_AT_ONCE)
-    found: dict[int, Observation] = {}
+@dataclass(frozen=True, slots=True)
+class CrowdConfig:
+    """What the operator asked of the clients; times in seconds. ``exact``: an answer must equal its
+    reference."""
 
-    async def one(ask: Ask) -> None:
+    urls: tuple[str, ...]
+    api_key: str | None
+    operator_key: str | None
+    model: str
+    streams: int
+    deadline_s: float
+    seed: int
+    exact: bool
+
+
+class Crowd:
+    """The clients of one drill; ``say`` tells a person what they do. ``references`` are the answers
+    without any fault, by the number of their request."""
+
+    def __init__(self, config: CrowdConfig, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._say = say
+        self._asks = make_asks(ASKS, random.Random(f"asks {config.seed}"))
+        self.references: dict[int, Observation] = {}
+        self.is_closing = False
+
+    async def ask_undisturbed(self, caller: Caller) -> Answers:
+        """Fill ``references``, then what all clients at a time see without any fault; raises
+        ``PeerError`` when a reference fails."""
+        self._say(f"Asking {len(self._asks)} requests undisturbed, to compare with.")
+        gate = asyncio.Semaphore(REFERENCES_AT_ONCE)
+        async with asyncio.TaskGroup() as tasks:
+            for ask in self._asks:
+                tasks.create_task(self._reference(ask, caller, gate))
+        self._say(f"Asking undisturbed, {self._config.streams} at a time.")
+        calm = Answers()
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(self._config.streams):
+                tasks.create_task(self._calm(number, caller, calm))
+        return calm
+
+    async def keep_asking(
+        self,
+        number: int,
+        caller: Caller,
+        lookout: Lookout,
+        answered: Callable[[Observation, list[Route]], None],
+    ) -> None:
+        """Be client ``number`` until the drill closes; ``answered`` takes every answer, with the
+        routes of its attempts."""
+        rng = random.Random(f"client {self._config.seed} {number}")
+        while not self.is_closing:
+            seen = await caller.ask(rng.choice(self._asks), number)
+            routes = await lookout.routes(seen.url, seen.request_id)
+            seen.attempts = len(routes)
+            answered(seen, routes)
+            if not seen.complete:
+                await asyncio.sleep(UNLUCKY_PAUSE_S)
+
+    def rows(self) -> list[AskRow]:
+        """The requests, for a report."""
+        return [ask_row(ask, self.references[ask.number]) for ask in self._asks]
+
+    async def _reference(self, ask: Ask, caller: Caller, gate: asyncio.Semaphore) -> None:
         async with gate:
             seen = await caller.ask(ask, ask.number)
         if not seen.complete:
             code, message = seen.error or ("peer_failed", "it ended without its end")
             raise PeerError(f"an undisturbed request failed: {message}", code=code)
-        found[ask.number] = seen
+        self.references[ask.number] = seen
 
-    async with asyncio.TaskGroup() as tasks:
-        for ask in asks:
-            tasks.create_task(one(ask))
-    return found
-
-
-async def calm_wave(
-    asks: Sequence[Ask],
-    references: Mapping[int, Observation],
-    caller: Caller,
-    clients: int,
-    seed: int,
-) -> Answers:
-    """What ``clients`` at a time see without any fault."""
-    calm = Answers()
-
-    async def client(number: int) -> None:
-        rng = random.Random(f"calm {seed} {number}")
+    async def _calm(self, number: int, caller: Caller, calm: Answers) -> None:
+        rng = random.Random(f"calm {self._config.seed} {number}")
         for _ in range(CALM_ROUNDS):
-            seen = await caller.ask(rng.choice(asks), number)
-            calm.add(seen, judge(seen, references[seen.ask.number], ()), None)
-
-    async with asyncio.TaskGroup() as tasks:
-        for number in range(clients):
-            tasks.create_task(client(number))
-    return calm
-
-
-async def keep_asking(
-    number: int,
-    asks: Sequence[Ask],
-    caller: Caller,
-    seed: int,
-    answered: Callable[[Observation], Awaitable[None]],
-    is_closing: Callable[[], bool],
-) -> None:
-    """Be client ``number`` until the drill closes; ``answered`` takes every answer."""
-    rng = random.Random(f"client {seed} {number}")
-    while not is_closing():
-        seen = await caller.ask(rng.choice(asks), number)
-        await answered(seen)
-        if not seen.complete:
-            await asyncio.sleep(UNLUCKY_PAUSE_S)
+            seen = await caller.ask(rng.choice(self._asks), number)
+            calm.add(seen, judge(seen, self.references[seen.ask.number], ()), None)

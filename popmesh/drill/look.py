@@ -16,6 +16,11 @@ from popmesh.drill.report import Rest
 from popmesh.drill.world import MeshSeen
 from wire.errors import ConfigError, MeshError
 
+Route = tuple[str, str]
+"""Prefill and decode node of one attempt."""
+
+RECOVERIES = "popmesh_router_recoveries_total"
+
 LOOK_S = 0.25
 """Between two looks: an engine takes longer than that to come back, so no death is missed."""
 
@@ -74,7 +79,7 @@ class Lookout:
         """How it is now."""
         return self.seen(await self.statuses())
 
-    async def routes(self, url: str, request_id: str) -> list[tuple[str, str]]:
+    async def routes(self, url: str, request_id: str) -> list[Route]:
         """Prefill and decode node of every attempt of an answer, as its router tells; empty if it
         does not."""
         for client in self.clients:
@@ -91,6 +96,10 @@ class Lookout:
         """Take the routers' counters into ``growth``."""
         for url, samples in (await self._metrics()).items():
             self.growth.look(url, samples)
+
+    def recoveries(self) -> dict[str, int]:
+        """How often requests went on in which way, in what was counted so far."""
+        return {kind: int(count) for kind, count in self.growth.of(RECOVERIES).items()}
 
     async def rest(self) -> Rest:
         """Wait until everything is at rest, or has had its time; then what processes hold."""

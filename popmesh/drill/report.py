@@ -5,6 +5,7 @@ Times are seconds on the drill's clock, which begins with its first request.
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import msgspec
@@ -118,6 +119,11 @@ class Report(msgspec.Struct):
     faults: list[FaultRow]
     asks: list[AskRow]
     answers: list[StreamRow]
+
+
+def moment() -> str:
+    """Now, as reports say when they began."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def ask_row(ask: Ask, reference: Observation) -> AskRow:

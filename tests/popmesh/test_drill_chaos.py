@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from popmesh.cli import main
-from popmesh.drill import chaos, look, world
+from popmesh.drill import chaos, crowd, look, world
 from popmesh.drill.chaos import Chaos, Config
 from popmesh.drill.counters import Growth, parse_metrics
 from popmesh.drill.faults import FAULTS
@@ -47,7 +47,7 @@ CONFIG = Config(
 
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch):
-    monkeypatch.setattr(chaos, "ASKS", 6)
+    monkeypatch.setattr(crowd, "ASKS", 6)
     monkeypatch.setattr(look, "LOOK_S", 0.05)
     monkeypatch.setattr(chaos, "LOOK_S", 0.05)
     monkeypatch.setattr(look, "REST_S", 0.5)
@@ -64,7 +64,7 @@ async def hold(mesh: FakeMesh, **changes) -> tuple[Report, list[str]]:
 def passed_report(tmp_path_factory) -> Report:
     """One drill that was passed, for the tests of what is made of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chaos, "ASKS", 6)
+        patch.setattr(crowd, "ASKS", 6)
         patch.setattr(look, "LOOK_S", 0.05)
         patch.setattr(chaos, "LOOK_S", 0.05)
         return asyncio.run(hold(FakeMesh()))[0]

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from popmesh.cli import main
-from popmesh.drill import look
+from popmesh.drill import crowd, look
 from popmesh.drill.observation import Observation
 from popmesh.drill.report import write_json
 from popmesh.drill.site_loss import drill as drills
@@ -167,7 +167,7 @@ def test_a_stretch_counts_answers_by_their_beginning_and_texts_by_their_coming()
 
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch):
-    monkeypatch.setattr(drills, "ASKS", 6)
+    monkeypatch.setattr(crowd, "ASKS", 6)
     monkeypatch.setattr(drills, "STEADY_S", 0.3)
     monkeypatch.setattr(drills, "LOOK_S", 0.02)
     monkeypatch.setattr(look, "REST_S", 0.5)
@@ -248,7 +248,8 @@ async def test_who_cannot_be_spared_is_not_lost_unless_told_so():
 @pytest.fixture(scope="module")
 def held() -> SiteLossReport:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ASKS", 6), ("STEADY_S", 0.3), ("LOOK_S", 0.02)):
+        patch.setattr(crowd, "ASKS", 6)
+        for name, value in (("STEADY_S", 0.3), ("LOOK_S", 0.02)):
             patch.setattr(drills, name, value)
         return asyncio.run(hold(FakeMesh()))[0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,13 @@ from popmesh.drill.cold_start.report import (
     Run,
     make_run,
 )
+from popmesh.drill.look import LOOK_S
+from popmesh.drill.report import moment
 from popmesh.drill.statistics import quantiles
 from wire.errors import ConfigError, PeerError
 
 READY_S = 60.0
 """Longest wait for the mesh to be whole before a run. Guess: the run before it has just ended."""
-
-LOOK_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class ColdStarts:
     async def run(self) -> ColdStartDrill:
         """All of it; raises ``MeshError`` when it cannot be held."""
         config = self._config
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        started = moment()
         runs: list[Run] = []
         problems: list[str] = []
         async with MeshClient(config.url, config.key) as client:

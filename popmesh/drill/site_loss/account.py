@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from popmesh.drill.check import judge
+from popmesh.drill.look import Route
 from popmesh.drill.observation import Observation
 from popmesh.drill.site_loss.report import Stretch
 from popmesh.drill.site_loss.watch import Capacity
 from popmesh.drill.statistics import quantiles
-
-Route = tuple[str, str]
-"""Prefill and decode node of one attempt."""
 
 
 @dataclass(frozen=True, slots=True)

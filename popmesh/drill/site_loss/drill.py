@@ -8,52 +8,36 @@ goes to another one, which ``popmesh drill chaos`` rehearses.
 from __future__ import annotations
 
 import asyncio
-import datetime
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from popmesh.drill.crowd import ask_references, calm_wave, keep_asking
+from popmesh.drill.crowd import Crowd, CrowdConfig
 from popmesh.drill.drivers import RouterDriver
 from popmesh.drill.faults import Fault, Order
-from popmesh.drill.ledger import Answers, Ledger, problems
-from popmesh.drill.look import LOOK_S, Lookout
+from popmesh.drill.ledger import Ledger, problems
+from popmesh.drill.look import LOOK_S, Lookout, Route
 from popmesh.drill.observation import Observation
-from popmesh.drill.report import Rest, ask_row
-from popmesh.drill.site_loss.account import Route, spill, stretch
+from popmesh.drill.report import Rest, moment
+from popmesh.drill.site_loss.account import spill, stretch
 from popmesh.drill.site_loss.report import SCHEMA, SiteLossReport
 from popmesh.drill.site_loss.watch import Capacity, SiteWatch
 from popmesh.drill.statistics import quantiles
 from popmesh.drill.stream import Caller, session
-from popmesh.drill.workload import make_asks
 from popmesh.drill.world import RECOVERY_S, MeshSeen, NodeSeen, may_lose
 from wire.errors import ConfigError, MeshError
 from wire.messages import LOSE_AGENT
-
-ASKS = 32
-"""Different requests, see ``popmesh.drill.chaos.ASKS``."""
 
 STEADY_S = 10.0
 """Length of the stretches before the blow and after the return. Guess: each client gets several
 answers in it."""
 
-RECOVERIES = "popmesh_router_recoveries_total"
-
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(CrowdConfig):
     """What the operator asked for; times in seconds. ``alone``: though nobody else could answer."""
 
-    urls: tuple[str, ...]
-    api_key: str | None
-    operator_key: str | None
-    model: str
     site: str
     away_s: float
-    streams: int
-    deadline_s: float
-    seed: int
-    exact: bool
     alone: bool
 
 
@@ -65,13 +49,10 @@ class SiteLoss:
         self._say = say
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
-        self._asks = make_asks(ASKS, random.Random(f"asks {config.seed}"))
-        self._references: dict[int, Observation] = {}
-        self._calm = Answers()
+        self._crowd = Crowd(config, say)
         self._ledger = Ledger()
         self._seen: list[Observation] = []
         self._routes: dict[str, list[Route]] = {}
-        self._closing = False
         self._watch = SiteWatch(config.model, ())
         self._answered_at: float | None = None
         self._marks: list[tuple[str, float, float, Capacity]] = []
@@ -79,7 +60,7 @@ class SiteLoss:
     async def run(self) -> SiteLossReport:
         """All of it; raises ``MeshError`` when the drill cannot be held."""
         config = self._config
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        started = moment()
         key = config.operator_key or config.api_key
         async with (
             session(config.api_key, config.streams) as http,
@@ -97,17 +78,12 @@ class SiteLoss:
                 self._now,
                 lambda seen, stage: None,
             )
-            self._say(f"Asking {len(self._asks)} requests undisturbed, to compare with.")
-            self._references = await ask_references(self._asks, caller)
-            self._calm = await calm_wave(
-                self._asks, self._references, caller, config.streams, config.seed
-            )
+            await self._crowd.ask_undisturbed(caller)
             await lookout.count()
             struck_at = await self._under_load(caller, lookout)
             rest = await lookout.rest()
             await lookout.count()
-            recoveries = lookout.growth.of(RECOVERIES)
-        return self._report(started, name, nodes, struck_at, rest, recoveries)
+        return self._report(started, name, nodes, struck_at, rest, lookout.recoveries())
 
     def _now(self) -> float:
         return self._loop.time() - self._began
@@ -144,11 +120,11 @@ class SiteLoss:
         async with asyncio.TaskGroup() as tasks:
             looking = tasks.create_task(self._look(lookout))
             for number in range(self._config.streams):
-                tasks.create_task(self._client(number, caller, lookout))
+                tasks.create_task(self._crowd.keep_asking(number, caller, lookout, self._answered))
             try:
                 struck_at = await self._events(lookout)
             finally:
-                self._closing = True
+                self._crowd.is_closing = True
             looking.cancel()
             self._say("The last answers end.")
         return struck_at
@@ -230,16 +206,10 @@ class SiteLoss:
             await lookout.count()
             await asyncio.sleep(LOOK_S)
 
-    async def _client(self, number: int, caller: Caller, lookout: Lookout) -> None:
-        async def answered(seen: Observation) -> None:
-            routes = await lookout.routes(seen.url, seen.request_id)
-            seen.attempts = len(routes)
-            self._routes[seen.request_id] = routes
-            self._seen.append(seen)
-            self._ledger.over(seen)
-
-        seed = self._config.seed
-        await keep_asking(number, self._asks, caller, seed, answered, lambda: self._closing)
+    def _answered(self, seen: Observation, routes: list[Route]) -> None:
+        self._routes[seen.request_id] = routes
+        self._seen.append(seen)
+        self._ledger.over(seen)
 
     # ---- afterwards ----------------------------------------------------------------------------
 
@@ -250,10 +220,10 @@ class SiteLoss:
         nodes: list[str],
         struck_at: float,
         rest: Rest,
-        recoveries: dict[str, float],
+        recoveries: dict[str, int],
     ) -> SiteLossReport:
         config, watch = self._config, self._watch
-        answers = self._ledger.judged(self._references, self._now())
+        answers = self._ledger.judged(self._crowd.references, self._now())
         back_at = struck_at + config.away_s
         late = spill(self._seen, self._routes, nodes, struck_at, back_at)
         wrong = problems(answers, self._ledger.faults, rest, rest, config.exact)
@@ -287,13 +257,13 @@ class SiteLoss:
             verdicts=dict(answers.verdicts),
             pauses=quantiles(pause.length_s for pause in answers.pauses),
             stretches=[
-                stretch(name, start, end, self._seen, self._references, left)
+                stretch(name, start, end, self._seen, self._crowd.references, left)
                 for name, start, end, left in self._marks
             ],
-            recoveries={kind: int(count) for kind, count in recoveries.items()},
+            recoveries=recoveries,
             rest=rest,
             faults=self._ledger.faults,
-            asks=[ask_row(ask, self._references[ask.number]) for ask in self._asks],
+            asks=self._crowd.rows(),
             answers=answers.rows,
         )
 
