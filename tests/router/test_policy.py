@@ -11,79 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.routing.costs import Work
-from router.routing.policy import Pin, Plan, RouteRequest, choose
-from router.routing.speeds import typical_speeds
-from router.routing.view import NodeView, Pending, View
+from router.routing.policy import Pin, choose
+from router.routing.view import Pending
 from tests.fakes.fake_node import idle_engine
 from tests.router.router_mesh import MODEL, make_topology
-from topology.geography import link_between
-from topology.model import Model, Position, Topology
+from tests.router.views import BOTH, FOUR, FRA, IAD, SYD, offer, pair, pick, request, view_of
+from topology.model import Model, Position
 from wire.errors import OverloadError, RequestError
-from wire.messages import LinkRate, ModelOffer
-
-BOTH = ("prefill", "decode")
-FRA, IAD, SYD = Position(50.0, 8.6), Position(38.9, -77.4), Position(-33.9, 151.2)
-
-
-def offer(**changes: Any) -> ModelOffer:
-    values = {
-        "name": MODEL,
-        "identity": "00ff",
-        "context_tokens": 4096,
-        "kv_bytes_per_token": 20_000,
-        "block_tokens": 16,
-        "total_blocks": 1024,
-        "dtype": "float32",
-        "kv_address": "127.0.0.1:1",
-    }
-    return ModelOffer(**(values | changes))
-
-
-def view_of(topology: Topology, **changes: dict[str, Any]) -> View:
-    """All nodes up and idle, but for ``changes`` by node name (``-`` written ``_``)."""
-    nodes = {}
-    for name, node in topology.nodes.items():
-        site = topology.sites[node.site]
-        nodes[name] = NodeView(
-            name=name,
-            site=node.site,
-            region=site.region,
-            position=site.position,
-            roles=node.roles,
-            phase="up",
-            draining=False,
-            incarnation="1",
-            version=2,
-            kin="cpu",
-            rtt_ms=link_between(topology, "fra", node.site).rtt_ms or 0.0,
-            rtt_measured=True,
-            load_at=0.0,
-            offers={MODEL: offer()},
-            engines={MODEL: idle_engine(MODEL)},
-            links={},
-            pending={},
-        )
-        nodes[name] = replace(nodes[name], **changes.get(name.replace("-", "_"), {}))
-    offered = {MODEL: tuple(name for name, node in nodes.items() if MODEL in node.offers)}
-    return View(topology, "fra", nodes, offered, typical_speeds(nodes.values()))
-
-
-def request(client: Position = FRA, tokens: int = 100, **changes: Any) -> RouteRequest:
-    cached = changes.pop("cached", {})
-    output = changes.pop("output", 128)
-    return RouteRequest(Work(MODEL, tokens, output, cached), client, **changes)
-
-
-def pick(view: View, asked: RouteRequest, seed: int = 0) -> Plan:
-    return choose(asked, view, 0.0, random.Random(seed))
-
-
-def pair(view: View, asked: RouteRequest) -> tuple[str, str]:
-    plan = pick(view, asked)
-    return plan.route.prefill, plan.route.decode
-
-
-FOUR = make_topology({"fra-1": BOTH, "lhr-1": BOTH, "iad-1": BOTH, "syd-1": BOTH})
+from wire.messages import LinkRate
 
 
 @pytest.mark.parametrize(("client", "node"), [(FRA, "fra-1"), (IAD, "iad-1"), (SYD, "syd-1")])

@@ -21,47 +21,20 @@ from router.routing.recovery import (
     choose_recovery,
     salvage_patience_s,
 )
-from router.routing.speeds import typical_speeds
-from router.routing.view import NodeView, View
+from router.routing.view import View
 from tests.fakes.fake_node import idle_engine
+from tests.router import views
 from tests.router.router_mesh import MODEL, make_topology
-from topology.geography import link_between
-from topology.model import Position
+from tests.router.views import BOTH, FRA
 from wire.errors import OverloadError
 from wire.messages import LinkRate, ModelOffer
 
-BOTH = ("prefill", "decode")
-FRA = Position(50.0, 8.6)
 MESH = make_topology({"fra-1": ("prefill",), "lhr-1": BOTH, "iad-1": BOTH})
-OFFER = ModelOffer(MODEL, "00ff", 4096, 20_000, 16, 1024, "float32", "127.0.0.1:1")
 
 
 def view_of(**changes: dict[str, Any]) -> View:
     """All nodes up and idle in incarnation "1", but for ``changes`` (``-`` written ``_``)."""
-    nodes = {}
-    for name, node in MESH.nodes.items():
-        site = MESH.sites[node.site]
-        nodes[name] = NodeView(
-            name=name,
-            site=node.site,
-            region=site.region,
-            position=site.position,
-            roles=node.roles,
-            phase="up",
-            draining=False,
-            incarnation="1",
-            version=2,
-            kin="cpu",
-            rtt_ms=link_between(MESH, "fra", node.site).rtt_ms or 0.0,
-            rtt_measured=True,
-            load_at=0.0,
-            offers={MODEL: OFFER},
-            engines={MODEL: idle_engine(MODEL)},
-            links={},
-            pending={},
-        )
-        nodes[name] = replace(nodes[name], **changes.get(name.replace("-", "_"), {}))
-    return View(MESH, "fra", nodes, {MODEL: tuple(nodes)}, typical_speeds(nodes.values()))
+    return views.view_of(MESH, **changes)
 
 
 def start(name: str, incarnation: str = "1") -> NodeStart:

@@ -1,158 +1,27 @@
-"""Clients that lose their connection and come back, to the same router or another."""
+"""Clients that lose their connection and come back to the same router."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 
-import aiohttp
 import pytest
 
-import router.app
-from router.app import RouterConfig, serve
 from router.http import resume
 from router.request import resume_book
-from tests.fakes.fake_node import answer_text, idle_engine
-from tests.router.router_mesh import (
-    ANY_PORT,
-    MODEL,
-    StubDirectory,
-    entry_of,
-    make_topology,
-    running_mesh,
+from tests.fakes.fake_node import idle_engine
+from tests.router.resume_clients import (
+    TENANTS,
+    TOKENS,
+    ask,
+    check_rest,
+    hand_out,
+    refused,
+    start,
+    until_status,
+    whole,
 )
-from topology.model import Router, Tenant
-from wire.messages import ChatInput, ChatTurn, Failed, Load, TextInput
-
-HELLO = ChatInput([ChatTurn("user", "hello")])
-TOKENS = 12
-PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
-BODIES = {
-    "chat": {"messages": [{"role": "user", "content": "hello"}]},
-    "completion": {"prompt": "hello"},
-}
-TENANTS = tuple(
-    Tenant(name, (hashlib.sha256(name.encode()).hexdigest(),), frozenset(), operator=name == "ops")
-    for name in ("ops", "ann", "bob")
-)
-
-
-class Tickets:
-    """Stands in for a fake node's ``go``: every token takes a ticket."""
-
-    def __init__(self, count):
-        self._semaphore = asyncio.Semaphore(count)
-
-    async def wait(self):
-        await self._semaphore.acquire()
-
-    def add(self, count):
-        for _ in range(count):
-            self._semaphore.release()
-
-
-def hand_out(mesh, count):
-    """All nodes together may produce so many tokens."""
-    tickets = Tickets(count)
-    for node in mesh.nodes.values():
-        node.go = tickets
-        node.answer_tokens = TOKENS
-    return tickets
-
-
-@dataclass
-class Reader:
-    """One streamed answer as a client reads it; ``last_id`` is what it would come back with."""
-
-    response: aiohttp.ClientResponse
-    last_id: str = ""
-    text: str = ""
-    finish: str | None = None
-    usage: dict | None = None
-    error: dict | None = None
-    done: bool = False
-    num_events: int = 0
-
-    async def event(self):
-        """Read one event; False at the end of the body."""
-        lines = []
-        while line := (await self.response.content.readline()).decode():
-            if line == "\n":
-                break
-            lines.append(line.removesuffix("\n"))
-        else:
-            return False
-        for line in lines:
-            if line.startswith("id: "):
-                self.last_id = line.removeprefix("id: ")
-        (data,) = (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
-        self._take(data)
-        return True
-
-    def _take(self, data):
-        assert not self.done, "an event after [DONE]"
-        if data == "[DONE]":
-            self.done = True
-            return
-        chunk = json.loads(data)
-        self.error = chunk.get("error")
-        self.usage = chunk.get("usage") or self.usage
-        for choice in chunk.get("choices", ()):
-            text = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
-            assert not (text and self.finish), "text after the finish"
-            self.text += text
-            self.num_events += bool(text)
-            self.finish = choice["finish_reason"]
-
-    async def texts(self, count):
-        """Read until so many events had text."""
-        while self.num_events < count:
-            assert await self.event(), "the stream ended"
-        return self
-
-    async def rest(self):
-        while await self.event():
-            pass
-        return self
-
-
-async def ask(http, kind="chat", last_id=None, key=None, **body):
-    headers = {} if last_id is None else {"Last-Event-ID": last_id}
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
-    body = {"model": MODEL, "max_tokens": TOKENS, "stream": True, **BODIES[kind], **body}
-    body = {"stream_options": {"include_usage": True}, **body} if body["stream"] else body
-    return await http.post(PATHS[kind], json=body, headers=headers)
-
-
-async def start(http, kind="chat", **body):
-    response = await ask(http, kind, **body)
-    assert response.status == 200, await response.text()
-    return Reader(response)
-
-
-async def refused(http, kind="chat", **body):
-    async with await ask(http, kind, **body) as response:
-        error = (await response.json())["error"]
-        return response.status, error["code"], error
-
-
-def whole(kind="chat", count=TOKENS):
-    return answer_text(HELLO if kind == "chat" else TextInput("hello"), count)
-
-
-def check_rest(first, second, kind="chat"):
-    """Two connections together hold the undisturbed answer, its end once."""
-    assert first.text + second.text == whole(kind)
-    assert (second.finish, second.done, second.error) == ("length", True, None)
-    assert second.usage["completion_tokens"] == TOKENS
-    assert second.response.headers["x-popmesh-resumed"] == "true"
-    ids = {one.response.headers["x-popmesh-request-id"] for one in (first, second)}
-    assert len(ids) == 1
-    assert first.last_id.rpartition(":")[0] in ids
+from tests.router.router_mesh import MODEL, make_topology, running_mesh
+from wire.messages import Failed, Load
 
 
 @pytest.fixture
@@ -345,14 +214,6 @@ async def test_unknown_expired_and_foreign_answers_look_the_same(monkeypatch):
         assert len({error[2]["message"] for error in errors}) == 1
 
 
-async def until_status(mesh, condition):
-    """Ask the router how it is until that is as wanted."""
-    while True:
-        if condition(await mesh.get_json("/popmesh/status")):
-            return
-        await asyncio.sleep(0.01)
-
-
 async def test_an_answer_that_comes_back_waits_for_a_route(mesh):
     tickets = hand_out(mesh, 4)
     first = await (await start(mesh.http)).texts(4)
@@ -368,111 +229,6 @@ async def test_an_answer_that_comes_back_waits_for_a_route(mesh):
         node.tell(node.load_message())
     tickets.add(TOKENS)
     check_rest(first, await (await resuming).rest())
-
-
-# ---- another router ----------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def two_routers(monkeypatch):
-    """A mesh and a client session to a second router over the same fake nodes."""
-    topology = make_topology()
-    topology = replace(
-        topology, routers={**topology.routers, "router-2": Router("router-2", "lhr", ANY_PORT)}
-    )
-    async with running_mesh(monkeypatch, topology) as mesh:
-        directory, stop = StubDirectory(), asyncio.Event()
-        directory.list(entry_of(node) for node in mesh.nodes.values())
-        monkeypatch.setattr(router.app, "Watcher", directory.attach)
-        url = asyncio.get_running_loop().create_future()
-        config = RouterConfig("router-2", topology, "consul://127.0.0.1:1", "127.0.0.1", 0)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(serve(config, url.set_result, stop))
-            async with aiohttp.ClientSession(await url) as http:
-                other = replace(mesh, url=await url, http=http, directory=directory, stop=stop)
-                await other.wait_ready()
-                yield mesh, other
-            stop.set()
-
-
-@pytest.mark.parametrize("kind", ["chat", "completion"])
-@pytest.mark.parametrize("read", [1, 2, 7])
-async def test_another_router_goes_on_where_a_dead_one_was(monkeypatch, kind, read):
-    async with two_routers(monkeypatch) as (mesh, other):
-        tickets = hand_out(mesh, read)
-        first = await (await start(mesh.http, kind)).texts(read)
-        first.response.close()
-        await mesh.wait_idle()
-        tickets.add(TOKENS)
-        second = await (await start(other.http, kind, last_id=first.last_id)).rest()
-        check_rest(first, second, kind)
-        hand_out(mesh, TOKENS)
-        assert second.usage == (await (await start(mesh.http, kind)).rest()).usage
-        metrics = await (await other.http.get("/metrics")).text()
-        assert 'popmesh_resumed_total{found="elsewhere"} 1' in metrics
-
-
-async def test_tokens_that_the_first_router_never_relayed_come_once(monkeypatch):
-    async with two_routers(monkeypatch) as (mesh, other):
-        tickets = hand_out(mesh, 6)
-        first = await (await start(mesh.http)).texts(2)
-        last_id, text = first.last_id, first.text
-        await first.texts(6)
-        tickets.add(TOKENS)
-        second = await (await start(other.http, last_id=last_id)).rest()
-        assert text + second.text == whole()
-        assert second.usage["completion_tokens"] == TOKENS
-
-
-async def test_the_first_router_lets_go_when_another_takes_over(monkeypatch):
-    """And when the client comes back to it, it asks the nodes like any other."""
-    async with two_routers(monkeypatch) as (mesh, other):
-        tickets = hand_out(mesh, 4)
-        first = await (await start(mesh.http)).texts(4)
-        resuming = asyncio.ensure_future(start(other.http, last_id=first.last_id))
-        await first.rest()
-        assert first.error["code"] == "taken_over"
-        tickets.add(3)
-        second = await (await resuming).texts(3)
-        assert first.text + second.text == whole(count=7)
-        second.response.close()
-        await other.wait_idle()
-        assert (await mesh.get_json("/popmesh/status"))["resumable"]["records"] == 0
-        tickets.add(TOKENS)
-        third = await (await start(mesh.http, last_id=second.last_id)).rest()
-        assert first.text + second.text + third.text == whole()
-        assert (third.done, third.usage["completion_tokens"]) == (True, TOKENS)
-
-
-async def test_a_complete_answer_can_be_read_at_another_router(monkeypatch):
-    async with two_routers(monkeypatch) as (mesh, other):
-        hand_out(mesh, TOKENS)
-        first = await (await start(mesh.http)).rest()
-        await mesh.wait_idle()
-        before = sum(len(node.submits) for node in mesh.nodes.values())
-        request_id = first.response.headers["x-popmesh-request-id"]
-        second = await (await start(other.http, last_id=f"{request_id}:5")).rest()
-        assert whole(count=5) + second.text == whole()
-        assert (second.finish, second.done, second.usage) == ("length", True, first.usage)
-        assert sum(len(node.submits) for node in mesh.nodes.values()) == before
-
-
-async def test_nodes_of_version_1_are_not_asked(monkeypatch):
-    async with two_routers(monkeypatch) as (mesh, other):
-        tickets = hand_out(mesh, 4)
-        first = await (await start(mesh.http)).texts(4)
-        first.response.close()
-        await mesh.wait_idle()
-        for node in mesh.nodes.values():
-            node.max_version = 1
-            for connection in list(node.connections):
-                connection.drop()
-            await node.wait_until(lambda node=node: not node.connections)
-        await other.wait_ready()
-        tickets.add(TOKENS)
-        status, code, _ = await refused(other.http, last_id=first.last_id)
-        assert (status, code) == (404, "stream_unknown")
-        assert not any(node.attaches for node in mesh.nodes.values())
 
 
 async def test_searches_among_the_nodes_are_bounded(mesh, monkeypatch):

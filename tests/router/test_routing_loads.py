@@ -28,7 +28,7 @@ from router.routing.view import Pending, View
 from router.routing.view_builder import Reservation, ViewBuilder
 from tests.fakes.fake_node import FakeMesh, FakeNode, idle_engine
 from tests.router.router_mesh import MODEL, make_topology
-from tests.router.test_policy import BOTH, FOUR, FRA, IAD, offer, pair, pick, request, view_of
+from tests.router.views import BOTH, FOUR, FRA, IAD, offer, pair, pick, request, view_of
 from topology.model import Model
 from wire.errors import OverloadError
 from wire.messages import Load, ModelOffer
