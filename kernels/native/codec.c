@@ -1,0 +1,468 @@
+/* Blocks of losslessly coded values: headers, tables, and tiles handed to the pool.
+ *
+ * All memory is the caller's. Nothing of a block is trusted: its lengths are checked against each
+ * other before any of it is followed.
+ */
+#include "codec.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "pool.h"
+
+#define PM_API __attribute__((visibility("default")))
+
+enum { RAW = 0, RANS = 1 };
+enum { REASON_DTYPE = 1, REASON_SAVING = 2, REASON_EMPTY = 3 };
+enum {
+    HEADER = 16,
+    TABLE = 48,
+    CHECKSUM = 4,
+    RAW_ENTRY = 4,
+    TILE_ENTRY = 12,
+    RAW_TILE = 65536,
+    ESCAPE = 128,
+    MIN_SAVING = 64,
+    VERSION = 1,
+    TYPES = 5,
+};
+static const long MAX_DECODED = 1L << 30;
+
+/* Results below zero; kernels/codec/native.py has their words. */
+enum {
+    PM_CODEC_NO_MEMORY = -1,
+    PM_CODEC_CUT_OFF = -2,
+    PM_CODEC_UNKNOWN = -3,
+    PM_CODEC_LENGTH = -4,
+    PM_CODEC_HEADER = -5,
+    PM_CODEC_SENSELESS = -6,
+    PM_CODEC_OUT_LENGTH = -7,
+    PM_CODEC_CONTENT = -8,
+    PM_CODEC_NO_ISA = -9,
+};
+
+/* By the code of the dtype; 0 stands for bytes of any kind. */
+static const pm_codec_type types[TYPES] = {{1, 0, 0}, {2, 8, 7}, {2, 5, 10}, {1, 4, 3}, {1, 5, 2}};
+
+static long round4(long bytes) { return (bytes + 3) / 4 * 4; }
+static long ceil_div(long a, long b) { return (a + b - 1) / b; }
+static uint32_t get32(const uint8_t *at) { return *(const pm_u32 *)at; }
+static void put32(uint8_t *at, uint32_t value) { *(pm_u32 *)at = value; }
+
+static const pm_codec_kernels *find_kernels(const char *isa)
+{
+    const pm_codec_kernels *known[3];
+    int count = 0;
+    known[count++] = &pm_codec_portable;
+    for (int i = 0; i < count; i++)
+        if (isa[0] == '\0' || strcmp(isa, known[i]->name) == 0)
+            return known[i];
+    return NULL;
+}
+
+/* The fastest instruction set of this processor that there is a codec for. */
+PM_API const char *pm_codec_isa(void) { return find_kernels("")->name; }
+
+/* Runs items 0..items-1 on `threads` threads, this one included. */
+static int run(pm_task task, const void *job, long items, int threads)
+{
+    pm_pool *pool = NULL;
+    if (threads > items)
+        threads = (int)items;
+    if (threads > 1 && (pool = pm_pool_new(threads)) == NULL)
+        return PM_CODEC_NO_MEMORY;
+    if (pool == NULL) {
+        for (long item = 0; item < items; item++)
+            task(job, item, NULL);
+        return 0;
+    }
+    int result = pm_pool_run(pool, task, job, items, 0);
+    pm_pool_free(pool);
+    return result;
+}
+
+/* ---- tables ---- */
+
+static void place_slots(pm_codec_table *table)
+{
+    int left[PM_CODEC_SYMBOLS] = {0}, bound[PM_CODEC_SYMBOLS], other[PM_CODEC_SYMBOLS];
+    int closed[PM_CODEC_SYMBOLS] = {0}, next[PM_CODEC_SYMBOLS] = {0};
+    for (int b = 0; b < PM_CODEC_SYMBOLS; b++) {
+        left[b] = b < table->count ? table->frequencies[b] : 0;
+        bound[b] = PM_CODEC_BUCKET;
+        other[b] = b;
+    }
+    for (;;) {
+        int small = 0, large = 0;
+        while (small < PM_CODEC_SYMBOLS && (closed[small] || left[small] >= PM_CODEC_BUCKET))
+            small++;
+        if (small == PM_CODEC_SYMBOLS)
+            break;
+        while (closed[large] || left[large] <= PM_CODEC_BUCKET)
+            large++; /* exists: what is left fills the open buckets exactly */
+        bound[small] = left[small];
+        other[small] = large;
+        closed[small] = 1;
+        left[large] -= PM_CODEC_BUCKET - left[small];
+    }
+    for (int b = 0; b < PM_CODEC_SYMBOLS; b++) {
+        const int first = b * PM_CODEC_BUCKET, alias = PM_CODEC_SYMBOLS + b;
+        table->limit[b] = (uint32_t)(first + bound[b]);
+        table->part_symbol[b] = (uint8_t)b;
+        table->part_offset[b] = next[b] - first;
+        next[b] += bound[b];
+        table->part_symbol[alias] = (uint8_t)other[b];
+        table->part_offset[alias] = next[other[b]] - first - bound[b];
+        next[other[b]] += PM_CODEC_BUCKET - bound[b];
+    }
+}
+
+static int slot_part(const pm_codec_table *table, uint32_t slot)
+{
+    const int bucket = (int)(slot / PM_CODEC_BUCKET);
+    return bucket + (slot >= table->limit[bucket] ? PM_CODEC_SYMBOLS : 0);
+}
+
+static void fill_decoder(pm_codec_decoder *decoder)
+{
+    const pm_codec_table *table = &decoder->table;
+    for (uint32_t slot = 0; slot < PM_CODEC_SLOTS; slot++) {
+        const int part = slot_part(table, slot), symbol = table->part_symbol[part];
+        decoder->slots[slot] = (uint32_t)table->frequencies[symbol] << 18 |
+                               (uint32_t)(table->part_offset[part] + PM_CODEC_SLOTS) << 5 |
+                               (uint32_t)symbol;
+    }
+}
+
+/* The most frequent exponents, the lower one first among equals; at least one slot each. */
+static void choose_table(pm_codec_encoder *encoder, const uint64_t *counts, uint64_t total)
+{
+    pm_codec_table *table = &encoder->table;
+    uint64_t left = total;
+    int distinct = 0, sum = 0;
+    memset(encoder, 0, sizeof *encoder);
+    memset(encoder->escaped, 1, sizeof encoder->escaped);
+    for (int e = 0; e < 256; e++)
+        distinct += counts[e] > 0;
+    table->has_escape = distinct > PM_CODEC_SYMBOLS;
+    table->count = table->has_escape ? PM_CODEC_SYMBOLS : distinct;
+    memset(encoder->symbol_of, table->count - 1, sizeof encoder->symbol_of);
+    for (int s = 0; s < table->count; s++) {
+        uint64_t shown = left;
+        if (!table->has_escape || s < table->count - 1) {
+            int best = -1;
+            for (int e = 0; e < 256; e++)
+                if (encoder->escaped[e] && counts[e] > 0 &&
+                    (best < 0 || counts[e] > counts[best]))
+                    best = e;
+            table->exponents[s] = (uint8_t)best;
+            encoder->symbol_of[best] = (uint8_t)s;
+            encoder->escaped[best] = 0;
+            shown = counts[best];
+            left -= shown;
+        }
+        const uint64_t frequency = shown * PM_CODEC_SLOTS / total;
+        table->frequencies[s] = (uint16_t)(frequency > 0 ? frequency : 1);
+        sum += table->frequencies[s];
+    }
+    table->frequencies[0] = (uint16_t)(table->frequencies[0] + PM_CODEC_SLOTS - sum);
+    place_slots(table);
+    uint32_t start = 0;
+    for (int s = 0; s < table->count; s++) {
+        encoder->starts[s] = start;
+        encoder->reciprocals[s] = nextafter(1.0 / table->frequencies[s], 2.0);
+        start += table->frequencies[s];
+    }
+    for (uint32_t slot = 0; slot < PM_CODEC_SLOTS; slot++) {
+        const int part = slot_part(table, slot);
+        const uint32_t offset = slot + (uint32_t)table->part_offset[part];
+        encoder->slot_of[encoder->starts[table->part_symbol[part]] + offset] = (uint16_t)slot;
+    }
+}
+
+/* ---- encoding ---- */
+
+typedef struct {
+    const pm_codec_kernels *kernels;
+    const pm_codec_encoder *encoder;
+    pm_codec_type type;
+    long values, tiles;
+    const uint8_t *data;
+    uint8_t *directory, *planes, *sections; /* of `out`; sections PM_CODEC_SECTION apart */
+    uint64_t *counts;
+    uint32_t *section_bytes;
+} pm_encode_job;
+
+static pm_codec_tile encode_tile_of(const pm_encode_job *job, long item)
+{
+    const long first = item * PM_CODEC_TILE, left = job->values - first;
+    return (pm_codec_tile){job->type, job->values, first,
+                           left < PM_CODEC_TILE ? left : PM_CODEC_TILE, job->planes,
+                           (uint8_t *)job->data + first * job->type.bytes};
+}
+
+static void count_item(const void *raw, long item, void *scratch)
+{
+    const pm_encode_job *job = raw;
+    const pm_codec_tile tile = encode_tile_of(job, item);
+    uint32_t histogram[256] = {0};
+    (void)scratch;
+    job->kernels->count(&tile, histogram);
+    for (int e = 0; e < 256; e++)
+        if (histogram[e] > 0)
+            __atomic_fetch_add(&job->counts[e], histogram[e], __ATOMIC_RELAXED);
+}
+
+static void encode_item(const void *raw, long item, void *scratch)
+{
+    const pm_encode_job *job = raw;
+    const pm_codec_tile tile = encode_tile_of(job, item);
+    uint8_t *entry = job->directory + item * TILE_ENTRY;
+    uint32_t words, escapes;
+    (void)scratch;
+    job->section_bytes[item] = (uint32_t)job->kernels->encode(
+        job->encoder, &tile, job->sections + item * PM_CODEC_SECTION, &words, &escapes);
+    put32(entry, words);
+    put32(entry + 4, escapes);
+    put32(entry + 8, job->kernels->checksum(tile.data, tile.values * tile.type.bytes));
+}
+
+static void put_header(uint8_t *out, int method, int dtype, int detail, long decoded, long bytes)
+{
+    memcpy(out, "pmxc", 4);
+    out[4] = VERSION;
+    out[5] = (uint8_t)method;
+    out[6] = (uint8_t)dtype;
+    out[7] = (uint8_t)detail;
+    put32(out + 8, (uint32_t)decoded);
+    put32(out + 12, (uint32_t)bytes);
+}
+
+static long encode_raw(const pm_codec_kernels *kernels, const uint8_t *data, long bytes, int dtype,
+                       int reason, uint8_t *out)
+{
+    const long head = HEADER + RAW_ENTRY * ceil_div(bytes, RAW_TILE);
+    put_header(out, RAW, dtype, reason, bytes, head + CHECKSUM + bytes);
+    for (long at = 0, entry = HEADER; at < bytes; at += RAW_TILE, entry += RAW_ENTRY) {
+        const long size = bytes - at < RAW_TILE ? bytes - at : RAW_TILE;
+        put32(out + entry, kernels->checksum(data + at, size));
+    }
+    put32(out + head, kernels->checksum(out, head));
+    if (bytes > 0)
+        memcpy(out + head + CHECKSUM, data, (size_t)bytes);
+    return head + CHECKSUM + bytes;
+}
+
+/* The bytes of a coded block, or -1: it is too long, or there was no memory. */
+static long encode_rans(const pm_codec_kernels *kernels, const uint8_t *data, long bytes, int dtype,
+                        uint8_t *out, int threads)
+{
+    const pm_codec_type type = types[dtype];
+    const long values = bytes / type.bytes, tiles = ceil_div(values, PM_CODEC_TILE);
+    const long head = HEADER + TABLE + TILE_ENTRY * tiles;
+    uint64_t counts[256] = {0};
+    pm_codec_encoder *encoder = malloc(sizeof *encoder);
+    uint32_t *section_bytes = malloc((size_t)tiles * sizeof *section_bytes);
+    pm_encode_job job = {kernels, encoder, type, values, tiles, data, out + HEADER + TABLE,
+                         out + head + CHECKSUM, NULL, counts, section_bytes};
+    long end = -1;
+    if (encoder == NULL || section_bytes == NULL || run(count_item, &job, tiles, threads) != 0)
+        goto done;
+    choose_table(encoder, counts, (uint64_t)values);
+    job.sections = job.planes + pm_codec_planes_bytes(type, values);
+    memset(job.sections - 4, 0, 4);
+    if (run(encode_item, &job, tiles, threads) != 0)
+        goto done;
+    uint8_t *at = job.sections;
+    for (long tile = 0; tile < tiles; tile++) {
+        memmove(at, job.sections + tile * PM_CODEC_SECTION, section_bytes[tile]);
+        at += section_bytes[tile];
+    }
+    end = at - out;
+    if (end > bytes - bytes / MIN_SAVING) {
+        end = -1;
+        goto done;
+    }
+    const pm_codec_table *table = &encoder->table;
+    put_header(out, RANS, dtype, table->count + (table->has_escape ? ESCAPE : 0), bytes, end);
+    memcpy(out + HEADER, table->exponents, PM_CODEC_SYMBOLS);
+    memcpy(out + HEADER + PM_CODEC_SYMBOLS, table->frequencies, 2 * PM_CODEC_SYMBOLS);
+    put32(out + head, kernels->checksum(out, head));
+done:
+    free(encoder);
+    free(section_bytes);
+    return end;
+}
+
+/* Room that pm_codec_encode wants for `bytes` bytes of data. */
+PM_API long pm_codec_bound(long bytes)
+{
+    const long tiles = ceil_div(bytes, PM_CODEC_TILE);
+    return HEADER + TABLE + CHECKSUM + bytes + 64 + tiles * (TILE_ENTRY + PM_CODEC_SECTION);
+}
+
+/* Encodes `bytes` bytes of whole values into `out`; the block's bytes, or an error below 0. */
+PM_API long pm_codec_encode(const char *isa, const uint8_t *data, long bytes, int dtype,
+                            uint8_t *out, int threads)
+{
+    const pm_codec_kernels *kernels = find_kernels(isa);
+    if (kernels == NULL)
+        return PM_CODEC_NO_ISA;
+    if (dtype > 0 && bytes > 0) {
+        const long end = encode_rans(kernels, data, bytes, dtype, out, threads);
+        if (end > 0)
+            return end;
+    }
+    const int reason = bytes == 0 ? REASON_EMPTY : dtype == 0 ? REASON_DTYPE : REASON_SAVING;
+    return encode_raw(kernels, data, bytes, dtype, reason, out);
+}
+
+/* ---- decoding ---- */
+
+static int check_table(const uint8_t *block, pm_codec_type type, pm_codec_table *table)
+{
+    int sum = 0, sound;
+    memset(table, 0, sizeof *table);
+    table->count = block[7] % ESCAPE;
+    table->has_escape = block[7] >= ESCAPE;
+    memcpy(table->exponents, block + HEADER, PM_CODEC_SYMBOLS);
+    memcpy(table->frequencies, block + HEADER + PM_CODEC_SYMBOLS, 2 * PM_CODEC_SYMBOLS);
+    sound = table->count >= 1 && table->count <= PM_CODEC_SYMBOLS;
+    for (int s = 0; s < PM_CODEC_SYMBOLS; s++) {
+        const int used = s < table->count;
+        sum += table->frequencies[s];
+        sound &= used == (table->frequencies[s] > 0) && table->exponents[s] >> type.exponent_bits == 0;
+        sound &= (used && !(table->has_escape && s == table->count - 1)) || table->exponents[s] == 0;
+    }
+    return sound && sum == PM_CODEC_SLOTS;
+}
+
+/* Decoded bytes of a block whose header is sound, or an error below 0. `table` is filled where the
+ * block is coded. */
+static long check(const pm_codec_kernels *kernels, const uint8_t *block, long bytes,
+                  pm_codec_table *table)
+{
+    if (bytes < HEADER + CHECKSUM)
+        return PM_CODEC_CUT_OFF;
+    if (memcmp(block, "pmxc", 4) != 0 || block[4] != VERSION || block[5] > RANS)
+        return PM_CODEC_UNKNOWN;
+    const int method = block[5], dtype = block[6], detail = block[7];
+    const pm_codec_type type = types[dtype < TYPES ? dtype : 0];
+    const long decoded = get32(block + 8), values = decoded / type.bytes;
+    const long tiles = ceil_div(values, PM_CODEC_TILE);
+    const long head = method == RAW ? HEADER + RAW_ENTRY * ceil_div(decoded, RAW_TILE)
+                                    : HEADER + TABLE + TILE_ENTRY * tiles;
+    if ((long)get32(block + 12) != bytes || bytes < head + CHECKSUM)
+        return PM_CODEC_LENGTH;
+    if (get32(block + head) != kernels->checksum(block, head))
+        return PM_CODEC_HEADER;
+    if (decoded > MAX_DECODED || decoded % type.bytes != 0 || dtype >= TYPES)
+        return PM_CODEC_SENSELESS;
+    if (method == RAW) {
+        const int reasoned = detail >= REASON_DTYPE && detail <= REASON_EMPTY;
+        return reasoned && bytes == head + CHECKSUM + decoded ? decoded : PM_CODEC_SENSELESS;
+    }
+    if (dtype == 0 || decoded == 0 || !check_table(block, type, table))
+        return PM_CODEC_SENSELESS;
+    long body = pm_codec_planes_bytes(type, values);
+    for (long tile = 0; tile < tiles; tile++) {
+        const uint8_t *entry = block + HEADER + TABLE + tile * TILE_ENTRY;
+        const long left = values - tile * PM_CODEC_TILE;
+        const long own = left < PM_CODEC_TILE ? left : PM_CODEC_TILE;
+        const long words = get32(entry), escapes = get32(entry + 4);
+        if (words > ceil_div(own, PM_CODEC_LANES) * PM_CODEC_LANES || escapes > own)
+            return PM_CODEC_SENSELESS;
+        body += round4(PM_CODEC_STATE_BYTES + 2 * words + escapes);
+    }
+    return bytes == head + CHECKSUM + body ? decoded : PM_CODEC_SENSELESS;
+}
+
+/* Decoded bytes of a block, or an error below 0. Reads the header alone. */
+PM_API long pm_codec_check(const char *isa, const uint8_t *block, long bytes)
+{
+    const pm_codec_kernels *kernels = find_kernels(isa);
+    pm_codec_table table;
+    return kernels == NULL ? PM_CODEC_NO_ISA : check(kernels, block, bytes, &table);
+}
+
+typedef struct {
+    const pm_codec_kernels *kernels;
+    const pm_codec_decoder *decoder;
+    pm_codec_type type;
+    long values;
+    const uint8_t *directory, *planes;
+    const uint8_t **sections;
+    uint8_t *out;
+    int *damaged;
+} pm_decode_job;
+
+static void decode_item(const void *raw, long item, void *scratch)
+{
+    const pm_decode_job *job = raw;
+    const long first = item * PM_CODEC_TILE, left = job->values - first;
+    const pm_codec_tile tile = {job->type, job->values, first,
+                                left < PM_CODEC_TILE ? left : PM_CODEC_TILE, (uint8_t *)job->planes,
+                                job->out + first * job->type.bytes};
+    const uint8_t *entry = job->directory + item * TILE_ENTRY;
+    (void)scratch;
+    if (job->kernels->decode(job->decoder, &tile, job->sections[item], get32(entry),
+                             get32(entry + 4)) != 0 ||
+        job->kernels->checksum(tile.data, tile.values * tile.type.bytes) != get32(entry + 8))
+        __atomic_store_n(job->damaged, 1, __ATOMIC_RELAXED);
+}
+
+static int decode_raw(const pm_codec_kernels *kernels, const uint8_t *block, long decoded,
+                      uint8_t *out)
+{
+    const uint8_t *data = block + HEADER + RAW_ENTRY * ceil_div(decoded, RAW_TILE) + CHECKSUM;
+    for (long at = 0, entry = HEADER; at < decoded; at += RAW_TILE, entry += RAW_ENTRY) {
+        const long size = decoded - at < RAW_TILE ? decoded - at : RAW_TILE;
+        memcpy(out + at, data + at, (size_t)size);
+        if (kernels->checksum(out + at, size) != get32(block + entry))
+            return PM_CODEC_CONTENT;
+    }
+    return 0;
+}
+
+/* Decodes a block of `bytes` bytes into `out`; 0, or an error below 0, after which `out` holds
+ * anything. */
+PM_API int pm_codec_decode(const char *isa, const uint8_t *block, long bytes, uint8_t *out,
+                           long out_bytes, int threads)
+{
+    const pm_codec_kernels *kernels = find_kernels(isa);
+    pm_codec_decoder decoder;
+    if (kernels == NULL)
+        return PM_CODEC_NO_ISA;
+    const long decoded = check(kernels, block, bytes, &decoder.table);
+    if (decoded < 0)
+        return (int)decoded;
+    if (decoded != out_bytes)
+        return PM_CODEC_OUT_LENGTH;
+    if (block[5] == RAW)
+        return decode_raw(kernels, block, decoded, out);
+    const pm_codec_type type = types[block[6]];
+    const long values = decoded / type.bytes, tiles = ceil_div(values, PM_CODEC_TILE);
+    const uint8_t *directory = block + HEADER + TABLE;
+    const uint8_t *planes = directory + tiles * TILE_ENTRY + CHECKSUM, *at = planes;
+    const uint8_t **sections = malloc((size_t)tiles * sizeof *sections);
+    int damaged = 0;
+    if (sections == NULL)
+        return PM_CODEC_NO_MEMORY;
+    for (int width = 8; width > 0; width /= 2)
+        if ((type.mantissa_bits + 1) & width)
+            at += (values * width + 7) / 8;
+    for (; at < planes + pm_codec_planes_bytes(type, values); at++)
+        damaged |= *at != 0;
+    for (long tile = 0; tile < tiles; tile++) {
+        const uint8_t *entry = directory + tile * TILE_ENTRY;
+        sections[tile] = at;
+        at += round4(PM_CODEC_STATE_BYTES + 2 * (long)get32(entry) + get32(entry + 4));
+    }
+    place_slots(&decoder.table);
+    fill_decoder(&decoder);
+    pm_decode_job job = {kernels, &decoder, type, values, directory, planes, sections, out,
+                         &damaged};
+    const int result = run(decode_item, &job, tiles, threads);
+    free(sections);
+    return result != 0 ? PM_CODEC_NO_MEMORY : damaged ? PM_CODEC_CONTENT : 0;
+}

@@ -1,0 +1,95 @@
+/* Lossless coding of floating-point values; the format is in kernels/codec/layout.py.
+ *
+ * codec.c reads and writes headers and cuts a block into tiles; codec_tile.inc.h codes one tile,
+ * once per instruction set.
+ */
+#ifndef PM_CODEC_H
+#define PM_CODEC_H
+
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    PM_CODEC_LANES = 32,
+    PM_CODEC_SYMBOLS = 16,
+    PM_CODEC_SLOT_BITS = 12,
+    PM_CODEC_SLOTS = 1 << PM_CODEC_SLOT_BITS,
+    PM_CODEC_BUCKET = PM_CODEC_SLOTS / PM_CODEC_SYMBOLS,
+    PM_CODEC_LOW = 1 << 16,
+    PM_CODEC_TILE = 32768, /* values */
+    PM_CODEC_STATE_BYTES = 4 * PM_CODEC_LANES,
+    PM_CODEC_ROW_WORDS = 2 * PM_CODEC_LANES, /* bytes that a row reads at most */
+    /* Of a tile's section: states, a word and an escape per value, padding. */
+    PM_CODEC_SECTION = PM_CODEC_STATE_BYTES + 3 * PM_CODEC_TILE + 4,
+};
+
+typedef struct {
+    uint8_t bytes, exponent_bits, mantissa_bits;
+} pm_codec_type;
+
+/* Symbols of a block and where its slots lie. Index b < 16 is bucket b's own part, 16 + b what
+ * belongs to its alias. */
+typedef struct {
+    int count, has_escape;
+    uint8_t exponents[PM_CODEC_SYMBOLS];
+    uint16_t frequencies[PM_CODEC_SYMBOLS];
+    uint32_t limit[PM_CODEC_SYMBOLS]; /* first slot of bucket b that is the alias's */
+    uint8_t part_symbol[2 * PM_CODEC_SYMBOLS];
+    int32_t part_offset[2 * PM_CODEC_SYMBOLS]; /* offset minus slot */
+} pm_codec_table;
+
+/* What a slot says: frequency (13 bits) << 18 | (offset - slot + 4096) (13 bits) << 5 | symbol. */
+typedef struct {
+    pm_codec_table table;
+    uint32_t slots[PM_CODEC_SLOTS];
+} pm_codec_decoder;
+
+typedef struct {
+    pm_codec_table table;
+    uint8_t symbol_of[256];
+    uint8_t escaped[256];
+    uint32_t starts[PM_CODEC_SYMBOLS]; /* of a symbol's slots in slot_of */
+    double reciprocals[PM_CODEC_SYMBOLS];
+    uint16_t slot_of[PM_CODEC_SLOTS + 2]; /* read two at a time */
+} pm_codec_encoder;
+
+/* One tile: `planes` are the block's, `first` is the tile's first value, a multiple of
+ * PM_CODEC_TILE. */
+typedef struct {
+    pm_codec_type type;
+    long block_values, first, values;
+    uint8_t *planes;
+    uint8_t *data;
+} pm_codec_tile;
+
+typedef struct {
+    const char *name;
+    uint32_t (*checksum)(const uint8_t *data, long bytes);
+    void (*count)(const pm_codec_tile *tile, uint32_t *histogram);
+    /* Writes planes and `section` (PM_CODEC_SECTION bytes); returns the section's bytes. */
+    long (*encode)(const pm_codec_encoder *encoder, const pm_codec_tile *tile, uint8_t *section,
+                   uint32_t *words, uint32_t *escapes);
+    /* 0, or -1 where the section is damaged. Reads `bytes` of it. */
+    int (*decode)(const pm_codec_decoder *decoder, const pm_codec_tile *tile,
+                  const uint8_t *section, uint32_t words, uint32_t escapes);
+} pm_codec_kernels;
+
+extern const pm_codec_kernels pm_codec_portable;
+#if defined(__x86_64__)
+extern const pm_codec_kernels pm_codec_avx2, pm_codec_avx512;
+#endif
+
+/* Memory at any address, which may hold anything. */
+typedef uint16_t __attribute__((aligned(1), may_alias)) pm_u16;
+typedef uint32_t __attribute__((aligned(1), may_alias)) pm_u32;
+
+static inline long pm_codec_planes_bytes(pm_codec_type type, long values)
+{
+    long bytes = 0;
+    for (int width = 8; width > 0; width /= 2)
+        if ((type.mantissa_bits + 1) & width)
+            bytes += (values * width + 7) / 8;
+    return (bytes + 3) / 4 * 4;
+}
+
+#endif
