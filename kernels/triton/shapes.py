@@ -82,6 +82,7 @@ def _attention(
     *,
     dtype: torch.dtype = torch.bfloat16,
     window: int | None = None,
+    chunk: int | None = None,
     batch_invariant: bool = False,
 ) -> list[Launch]:
     q = _meta(queries, model.heads, model.head_dim, dtype=dtype)
@@ -94,7 +95,7 @@ def _attention(
         model.head_dim**-0.5,
         torch.empty_like(q),
         window=window,
-        chunk=None,
+        chunk=chunk,
         multiprocessors=MULTIPROCESSORS,
         batch_invariant=batch_invariant,
     )

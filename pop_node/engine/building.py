@@ -8,12 +8,16 @@ import time
 
 import torch
 
+from kernels.ops import Ops
 from pop_node.engine.beginning import SetUp
 from pop_node.engine.block_pool import BlockPool
+from pop_node.engine.config import EngineConfig
+from pop_node.engine.cuda_device import CudaDevice
+from pop_node.engine.cuda_runner import CudaRunner
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add, Ready
 from pop_node.engine.port import Port
-from pop_node.engine.runner import Runner
+from pop_node.engine.runner import Model, Runner, StepRunner
 from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
 from pop_node.engine.start_clock import StartClock
@@ -42,7 +46,6 @@ def build(port: Port, set_up: SetUp, clock: StartClock) -> tuple[EngineLoop, Rea
     for name, phase in loaded.phases.items():
         clock.add(name, phase.began, phase.ended, phase.nbytes)
     model = loaded.model
-    runner = Runner(model, ops, config.num_blocks, config.block_tokens)
     pool = BlockPool(config.num_blocks, config.block_tokens)
     limits = Limits(
         vocab_size=model.config.vocab_size,
@@ -61,6 +64,7 @@ def build(port: Port, set_up: SetUp, clock: StartClock) -> tuple[EngineLoop, Rea
         max_sequences=config.max_sequences,
         max_waiting=config.max_waiting,
     )
+    runner = _runner(model, ops, config, limits)
     first_token_at = _warm(scheduler, runner, limits)
     pool.forget()
     spec = model.kv_spec()
@@ -87,8 +91,32 @@ def build(port: Port, set_up: SetUp, clock: StartClock) -> tuple[EngineLoop, Rea
         phase_bytes={name: phase.nbytes for name, phase in loaded.phases.items()},
         phases=clock.spans(),
     )
-    threading.Thread(target=_touch, args=(runner.cache,), name="touch", daemon=True).start()
+    if ops.device.type == "cpu":
+        threading.Thread(target=_touch, args=(runner.cache,), name="touch", daemon=True).start()
     return EngineLoop(scheduler, runner, stager, port, last_layer), ready
+
+
+def _runner(model: Model, ops: Ops, config: EngineConfig, limits: Limits) -> StepRunner:
+    """The one for the device of ``ops``; on an accelerator with the graphs that a start waits for.
+
+    Raises ``ConfigError`` without room for the cache.
+    """
+    if ops.device.type == "cpu":
+        return Runner(model, ops, config.num_blocks, config.block_tokens)
+    from pop_node.engine.device_sampler import DeviceSampler  # needs triton, an optional part
+
+    runner = CudaRunner(
+        model,
+        CudaDevice(ops.device),
+        DeviceSampler(),
+        config.num_blocks,
+        config.block_tokens,
+        token_budget=config.token_budget,
+        max_sequences=config.max_sequences,
+        context_tokens=limits.context_tokens,
+    )
+    runner.capture_first()
+    return runner
 
 
 def _touch(cache: tuple[torch.Tensor, ...]) -> None:
@@ -104,7 +132,7 @@ def _touch(cache: tuple[torch.Tensor, ...]) -> None:
             time.sleep(TOUCH_PAUSE * (time.monotonic() - began))
 
 
-def _warm(scheduler: Scheduler, runner: Runner, limits: Limits) -> float:
+def _warm(scheduler: Scheduler, runner: StepRunner, limits: Limits) -> float:
     """Answer a prompt of a block and a token with two tokens: a prefill and a decode step.
 
     Returns when the first token was there, on the monotonic clock.
@@ -128,7 +156,7 @@ def _warm(scheduler: Scheduler, runner: Runner, limits: Limits) -> float:
     first_at: float | None = None
     while scheduler.num_sequences:
         schedule, _ = scheduler.schedule(time.monotonic())
-        ids = runner.run(schedule, lambda layer: None)
+        ids = runner.launch(schedule, lambda layer: None)()
         scheduler.complete(schedule, ids, time.monotonic())
         if ids and first_at is None:
             first_at = time.monotonic()

@@ -25,7 +25,7 @@ from pop_node.engine.messages import (
 )
 from pop_node.engine.port import Inbox, Port
 from pop_node.engine.rates import StepRates
-from pop_node.engine.runner import Runner
+from pop_node.engine.runner import StepRunner
 from pop_node.engine.schedule import (
     Effect,
     Load,
@@ -44,7 +44,7 @@ class EngineLoop:
     """Runs steps until told to stop. ``last_layer`` is the number of the model's last layer."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, stager: Stager, port: Port, last_layer: int
+        self, scheduler: Scheduler, runner: StepRunner, stager: Stager, port: Port, last_layer: int
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -59,7 +59,7 @@ class EngineLoop:
         """Work until ``Stop``."""
         idle = False
         while self._take_commands(idle):
-            idle = not self.step()
+            idle = not self.step() and not self._runner.prepare()
 
     def step(self) -> bool:
         """One engine step; False when there was nothing to compute."""
@@ -77,7 +77,7 @@ class EngineLoop:
             ]
         )
         started = time.monotonic()
-        ids = self._runner.run(schedule, self._layer_done)
+        ids = self._runner.launch(schedule, self._layer_done)()
         now = time.monotonic()
         self._rates.step(schedule.num_tokens - len(schedule.sampled), now - started)
         effects = self._scheduler.complete(schedule, ids, now)

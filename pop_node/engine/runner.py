@@ -47,6 +47,23 @@ class Model(Protocol):
     ) -> torch.Tensor: ...
 
 
+class StepRunner(Protocol):
+    """What computes an engine's steps, ``depth`` of them under way at a time."""
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def cache(self) -> tuple[torch.Tensor, ...]: ...
+
+    def launch(self, schedule: Schedule, on_layer: OnLayer) -> Callable[[], list[int]]:
+        """Begin a step; what is returned waits for it and gives the token sampled for each of
+        ``schedule.sampled``."""
+
+    def prepare(self) -> bool:
+        """Use a moment without work; False when there is nothing left to prepare."""
+
+
 class Runner:
     """A model with its cache. ``cache`` holds one tensor ``[layers, blocks, block_tokens, *shape]``
     per component of the model's ``KvSpec``, group by group."""
@@ -56,6 +73,18 @@ class Runner:
         self._ops = ops
         self._block_tokens = block_tokens
         self.cache = model.allocate_cache(num_blocks, block_tokens)
+
+    depth = 1
+    """Steps under way: the processor that computes them is the one that would queue the next."""
+
+    def launch(self, schedule: Schedule, on_layer: OnLayer) -> Callable[[], list[int]]:
+        """``run`` in the form that all runners share: what it returns gives the tokens."""
+        ids = self.run(schedule, on_layer)
+        return lambda: ids
+
+    def prepare(self) -> bool:
+        """There is nothing to do in a moment without work."""
+        return False
 
     def run(self, schedule: Schedule, on_layer: OnLayer) -> list[int]:
         """Compute all rows; returns the token sampled for each of ``schedule.sampled``.

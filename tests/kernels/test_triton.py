@@ -88,6 +88,24 @@ assert len(table([good, bad]).splitlines()) == 3
     assert done.returncode == 0, done.stderr
 
 
+def test_windows_and_chunks_of_any_size_run_the_kernels_of_the_table() -> None:
+    program = """
+from kernels.triton.shapes import LLAMA3_8B, _attention
+
+for queries in (1, 512):
+    compiled = _attention(LLAMA3_8B, queries, window=2048)
+    for reach in ({"window": 999}, {"chunk": 8192}, {"window": 1024, "chunk": 8192}):
+        for mine, theirs in zip(_attention(LLAMA3_8B, queries, **reach), compiled):
+            assert mine.kernel is theirs.kernel
+            assert mine.constants == theirs.constants, (queries, reach)
+            changed = {k for k in mine.arguments if mine.arguments[k] is not theirs.arguments[k]}
+            fixed = {p.name for p in mine.kernel.params if not p.do_not_specialize}
+            assert not {k for k in changed & fixed if isinstance(mine.arguments[k], int)}, changed
+"""
+    done = run_python(["-c", program])
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_kernel_that_spills_is_seen(tmp_path: Path) -> None:
     program = """
 import dataclasses

@@ -1,0 +1,36 @@
+"""Sampling whose result stays on the device: parameters go there with the step's other numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels.triton.sampling import PARAMETERS, pack_parameters, sample_on_device
+from pop_node.engine.schedule import Schedule
+
+
+class DeviceSampler:
+    """``words``: of 64 bits, per sampled row."""
+
+    words = PARAMETERS
+
+    def pack(self, schedule: Schedule) -> NDArray[np.int64]:
+        """Parameters of the sampled rows: [N, words] int64.
+
+        The index of the token to draw follows from the row's end: tokens before it may still be on
+        their way from the device.
+        """
+        rows = [schedule.rows[index] for index in schedule.sampled]
+        packed: NDArray[np.int64] = pack_parameters(
+            [row.sequence.temperature for row in rows],
+            [row.sequence.top_p for row in rows],
+            [row.sequence.seed for row in rows],
+            [0] * len(rows),
+            [row.end - row.sequence.prompt_tokens for row in rows],
+        ).numpy()
+        return packed
+
+    def draw(self, logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+        """Ids [N] int64 on the device of ``logits`` [N, vocab]; -1 where no logit is finite."""
+        return sample_on_device(logits, parameters)
