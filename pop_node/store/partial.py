@@ -19,7 +19,13 @@ from blake3 import blake3
 
 from pop_node.store.arrivals import CHECKED, REFUSED, Marks
 from pop_node.store.bundle import check_claims, check_model, check_tensor
-from pop_node.store.files import lock_patiently, sync_directory, try_lock, write_durably
+from pop_node.store.files import (
+    begin_writing,
+    lock_patiently,
+    sync_directory,
+    try_lock,
+    write_durably,
+)
 from pop_node.store.holding import claimed
 from pop_node.store.layout import TensorEntry
 from pop_node.store.manifest import (
@@ -93,8 +99,10 @@ class Partial:
         """Write a chunk from wherever; False if it is not the one that the manifest names."""
         if blake3(data).hexdigest() != self.manifest.data.chunks[index]:
             return False
-        write_all(self._fd, data, self.manifest.data.span(index)[0])
+        offset = self.manifest.data.span(index)[0]
+        write_all(self._fd, data, offset)
         self._marks.mark(index)
+        begin_writing(self._fd, offset, len(data))
         if self._missing is not None:
             self._missing.discard(index)
         return True
