@@ -46,9 +46,13 @@ BUSY_SHARE = 0.5
 RETRY_AFTER_S = 1
 """What those hear who are turned away: about the time of a range of 64 MiB at 400 Mbit/s."""
 
-SEND_BYTES = 64 * 1024
+PIECE_BYTES = 64 * 1024
 """At most between two turns of the event loop: encrypting as much takes 0.1 ms, so no answer waits.
 The allocator maps fresh memory for pieces from 128 KiB on, which costs more than reading them."""
+
+SEND_BYTES = 256 * 1024
+"""At most in one go. Measured at 500 Mbit/s: waking up for every 64 KiB took twice the processor
+time in all, and each time it is an engine on the same core that is put aside."""
 
 SEND_S = 0.1
 """At most in one go, in seconds of the rate, so that ``MAX_TAKES`` takers each see something arrive
@@ -207,13 +211,15 @@ class Giver:
                 nbytes = max(MIN_SEND_BYTES, min(SEND_BYTES, int(rate * SEND_S)))
                 nbytes = min(nbytes, stop - start)
                 wait_s = self._bucket.take(nbytes, loop.time(), rate)
-                if wait_s > 0:
-                    await asyncio.sleep(wait_s)
-                piece = await self._read(fd, nbytes, start)
-                async with asyncio.timeout(STALL_S):
-                    await response.write(piece)
-                start += len(piece)
-                self._given_bytes += len(piece)
+                await asyncio.sleep(max(0.0, wait_s))
+                end = start + nbytes
+                while start < end:
+                    piece = await self._read(fd, min(PIECE_BYTES, end - start), start)
+                    async with asyncio.timeout(STALL_S):
+                        await response.write(piece)
+                    start += len(piece)
+                    self._given_bytes += len(piece)
+                    await asyncio.sleep(0)
         except (OSError, TimeoutError):  # the taker is gone or the disk fails: it asks elsewhere
             if request.transport is not None:
                 request.transport.abort()
