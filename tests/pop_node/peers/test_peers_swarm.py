@@ -6,9 +6,11 @@ import heapq
 import random
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pop_node.peers import swarm as machine
 from pop_node.peers.swarm import ATTEMPTS, Leave, Line, Look, Run, Swarm, Wait
 
 CHUNK = 1000
@@ -194,7 +196,12 @@ def test_all_is_brought_by_the_good_and_no_lie_is_kept(
     num_chunks, peers, seed = world
     if not with_good:
         del peers["good"]
-    made = swarm(num_chunks, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "LOOK_S", 1.0)  # virtual time is free, each look is a step
+        play(swarm(num_chunks, seed), num_chunks, peers, with_good)
+
+
+def play(made: Swarm, num_chunks: int, peers: dict[str, Behaviour], with_good: bool) -> None:
     got: set[int] = set()
     liars: set[str] = set()
     queue: list[tuple[float, int, Line, Run | None, int]] = []
