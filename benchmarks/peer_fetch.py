@@ -22,12 +22,9 @@ one core for themselves, the agent's share of it is what giving adds to ITL at l
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +32,7 @@ from typing import Any
 
 from peer_fetch_answers import gaps_ms
 from peer_fetch_world import GIVE_MBPS, GIVEN, PEERS, Settings, World
+from report import command_line, facts, save
 
 WARM_UP_S = 3.0
 
@@ -146,7 +144,7 @@ def summary(samples: dict[str, Any], link_bytes_per_s: float) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True)
@@ -160,23 +158,16 @@ def main() -> None:
     world.prepare()
     with world.running():
         samples = measure(world, args.rounds)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    report = {
-        "what": (__doc__ or "").splitlines()[0],
-        "commit": done.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
+    told = summary(samples, settings.link_bytes_per_s)
+    report = facts(__doc__, ("aiohttp", "blake3", "torch", "uvloop")) | {
         "link": {"mbps": args.mbps, "rtt_ms": args.rtt_ms},
         "give_mbps_per_peer": GIVE_MBPS,
         "bundle_bytes": world.store.get(GIVEN).manifest.data.nbytes,
-        "summary": summary(samples, settings.link_bytes_per_s),
+        "summary": told,
         "samples": samples,
     }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["summary"], indent=1))
+    save(report, args.out)
+    print(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":
