@@ -189,8 +189,9 @@ def load_ours(path: Path) -> Callable[[], Any]:
     def run() -> Any:
         loaded = load(path, "bfloat16", ops)
         model = loaded.model
-        tensors = [model._embedding, model._head, model._final_norm]
-        for layer in model._layers:
+        weights = model.weights
+        tensors = [weights.embedding, weights.head, weights.final_norm]
+        for layer in weights.layers:
             tensors += [layer.qkv, layer.output, layer.gate_up, layer.down]
         return tensors, loaded.phases, model
 

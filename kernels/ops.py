@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from kernels.decoder import Decoder, DecoderWeights
 from kernels.meta import AttentionMeta
 from kernels.native.build import NativeUnavailableError, ensure_library
 from kernels.native.ops import NativeOps
@@ -72,6 +73,9 @@ class Ops:
         ],
         list[int],
     ]
+    decoder: Callable[[DecoderWeights], Decoder] | None = None
+    """Computes a decoder as a whole, like ``kernels.reference.decoder`` does operation by
+    operation; None where there is no quicker way than that."""
 
 
 def reference_ops(*, batch_invariant: bool = False) -> Ops:
@@ -132,6 +136,7 @@ def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = 
         silu_mul=native.silu_mul,
         logits=native.logits,
         gumbel_sample=native.gumbel_sample,
+        decoder=native.decoder,
     )
 
 

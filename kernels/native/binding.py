@@ -7,7 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_long, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int64,
+    c_long,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +42,7 @@ _OPERATIONS: dict[str, list[Any]] = {
         *[_LONG] * 6,
         _FLOAT,
     ],
+    "pm_forward": [_INT, *[_POINTER] * 2, *[_LONG] * 2],
     "pm_sample": [
         *[_POINTER, _LONG, _LONG],
         *[POINTER(c_float)] * 2,
@@ -70,6 +82,8 @@ class NativeContext:
             operation = getattr(self.lib, name)
             operation.argtypes = [c_void_p, *argtypes]
             operation.restype = c_int
+        self.lib.pm_workspace_bytes.argtypes = [_INT, _POINTER, _LONG]
+        self.lib.pm_workspace_bytes.restype = c_size_t
         self.lib.pm_best_isa.restype = c_char_p
         self.lib.pm_open.argtypes, self.lib.pm_open.restype = [c_int, c_char_p], c_void_p
         self.lib.pm_close.argtypes, self.lib.pm_close.restype = [c_void_p], None

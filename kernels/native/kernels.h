@@ -7,9 +7,16 @@
 
 enum { PM_F32 = 0, PM_BF16 = 1, PM_DTYPES = 2 };
 
+/* The weights of a linear: N rows of K elements, as they are stored. */
+typedef struct {
+    const void *rows;
+} pm_matrix;
+
 /* y[T, N] = x[T, K] w[N, K]^T + bias[N]; y in the dtype of x, or float32 where `y_f32`. */
 typedef struct {
-    const void *x, *w, *bias;
+    const void *x;
+    pm_matrix w;
+    const void *bias;
     void *y;
     long T, N, K;
     int y_f32;
@@ -79,8 +86,7 @@ typedef struct {
     void (*sample)(const void *job, long item, void *scratch);
 } pm_kernels;
 
-/* Number of items of an attention job (defined once, next to the walk that finds an item). */
-long pm_attention_items(const pm_attention_job *job);
+/* What an item of an attention job is (phases.c). */
 typedef struct {
     long sequence, kv_head;
     long query_lo, query_hi; /* within the sequence */

@@ -143,7 +143,7 @@ PM_INLINE void FN(multiply_block)(const pm_linear_job *job, const FN(linear_room
         for (long n = n0; n < end; n += 4) {
             b.ahead = prefetch ? 4 * K : 0;
             for (long r = 0; r < 4; r++) {
-                const E *row = (const E *)job->w + pm_min(n + r, end - 1) * K + k;
+                const E *row = (const E *)job->w.rows + pm_min(n + r, end - 1) * K + k;
 #if PM_PLAIN_C && PM_BF16
                 FN(copy_row)(room->w + r * job->depth, row, b.K, b.K);
                 b.w[r] = room->w + r * job->depth;

@@ -12,29 +12,13 @@ from pathlib import Path
 
 import torch
 
+from kernels.decoder import DecoderWeights
 from kernels.meta import AttentionMeta
 from kernels.native.binding import NativeContext
+from kernels.native.checks import dtype_code, require
+from kernels.native.decoder import NativeDecoder
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _U64 = (1 << 64) - 1
-
-
-def _dtype(*tensors: torch.Tensor) -> int:
-    """The C code of the tensors' one dtype.
-
-    Raises:
-        ValueError: dtypes differ, or it is neither float32 nor bfloat16.
-    """
-    dtype = tensors[0].dtype
-    code = _DTYPES.get(dtype)
-    if code is None or any(t.dtype is not dtype for t in tensors):
-        raise ValueError(f"dtypes {[t.dtype for t in tensors]}: need one of {list(_DTYPES)}")
-    return code
-
-
-def _require(fits: bool, what: str, *tensors: torch.Tensor) -> None:
-    if not fits:
-        raise ValueError(f"{what}: shapes {[tuple(t.shape) for t in tensors]} do not fit")
 
 
 def _done(code: int) -> None:
@@ -48,14 +32,14 @@ def _is_rows_of_heads(x: torch.Tensor) -> bool:
 
 
 class NativeOps:
-    """Operations bound to one context. Calls from several threads take turns on its pool."""
+    """Operations bound to one ``context``. Calls from several threads take turns on its pool."""
 
     def __init__(self, library: Path, threads: int, isa: str | None = None) -> None:
         """Open ``library``; see ``NativeContext`` for arguments and errors."""
-        self._context = NativeContext(library, threads, isa)
-        self.isa = self._context.isa
-        self._handle = self._context.handle
-        lib = self._context.lib
+        self.context = NativeContext(library, threads, isa)
+        self.isa = self.context.isa
+        self._handle = self.context.handle
+        lib = self.context.lib
         self._linear = lib.pm_linear
         self._norm = lib.pm_norm
         self._silu_mul = lib.pm_silu_mul
@@ -65,9 +49,9 @@ class NativeOps:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See ``kernels.reference.norm.rms_norm``."""
-        code = _dtype(x, weight)
+        code = dtype_code(x, weight)
         rows, hidden = x.shape
-        _require(weight.shape == (hidden,), "rms_norm", x, weight)
+        require(weight.shape == (hidden,), "rms_norm", x, weight)
         x = x.contiguous()
         out = torch.empty_like(x)
         _done(
@@ -82,9 +66,9 @@ class NativeOps:
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``kernels.reference.norm.add_rms_norm``."""
-        code = _dtype(x, residual, weight)
+        code = dtype_code(x, residual, weight)
         rows, hidden = x.shape
-        _require(
+        require(
             weight.shape == (hidden,) and residual.shape == x.shape, "add_rms_norm", x, residual
         )
         x, residual = x.contiguous(), residual.contiguous()
@@ -101,13 +85,13 @@ class NativeOps:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See ``kernels.reference.linear.linear``."""
-        code = _dtype(x, weight) if bias is None else _dtype(x, weight, bias)
+        code = dtype_code(x, weight) if bias is None else dtype_code(x, weight, bias)
         return self._multiply(code, x, weight, bias, x.new_empty(x.shape[0], weight.shape[0]))
 
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See ``kernels.reference.linear.logits``."""
         out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-        return self._multiply(_dtype(x, weight), x, weight, None, out)
+        return self._multiply(dtype_code(x, weight), x, weight, None, out)
 
     def _multiply(
         self,
@@ -119,9 +103,9 @@ class NativeOps:
     ) -> torch.Tensor:
         rows, depth = x.shape
         columns = weight.shape[0]
-        _require(weight.shape[1] == depth and weight.is_contiguous(), "linear", x, weight)
+        require(weight.shape[1] == depth and weight.is_contiguous(), "linear", x, weight)
         if bias is not None:
-            _require(bias.shape == (columns,) and bias.is_contiguous(), "linear", bias)
+            require(bias.shape == (columns,) and bias.is_contiguous(), "linear", bias)
         x = x.contiguous()
         _done(
             self._linear(
@@ -134,9 +118,9 @@ class NativeOps:
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See ``kernels.reference.activation.silu_mul``."""
-        code = _dtype(gate_up)
+        code = dtype_code(gate_up)
         rows, double = gate_up.shape
-        _require(double % 2 == 0, "silu_mul", gate_up)
+        require(double % 2 == 0, "silu_mul", gate_up)
         gate_up = gate_up.contiguous()
         out = gate_up.new_empty(rows, double // 2)
         _done(
@@ -157,10 +141,10 @@ class NativeOps:
         v_cache: torch.Tensor,
     ) -> None:
         """See ``kernels.reference.rope.rope_kv_write``."""
-        code = _dtype(q, k, v, k_cache, v_cache)
+        code = dtype_code(q, k, v, k_cache, v_cache)
         rows, query_heads, width = q.shape
         kv_heads = k.shape[1]
-        _require(
+        require(
             all(map(_is_rows_of_heads, (q, k, v)))
             and k.shape == v.shape == (rows, kv_heads, width)
             and width % 2 == 0
@@ -191,10 +175,10 @@ class NativeOps:
         scale: float,
     ) -> torch.Tensor:
         """See ``kernels.reference.attention.attention``."""
-        code = _dtype(q, k_cache, v_cache)
+        code = dtype_code(q, k_cache, v_cache)
         rows, query_heads, width = q.shape
         _, block_tokens, kv_heads, _ = k_cache.shape
-        _require(
+        require(
             _is_rows_of_heads(q)
             and k_cache.shape == v_cache.shape
             and k_cache.shape[3] == width
@@ -219,6 +203,10 @@ class NativeOps:
         )
         return out
 
+    def decoder(self, weights: DecoderWeights) -> NativeDecoder:
+        """``weights`` as a decoder on this context: ``kernels.reference.decoder`` in one call."""
+        return NativeDecoder(self.context, weights)
+
     def gumbel_sample(
         self,
         logits: torch.Tensor,
@@ -230,7 +218,7 @@ class NativeOps:
     ) -> list[int]:
         """See ``kernels.reference.sampling.gumbel_sample``."""
         rows, vocab = logits.shape
-        _require(
+        require(
             {len(temperature), len(top_p), len(seed), len(choice), len(index)} == {rows}
             and logits.dtype is torch.float32,
             "gumbel_sample",

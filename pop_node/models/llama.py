@@ -1,7 +1,8 @@
 """The Llama family: pre-norm transformer with grouped-query attention, rotary positions and SwiGLU.
 
-Owns the order of operations and the names of weights. Every operation comes from an ``Ops`` table,
-so this file is the same on every backend. Sequences, blocks and sampling belong to the engine.
+Owns the names of weights and what a family has of its own; the order of operations is that of
+``kernels.reference.decoder``, on the operations of an ``Ops`` table or as a whole
+where a backend has that. Sequences, blocks and sampling belong to the engine.
 
 Source: Touvron et al., "LLaMA" (2023), section 2.2; "The Llama 3 Herd of Models" (2024),
 section 3.2.
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from kernels.decoder import Decoder, DecoderLayer, DecoderWeights
 from kernels.meta import AttentionMeta
 from kernels.ops import Ops
+from kernels.reference.decoder import decoder
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.models.llama_config import LlamaConfig
 from pop_node.models.rope import cos_sin_table
@@ -28,18 +31,6 @@ __all__ = ["Llama", "LlamaConfig"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A buffer that older files carry; it follows from the configuration.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaLayer:
-    """Weights of one layer, ``[out, in]``; projections that share an input are one matrix."""
-
-    attention_norm: torch.Tensor  # [H]
-    qkv: torch.Tensor  # [(heads + 2 kv_heads) D, H]
-    output: torch.Tensor  # [H, heads D]
-    mlp_norm: torch.Tensor  # [H]
-    gate_up: torch.Tensor  # [2 I, H]
-    down: torch.Tensor  # [H, I]
 
 
 def _fused(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -108,26 +99,39 @@ class Llama:
         self._ops = ops
         reader = _WeightReader(weights, DTYPES[dtype], ops.device)
         hidden, vocab = config.hidden_size, config.vocab_size
-        self._embedding = reader.take("model.embed_tokens.weight", vocab, hidden)
-        self._layers = [self._read_layer(reader, i) for i in range(config.layers)]
-        self._final_norm = reader.take("model.norm.weight", hidden)
-        if config.tied_embeddings:
-            self._head = self._embedding
-        else:
-            self._head = reader.take("lm_head.weight", vocab, hidden)
-        tied_copy = {"lm_head.weight"} if config.tied_embeddings else set()
+        embedding = reader.take("model.embed_tokens.weight", vocab, hidden)
+        layers = tuple(self._read_layer(reader, i) for i in range(config.layers))
+        final_norm = reader.take("model.norm.weight", hidden)
+        tied = config.tied_embeddings
+        head = embedding if tied else reader.take("lm_head.weight", vocab, hidden)
+        tied_copy = {"lm_head.weight"} if tied else set()
         unknown = [name for name in reader.leftover() if name not in tied_copy]
         if unknown:
             raise ConfigError(
                 f"{len(unknown)} weights are not part of a Llama, the first: {unknown[0]}",
                 where="model.safetensors",
             )
-        self._cos_sin = cos_sin_table(
-            config.context_tokens, config.head_dim, config.rope_theta, config.rope_scaling
-        ).to(ops.device)
-        self._scale = 1.0 / math.sqrt(config.head_dim)
+        self.weights = DecoderWeights(
+            embedding=embedding,
+            layers=layers,
+            final_norm=final_norm,
+            head=head,
+            cos_sin=cos_sin_table(
+                config.context_tokens, config.head_dim, config.rope_theta, config.rope_scaling
+            ).to(ops.device),
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            norm_eps=config.norm_eps,
+            scale=1.0 / math.sqrt(config.head_dim),
+        )
+        self._decoder: Decoder = (
+            partial(decoder, ops, self.weights)
+            if ops.decoder is None
+            else ops.decoder(self.weights)
+        )
 
-    def _read_layer(self, reader: _WeightReader, index: int) -> LlamaLayer:
+    def _read_layer(self, reader: _WeightReader, index: int) -> DecoderLayer:
         c = self.config
         prefix = f"model.layers.{index}"
         q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -138,7 +142,7 @@ class Llama:
         def mlp(name: str, rows: int, columns: int) -> torch.Tensor:
             return reader.take(f"{prefix}.mlp.{name}_proj.weight", rows, columns)
 
-        return LlamaLayer(
+        return DecoderLayer(
             attention_norm=reader.take(f"{prefix}.input_layernorm.weight", c.hidden_size),
             qkv=_fused(
                 [
@@ -197,21 +201,4 @@ class Llama:
         Returns:
             [S, vocab] float32 logits.
         """
-        c, ops = self.config, self._ops
-        heads = [c.heads, c.kv_heads, c.kv_heads]
-        keys, values = (component.unbind(0) for component in cache)
-        x = self._embedding[ids]  # [T, H]
-        residual = torch.zeros_like(x)
-        for i, layer in enumerate(self._layers):
-            x, residual = ops.add_rms_norm(x, residual, layer.attention_norm, c.norm_eps)
-            qkv = ops.linear(x, layer.qkv, None).view(len(ids), sum(heads), c.head_dim)
-            q, k, v = torch.split(qkv, heads, dim=1)
-            ops.rope_kv_write(q, k, v, self._cos_sin, meta, keys[i], values[i])
-            if on_layer is not None:
-                on_layer(i)
-            attended = ops.attention(q, keys[i], values[i], meta, self._scale)
-            x = ops.linear(attended.flatten(1), layer.output, None)
-            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, c.norm_eps)
-            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up, None)), layer.down, None)
-        x, _ = ops.add_rms_norm(x[logit_rows], residual[logit_rows], self._final_norm, c.norm_eps)
-        return ops.logits(x, self._head)
+        return self._decoder(ids, meta, cache, logit_rows, on_layer)

@@ -109,5 +109,6 @@ class Sequences:
         )
         flat = torch.tensor([token for ids in new_ids.values() for token in ids])
         rows = torch.arange(len(flat))
-        logits = self.model.forward(flat, meta, self.cache, rows, **forward)
+        # Kept beyond the next step, whose logits may come in the same memory.
+        logits = self.model.forward(flat, meta, self.cache, rows, **forward).clone()
         return dict(zip(new_ids, logits.split(queries), strict=True))

@@ -60,8 +60,9 @@ def test_everything_lies_on_the_device_of_the_operations() -> None:
     ops = dataclasses.replace(load_ops("reference", 1), device=torch.device("meta"))
     model, _ = pair(ops)
     assert {component.device.type for component in model.allocate_cache(3, 4)} == {"meta"}
-    tensors = [model._embedding, model._head, model._final_norm, model._cos_sin]
-    for layer in model._layers:
+    weights = model.weights
+    tensors = [weights.embedding, weights.head, weights.final_norm, weights.cos_sin]
+    for layer in weights.layers:
         tensors += [getattr(layer, field.name) for field in dataclasses.fields(layer)]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
@@ -118,7 +119,7 @@ def test_only_the_rows_asked_for_get_logits(ops: Ops) -> None:
             return getattr(model, name)
 
         def forward(self, ids: Any, meta: Any, cache: Any, rows: torch.Tensor) -> torch.Tensor:
-            seen.append(forward(ids, meta, cache, torch.tensor([89, 3])))
+            seen.append(forward(ids, meta, cache, torch.tensor([89, 3])).clone())
             seen.append(forward(ids, meta, cache, torch.tensor([], dtype=torch.int64)))
             return forward(ids, meta, cache, rows)
 

@@ -162,13 +162,14 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_what_was_prepared_from_another_configuration_is_not_used(tmp_path: Path) -> None:
     write_model(tmp_path)
-    right = load_model(tmp_path, "float32", load_ops("reference", 1))._cos_sin
+    right = load_model(tmp_path, "float32", load_ops("reference", 1)).weights.cos_sin
     good = (tmp_path / "config.json").read_text()
     for content in (json.dumps({**GOOD, "rope_theta": 7.0}), "{", "[]"):
         (tmp_path / "config.json").write_text(content)
         prepare(tmp_path)  # says nothing: who loads will
     (tmp_path / "config.json").write_text(good)
-    assert torch.equal(load_model(tmp_path, "float32", load_ops("reference", 1))._cos_sin, right)
+    model = load_model(tmp_path, "float32", load_ops("reference", 1))
+    assert torch.equal(model.weights.cos_sin, right)
     cos_sin_table.cache_clear()
     prepare(tmp_path)
     load_model(tmp_path, "float32", load_ops("reference", 1))

@@ -69,7 +69,7 @@ def test_a_model_is_one_allocation_and_its_tensors_are_views(bundle: Bundle) -> 
 
 def test_fused_matrices_are_views_too(bundle: Bundle) -> None:
     model = load(bundle.path, "float32", load_ops("reference", 1)).model
-    layer = model._layers[1]
+    layer = model.weights.layers[1]
     storages = {t.untyped_storage().data_ptr() for t in (layer.qkv, layer.gate_up, layer.down)}
     assert len(storages) == 1
     expected = tensors()

@@ -1,0 +1,26 @@
+"""What the native operations ask of tensors before they hand out addresses."""
+
+from __future__ import annotations
+
+import torch
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def dtype_code(*tensors: torch.Tensor) -> int:
+    """The C code of the tensors' one dtype.
+
+    Raises:
+        ValueError: dtypes differ, or it is neither float32 nor bfloat16.
+    """
+    dtype = tensors[0].dtype
+    code = _DTYPES.get(dtype)
+    if code is None or any(t.dtype is not dtype for t in tensors):
+        raise ValueError(f"dtypes {[t.dtype for t in tensors]}: need one of {list(_DTYPES)}")
+    return code
+
+
+def require(fits: bool, what: str, *tensors: torch.Tensor) -> None:
+    """Raises ValueError, with the shapes of ``tensors``, unless they ``fits``."""
+    if not fits:
+        raise ValueError(f"{what}: shapes {[tuple(t.shape) for t in tensors]} do not fit")

@@ -1,0 +1,105 @@
+#include "phases.h"
+
+enum {
+    /* Elements of row-wise work that pay for waking a worker: 6 to 10 us of one core (measured). */
+    PM_ROWWISE_UNIT = 32768,
+    /* Weight elements per item of a linear, about 3 us of memory traffic at bf16: the smallest
+     * matrix of a 135M model still splits into ten, so two cores end together. */
+    PM_LINEAR_UNIT = 32768,
+    /* Beyond one tile of rows: columns per item at least, so that a block of x is loaded into the
+     * first cache for many of them; rows per item, elements of K per block, and bytes of a block of
+     * x, to leave room in a first cache of 32 KiB. Measured on Zen 5: 64 and 192 columns, 400 and
+     * 1000 elements, 14 and 28 KiB are slower. */
+    PM_LINEAR_COLUMNS = 96,
+    PM_LINEAR_ROWS = 192,
+    PM_LINEAR_DEPTH = 768,
+    PM_LINEAR_X_BYTES = 20 * 1024,
+    /* Rows (queries x heads of a group) of one attention item. */
+    PM_CHUNK_ROWS = 96,
+};
+
+/* Rows per item so that an item holds at least PM_ROWWISE_UNIT elements. */
+static long rows_per_item(long row_elements)
+{
+    return pm_max(1, PM_ROWWISE_UNIT / pm_max(1, row_elements));
+}
+
+/* Chooses blocks and items (see linear.inc.h). */
+static void plan_linear(pm_linear_job *job, const pm_kernels *kernels, int dtype)
+{
+    const long tile = kernels->tile_rows, K = pm_max(1, job->K);
+    const long blocks = (K + PM_LINEAR_DEPTH / 2) / PM_LINEAR_DEPTH;
+    const int one_tile = job->T <= tile;
+    job->depth = one_tile || blocks <= 1 ? K : pm_ceil_div(K, blocks * 32) * 32;
+    job->rows = PM_LINEAR_X_BYTES / (job->depth * kernels->block_element[dtype]) / tile * tile;
+    job->rows = pm_max(1, pm_min(job->T, pm_max(tile, job->rows)));
+    job->item_rows = pm_ceil_div(PM_LINEAR_ROWS, job->rows) * job->rows;
+    job->row_items = pm_ceil_div(job->T, job->item_rows);
+    job->columns = pm_max(one_tile ? 4 : PM_LINEAR_COLUMNS, PM_LINEAR_UNIT / K / 4 * 4);
+}
+
+int pm_run_linear(const pm_context *context, int dtype, pm_linear_job job)
+{
+    const pm_kernels *kernels = context->kernels;
+    plan_linear(&job, kernels, dtype);
+    return pm_pool_run(context->pool, kernels->linear[dtype], &job,
+                       pm_ceil_div(job.N, job.columns) * job.row_items,
+                       kernels->linear_scratch[dtype](&job));
+}
+
+int pm_run_norm(const pm_context *context, int dtype, pm_norm_job job)
+{
+    job.unit = rows_per_item(job.H);
+    return pm_pool_run(context->pool, context->kernels->norm[dtype], &job,
+                       pm_ceil_div(job.T, job.unit), 0);
+}
+
+int pm_run_silu_mul(const pm_context *context, int dtype, pm_silu_job job)
+{
+    job.unit = rows_per_item(2 * job.I);
+    return pm_pool_run(context->pool, context->kernels->silu_mul[dtype], &job,
+                       pm_ceil_div(job.T, job.unit), 0);
+}
+
+int pm_run_rope(const pm_context *context, int dtype, pm_rope_job job)
+{
+    job.unit = rows_per_item((job.Hq + 2 * job.Hk) * job.D);
+    return pm_pool_run(context->pool, context->kernels->rope[dtype], &job,
+                       pm_ceil_div(job.T, job.unit), 0);
+}
+
+static long query_items(const pm_attention_job *job, long sequence)
+{
+    long queries = job->query_starts[sequence + 1] - job->query_starts[sequence];
+    return pm_ceil_div(queries, job->q_block);
+}
+
+static long attention_items(const pm_attention_job *job)
+{
+    long items = 0;
+    for (long s = 0; s < job->S; s++)
+        items += query_items(job, s) * job->Hk;
+    return items;
+}
+
+/* Within a sequence the last queries come first: they see the most keys, and the longest items
+ * should not be the last to start. */
+pm_attention_item pm_attention_locate(const pm_attention_job *job, long item)
+{
+    long sequence = 0, blocks;
+    while (item >= (blocks = query_items(job, sequence)) * job->Hk) {
+        item -= blocks * job->Hk;
+        sequence++;
+    }
+    long queries = job->query_starts[sequence + 1] - job->query_starts[sequence];
+    long lo = (blocks - 1 - item / job->Hk) * job->q_block;
+    pm_attention_item found = {sequence, item % job->Hk, lo, pm_min(queries, lo + job->q_block)};
+    return found;
+}
+
+int pm_run_attention(const pm_context *context, int dtype, pm_attention_job job)
+{
+    job.q_block = pm_max(1, PM_CHUNK_ROWS / (job.Hq / job.Hk));
+    return pm_pool_run(context->pool, context->kernels->attention[dtype], &job,
+                       attention_items(&job), context->kernels->attention_scratch[dtype](&job));
+}
