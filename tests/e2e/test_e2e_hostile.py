@@ -7,7 +7,6 @@ import contextlib
 import os
 import resource
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from pop_node.store.store import Store
 from tests.e2e.mesh import Mesh, start_mesh
 from tests.e2e.streams import Answer, ask, at, undisturbed, wait_whole, words
+from tests.pop_node.disks import mount, unmount
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -55,18 +55,13 @@ pathlib.Path(os.environ["STEPPED_CLOCKS"], str(os.getpid())).touch()
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """A file system of 2 MB; None where nobody may mount one."""
+    """A file system of 2 MB; None where this user may not mount one."""
     directory = tmp_path_factory.mktemp("disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(directory)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, timeout=20, check=False)
-    except FileNotFoundError:
-        mounted = None
-    if mounted is None or mounted.returncode != 0:
+    if not mount(directory, "2m"):
         yield None
         return
     yield directory
-    subprocess.run(["umount", "-l", str(directory)], check=True, timeout=20)
+    unmount(directory)
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,7 @@ async def test_processes_that_can_write_no_file_serve_on(here):
 async def test_a_full_disk_does_not_keep_an_engine_from_coming_back(here):
     """Nothing can be written any more, then an engine dies: the stream goes on, the node too."""
     if here.disk is None:
-        pytest.skip("a disk to fill needs the right to mount one")
+        pytest.skip("this user may not mount a file system")
     filler = here.disk / "filler"
     prompt = words(260, 40)
     _, engine = here.mesh.pids("lhr-1")

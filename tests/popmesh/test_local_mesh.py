@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -69,12 +70,15 @@ def alive(pid: int) -> bool:
         return False
 
 
-def children() -> list[psutil.Process]:
-    """Processes that the mesh has started and that still run."""
-    return [c for c in psutil.Process().children(recursive=True) if alive(c.pid)]
+@pytest.fixture
+def children() -> Callable[[], list[psutil.Process]]:
+    """Says which processes that were started since the test began still run."""
+    here = psutil.Process()
+    before = set(here.children(recursive=True))  # a registry that other tests share
+    return lambda: [c for c in set(here.children(recursive=True)) - before if alive(c.pid)]
 
 
-async def test_up_says_who_runs_and_down_leaves_nobody(tmp_path):
+async def test_up_says_who_runs_and_down_leaves_nobody(tmp_path, children):
     mesh, phases = local_mesh(tmp_path), []
     (tmp_path / "ready.json").write_text("from an earlier run")
     async with asyncio.timeout(60):
@@ -108,7 +112,7 @@ async def test_a_node_that_dies_comes_back_and_the_ready_file_says_so(tmp_path):
         assert not alive(victim["engines"][0]["pid"]), "its engine was left behind"
 
 
-async def test_a_refused_configuration_ends_the_start_with_the_childs_words(tmp_path):
+async def test_a_refused_configuration_ends_the_start_with_the_childs_words(tmp_path, children):
     mesh = local_mesh(tmp_path, MESH.replace("  d: ", "  refuse: "))
     with pytest.raises(BaseExceptionGroup) as caught:
         async with asyncio.timeout(60), mesh.serving(lambda *_: None):
@@ -117,7 +121,7 @@ async def test_a_refused_configuration_ends_the_start_with_the_childs_words(tmp_
     assert not children()
 
 
-async def test_a_cancelled_start_leaves_nobody(tmp_path, monkeypatch):
+async def test_a_cancelled_start_leaves_nobody(tmp_path, monkeypatch, children):
     monkeypatch.setattr(local, "_probe", lambda *_: asyncio.get_running_loop().create_future())
     up = asyncio.Event()
 
@@ -133,7 +137,7 @@ async def test_a_cancelled_start_leaves_nobody(tmp_path, monkeypatch):
     assert not children()
 
 
-async def test_an_error_inside_ends_the_mesh_too(tmp_path):
+async def test_an_error_inside_ends_the_mesh_too(tmp_path, children):
     with pytest.raises(BaseExceptionGroup) as caught:
         async with asyncio.timeout(60), local_mesh(tmp_path).serving(lambda *_: None):
             raise MeshError("the sample failed")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,26 +9,10 @@ import pytest
 from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from registry.entries import ServiceEntry
+from tests.pop_node.disks import remount
 from tests.pop_node.peers.peer_mesh import Neighbour, mesh_of, same
 from topology.model import Model
 from wire.errors import ConfigError
-
-
-def remount(disk: Path, options: str) -> None:
-    command = ["mount", "-o", f"remount,{options}", str(disk)]
-    subprocess.run(command, check=True, timeout=10)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for one tiny model."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False, timeout=10).returncode:
-        pytest.skip("may not mount a file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True, timeout=10)
 
 
 async def test_a_node_gives_from_a_disk_that_is_read_only(

@@ -20,32 +20,19 @@ from tiny_models import HEAD_DIM, KV_HEADS, LAYERS, tensors, write_huggingface
 from pop_node.store import store as store_module
 from pop_node.store.files import workspace
 from pop_node.store.manifest import KvGeometry, Manifest
+from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from wire.errors import ConfigError
 
 
-def quiet(phase: str, done: int, total: int) -> None:
-    pass
-
-
 def add(store: Store, source: Path, name: str = "tiny") -> Manifest:
-    return store.add(str(source), name, "float32", quiet)
+    return store.add(str(source), name, "float32", unwatched)
 
 
 def snapshot(root: Path) -> set[str]:
     """Everything a reader can see, with nothing half-written."""
     kept = [*root.glob("bundles/*"), *root.glob("names/*")]
     return {str(path.relative_to(root)) for path in kept}
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_huggingface(tmp_path / "source")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
 
 
 # ---- what an added model is --------------------------------------------------------------------
@@ -136,7 +123,7 @@ def test_identity_tells_models_apart(tmp_path: Path, store: Store) -> None:
     tokenizer = write_huggingface(tmp_path / "tokenizer") / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"ab"', '"ba"').replace('"b"\n', '"a"\n'))
     identities = {add(store, path, path.name).identity for path in [*forms, tokenizer.parent]} | {
-        store.add(str(forms[0]), "bf16", "bfloat16", quiet).identity
+        store.add(str(forms[0]), "bf16", "bfloat16", unwatched).identity
     }
     assert len(identities) == len(forms) + 2
 
@@ -176,14 +163,14 @@ def test_a_taken_name_is_not_overwritten(tmp_path: Path, store: Store, source: P
     with pytest.raises(ConfigError, match="already in the store"):
         add(store, other)
     with pytest.raises(ConfigError, match="already in the store"):
-        store.add(str(source), "tiny", "bfloat16", quiet)
+        store.add(str(source), "tiny", "bfloat16", unwatched)
 
 
 def test_unknown_dtypes_and_sources_are_refused(store: Store, source: Path) -> None:
     with pytest.raises(ConfigError, match="unknown dtype 'int4'"):
-        store.add(str(source), "tiny", "int4", quiet)  # type: ignore[arg-type]
+        store.add(str(source), "tiny", "int4", unwatched)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="neither a model directory nor"):
-        store.add(str(source / "absent"), "tiny", "float32", quiet)
+        store.add(str(source / "absent"), "tiny", "float32", unwatched)
     assert snapshot(store.root) == set()
 
 

@@ -11,12 +11,9 @@ import pytest
 from tiny_models import tensors, write_huggingface
 
 from pop_node.store.holding import Hold
+from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from wire.errors import ConfigError, PeerError
-
-
-def quiet(phase: str, done: int, total: int) -> None:
-    pass
 
 
 @pytest.fixture
@@ -27,7 +24,7 @@ def source(tmp_path: Path) -> str:
 @pytest.fixture
 def store(tmp_path: Path, source: str) -> Store:
     store = Store(tmp_path / "store")
-    store.add(source, "m", "float32", quiet)
+    store.add(source, "m", "float32", unwatched)
     store.pin("m", True)
     return store
 
@@ -65,7 +62,7 @@ def test_an_error_of_the_disk_that_is_not_the_stores_is_left_alone(store: Store)
 def test_the_copy_that_came_meanwhile_stays_and_means_what_it_meant(store: Store, source: str):
     entry = store.row("m").entry
     with store.put_aside("m"):
-        store.add(source, "m", "float32", quiet)
+        store.add(source, "m", "float32", unwatched)
         inode = (store.get("m").path / "manifest.json").stat().st_ino
     assert (store.get("m").path / "manifest.json").stat().st_ino == inode
     assert store.row("m").entry == entry, "pinned as before"
@@ -76,7 +73,7 @@ def test_another_bundle_that_came_meanwhile_is_left_alone(store: Store, tmp_path
     other = str(write_huggingface(tmp_path / "other", tensors(7)))
     before = store.get("m").manifest.bundle
     with store.put_aside("m"):
-        store.add(other, "m", "float32", quiet)
+        store.add(other, "m", "float32", unwatched)
     assert store.get("m").manifest.bundle != before
     store.verify("m")
 
@@ -92,7 +89,7 @@ def test_what_others_use_is_not_put_aside(store: Store, source: str):
     with pytest.raises(ConfigError, match="loaded or being checked"), store.put_aside("m"):
         raise AssertionError("never")
     hold.close()
-    store.add(source, "twin", "float32", quiet)
+    store.add(source, "twin", "float32", unwatched)
     with pytest.raises(ConfigError, match="twin is the same bundle"), store.put_aside("m"):
         raise AssertionError("never")
     with pytest.raises(ConfigError, match="no model x"), store.put_aside("x"):
@@ -117,5 +114,5 @@ def test_a_process_that_dies_meanwhile_leaves_a_whole_store_without_it(store: St
     assert len(leftovers(store)) == 1
     store.gc()
     assert leftovers(store) == []
-    store.add(source, "m", "float32", quiet)
+    store.add(source, "m", "float32", unwatched)
     store.verify("m")

@@ -14,12 +14,9 @@ from pop_node.store import fetch, layout, origin
 from pop_node.store.manifest import Manifest, bundle_digest, encode_manifest, read_manifest
 from pop_node.store.origin import open_origin
 from pop_node.store.partial import partial_bundle
+from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from wire.errors import ConfigError
-
-
-def quiet(phase: str, done: int, total: int) -> None:
-    pass
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +30,7 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def original(tmp_path: Path) -> Path:
     """The directory of a bundle in another store."""
     there = Store(tmp_path / "there")
-    there.add(str(write_huggingface(tmp_path / "source")), "tiny", "float32", quiet)
+    there.add(str(write_huggingface(tmp_path / "source")), "tiny", "float32", unwatched)
     return there.get("tiny").path
 
 
@@ -69,19 +66,19 @@ def test_a_bundle_arrives_whole(store: Store, site: Site, original: Path) -> Non
     fetched = [event for event in seen if event[0] == "fetch"]
     assert fetched[0][1] == 0
     assert fetched[-1][1:] == (manifest.data.nbytes, manifest.data.nbytes)
-    assert store.add(site.url, "tiny", "float32", quiet) == manifest
+    assert store.add(site.url, "tiny", "float32", unwatched) == manifest
     assert store.row("tiny").entry.source == site.url
 
 
 def test_a_file_url_works_alike(store: Store, original: Path) -> None:
-    store.add(original.as_uri(), "tiny", None, quiet)
+    store.add(original.as_uri(), "tiny", None, unwatched)
     same(store, original)
 
 
 def test_a_bundle_that_is_there_is_not_fetched_again(store: Store, site: Site) -> None:
-    first = store.add(site.url, "tiny", None, quiet)
+    first = store.add(site.url, "tiny", None, unwatched)
     site.requests.clear()
-    second = store.add(site.url, "other", None, quiet)
+    second = store.add(site.url, "other", None, unwatched)
     assert (first.bundle, first.identity) == (second.bundle, second.identity)
     assert [name for name, _ in site.requests] == ["manifest.json"]
 
@@ -93,7 +90,7 @@ def test_what_arrived_before_is_not_fetched_again(store: Store, site: Site, orig
     root.mkdir(parents=True)
     missing = {2, 3, 7}
     with partial_bundle(root, manifest, on_wait=lambda: None) as partial:
-        assert partial.missing_chunks(quiet) == list(range(len(manifest.data.chunks)))
+        assert partial.missing_chunks(unwatched) == list(range(len(manifest.data.chunks)))
         for index in range(len(manifest.data.chunks)):
             offset, nbytes = manifest.data.span(index)
             if index not in missing:
@@ -105,7 +102,7 @@ def test_what_arrived_before_is_not_fetched_again(store: Store, site: Site, orig
         byte = file.read(1)
         file.seek(5 * 4096 + 17)
         file.write(bytes([byte[0] ^ 4]))
-    store.add(site.url, "tiny", None, quiet)
+    store.add(site.url, "tiny", None, unwatched)
     same(store, original)
     spans = {span for name, span in site.requests if name == "weights.bin"}
     assert spans == {f"bytes={lo * 4096}-{hi * 4096 - 1}" for lo, hi in ((2, 4), (5, 6), (7, 8))}
@@ -115,7 +112,7 @@ def test_connections_that_break_are_taken_up_again(
     store: Store, site: Site, original: Path
 ) -> None:
     site.cut_after = 4096 + 100  # one chunk and a part of the next per request
-    store.add(site.url, "tiny", None, quiet)
+    store.add(site.url, "tiny", None, unwatched)
     same(store, original)
 
 
@@ -124,19 +121,19 @@ def test_an_origin_that_sends_nothing_more_is_given_up_and_the_rest_kept(
 ) -> None:
     site.cut_after = 100
     with pytest.raises(ConfigError, match=r"could not be fetched.*goes on from there"):
-        store.add(site.url, "tiny", None, quiet)
+        store.add(site.url, "tiny", None, unwatched)
     tries = [span for name, span in site.requests if name == "weights.bin"]
     assert max(tries.count(span) for span in tries) == fetch.ATTEMPTS
     assert store.list() == []
     assert len(list((store.root / "partial").iterdir())) == 1
     site.cut_after = -1
-    store.add(site.url, "tiny", None, quiet)
+    store.add(site.url, "tiny", None, unwatched)
     same(store, original)
 
 
 def test_a_server_without_ranges_sends_one_stream(store: Store, site: Site, original: Path) -> None:
     site.ranges = False
-    store.add(site.url, "tiny", None, quiet)
+    store.add(site.url, "tiny", None, unwatched)
     same(store, original)
 
 
@@ -146,7 +143,7 @@ def test_a_busy_server_is_asked_again_and_then_named(
 ) -> None:
     site.status[name] = status
     with pytest.raises(ConfigError, match=str(status)):
-        store.add(site.url, "tiny", None, quiet)
+        store.add(site.url, "tiny", None, unwatched)
     assert sum(asked == name for asked, _ in site.requests) >= fetch.ATTEMPTS
 
 
@@ -154,7 +151,7 @@ def test_a_busy_server_is_asked_again_and_then_named(
 def test_a_missing_file_is_named_at_once(store: Store, site: Site, name: str) -> None:
     site.status[name] = 404
     with pytest.raises(ConfigError, match=f"{name}: the server says 404"):
-        store.add(site.url, "tiny", None, quiet)
+        store.add(site.url, "tiny", None, unwatched)
     assert store.list() == []
 
 
@@ -166,7 +163,7 @@ def test_an_origin_that_sends_other_bytes_is_caught(
     good[len(good) // 2] ^= 1
     site.spoil[name] = bytes(good)
     with pytest.raises(ConfigError, match="not what the manifest names"):
-        store.add(site.url, "tiny", None, quiet)
+        store.add(site.url, "tiny", None, unwatched)
     assert store.list() == []
 
 
@@ -184,10 +181,10 @@ def test_a_manifest_that_lies_about_its_model_is_caught(
     tensor = msgspec.structs.replace(manifest.tensors[0], blake3="1" * 64)
     site.spoil["manifest.json"] = renamed(manifest, tensors=[tensor, *manifest.tensors[1:]])
     with pytest.raises(ConfigError, match="is not the one named"):
-        store.add(site.url, "tiny", None, quiet)
+        store.add(site.url, "tiny", None, unwatched)
     site.spoil["manifest.json"] = renamed(manifest, identity="2" * 64)
     with pytest.raises(ConfigError, match="not the one its manifest names"):
-        store.add(site.url, "tiny", None, quiet, digest="2" * 64)
+        store.add(site.url, "tiny", None, unwatched, digest="2" * 64)
     assert store.list() == []
     assert not list((store.root / "partial").iterdir())
 
@@ -233,7 +230,7 @@ def test_impossible_manifests_are_refused_before_anything_travels(
     manifest = read_manifest(original)
     site.spoil["manifest.json"] = renamed(manifest, **hostile(manifest)[what])
     with pytest.raises(ConfigError, match=r"manifest"):
-        store.add(site.url, "tiny", None, quiet)
+        store.add(site.url, "tiny", None, unwatched)
     assert [name for name, _ in site.requests] == ["manifest.json"]
 
 
@@ -241,12 +238,12 @@ def test_only_the_model_that_was_asked_for_is_taken(
     store: Store, site: Site, original: Path
 ) -> None:
     with pytest.raises(ConfigError, match="asked for is"):
-        store.add(site.url, "tiny", None, quiet, digest="0" * 64)
+        store.add(site.url, "tiny", None, unwatched, digest="0" * 64)
     with pytest.raises(ConfigError, match="holds float32, not bfloat16"):
-        store.add(site.url, "tiny", "bfloat16", quiet)
+        store.add(site.url, "tiny", "bfloat16", unwatched)
     assert [name for name, _ in site.requests] == ["manifest.json"] * 2
     digest = read_manifest(original).identity
-    assert store.add(site.url, "tiny", None, quiet, digest=digest).identity == digest
+    assert store.add(site.url, "tiny", None, unwatched, digest=digest).identity == digest
 
 
 @pytest.mark.parametrize(
@@ -261,7 +258,7 @@ def test_only_the_model_that_was_asked_for_is_taken(
 )
 def test_bad_urls_are_refused_without_their_secrets(store: Store, url: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match) as caught:
-        store.add(url, "tiny", None, quiet)
+        store.add(url, "tiny", None, unwatched)
     assert "secret" not in str(caught.value)
 
 

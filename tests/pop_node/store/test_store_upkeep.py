@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,29 +21,17 @@ from pop_node.store import layout
 from pop_node.store.collect import Held, least_used
 from pop_node.store.holding import Hold
 from pop_node.store.manifest import OutdatedBundleError
+from pop_node.store.source import unwatched
 from pop_node.store.store import Store
+from tests.pop_node.disks import remount
 from wire.errors import ConfigError
-
-
-def quiet(phase: str, done: int, total: int) -> None:
-    pass
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_huggingface(tmp_path / "source")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
 
 
 def fill(store: Store, folder: Path, *names: str) -> None:
     """Models of equal size, used in this order."""
     for number, name in enumerate(names, start=1):
         source = write_huggingface(folder / f"source-{name}", tensors(number))
-        store.add(str(source), name, "float32", quiet)
+        store.add(str(source), name, "float32", unwatched)
         os.utime(store.get(name).path / "manifest.json", (number, number))
 
 
@@ -116,8 +103,8 @@ def test_gc_without_a_budget_removes_only_rubbish(store: Store, tmp_path: Path) 
 
 
 def test_a_bundle_with_two_names_stays_for_the_pinned_one(store: Store, source: Path) -> None:
-    store.add(str(source), "a", "float32", quiet)
-    store.add(str(source), "b", "float32", quiet)
+    store.add(str(source), "a", "float32", unwatched)
+    store.add(str(source), "b", "float32", unwatched)
     store.pin("b", True)
     assert store.gc(0).bundles == []
     store.remove("a")
@@ -130,9 +117,9 @@ def test_a_bundle_with_two_names_stays_for_the_pinned_one(store: Store, source: 
 def test_pins_survive_and_need_a_model(store: Store, source: Path) -> None:
     with pytest.raises(ConfigError, match="no model a"):
         store.pin("a", True)
-    store.add(str(source), "a", "float32", quiet)
+    store.add(str(source), "a", "float32", unwatched)
     store.pin("a", True)
-    store.add(str(source), "a", "float32", quiet)
+    store.add(str(source), "a", "float32", unwatched)
     assert Store(store.root).row("a").entry.pinned
 
 
@@ -141,7 +128,7 @@ def test_pins_survive_and_need_a_model(store: Store, source: Path) -> None:
 
 def as_version_1(store: Store, source: Path, name: str) -> Path:
     """Puts the model of ``source`` back as an earlier popmesh stored it; returns the bundle."""
-    manifest = store.add(str(source), name, "float32", quiet)
+    manifest = store.add(str(source), name, "float32", unwatched)
     entry = json.loads((store.root / "names" / f"{name}.json").read_text())
     store.remove(name)
     bundle = store.root / "bundles" / ("a" * 64)
@@ -166,7 +153,7 @@ def test_format_1_is_said_and_converted_by_adding_again(store: Store, source: Pa
     (row,) = store.rows()
     assert "bundle format 1" in row.problem
     (source / "model.safetensors").unlink()  # the source is not needed any more
-    manifest = store.add(str(source), "a", "float32", quiet)
+    manifest = store.add(str(source), "a", "float32", unwatched)
     assert (manifest.format_version, manifest.licence) == (2, "apache-2.0")
     assert [m.identity for m in store.list()] == [manifest.identity]
     store.verify("a")
@@ -181,10 +168,10 @@ def test_a_damaged_bundle_of_format_1_is_not_made_into_a_good_one(
     weights[-1] ^= 1
     (bundle / "model.safetensors").write_bytes(weights)
     with pytest.raises(ConfigError, match="the bundle of a is damaged"):
-        store.add(str(source), "a", "float32", quiet)
+        store.add(str(source), "a", "float32", unwatched)
     assert bundle.exists()
     store.remove("a")
-    store.add(str(source), "a", "float32", quiet)
+    store.add(str(source), "a", "float32", unwatched)
     store.verify("a")
 
 
@@ -220,17 +207,17 @@ def test_a_disk_that_fills_at_any_moment_leaves_the_old_state(
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 16384)
     there = Store(tmp_path / "there")
-    there.add(str(source), "tiny", "float32", quiet)
+    there.add(str(source), "tiny", "float32", unwatched)
     origin = there.get("tiny").path.as_uri() if way == "url" else str(source)
     store = Store(tmp_path / "here")
     first = write_huggingface(tmp_path / "first", tensors(7))
-    store.add(str(first), "first", "float32", quiet)
+    store.add(str(first), "first", "float32", unwatched)
     steps = 0
     for steps in range(1, 200):
         failing_disk[0] = steps
         said = ""
         try:
-            store.add(origin, "tiny", "float32", quiet)
+            store.add(origin, "tiny", "float32", unwatched)
         except ConfigError as exc:
             said = str(exc)
         failing_disk[0] = 0
@@ -248,35 +235,22 @@ def test_a_disk_that_fills_at_any_moment_leaves_the_old_state(
     store.verify("tiny")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False, timeout=10).returncode:
-        pytest.skip("may not mount a file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True, timeout=10)
-
-
 def test_a_real_disk_that_is_full_and_then_read_only(
-    small_disk: Path, source: Path, tmp_path: Path
+    disk: Path, source: Path, tmp_path: Path
 ) -> None:
-    store = Store(small_disk / "store")
-    store.add(str(source), "a", "float32", quiet)
-    before = sorted(str(path) for path in small_disk.rglob("*"))
-    (small_disk / "ballast").write_bytes(bytes(60_000))
+    store = Store(disk / "store")
+    store.add(str(source), "a", "float32", unwatched)
+    before = sorted(str(path) for path in disk.rglob("*"))
+    (disk / "ballast").write_bytes(bytes(60_000))
     other = write_huggingface(tmp_path / "other", tensors(3))
     with pytest.raises(ConfigError, match=r"cannot be changed.*No space left"):
-        store.add(str(other), "b", "float32", quiet)
-    (small_disk / "ballast").unlink()
-    after = {str(path) for path in small_disk.rglob("*")} - set(before)
+        store.add(str(other), "b", "float32", unwatched)
+    (disk / "ballast").unlink()
+    after = {str(path) for path in disk.rglob("*")} - set(before)
     assert after == {str(store.root / "locks" / "b.name")}
-    remount = ["mount", "-o", "remount,ro", str(small_disk)]
-    subprocess.run(remount, check=True, timeout=10)
+    remount(disk, "ro")
     for change in (
-        lambda: store.add(str(other), "b", "float32", quiet),
+        lambda: store.add(str(other), "b", "float32", unwatched),
         lambda: store.remove("a"),
         lambda: store.pin("a", True),
         lambda: store.gc(0),
@@ -290,7 +264,7 @@ def test_a_real_disk_that_is_full_and_then_read_only(
 
 
 def test_names_of_an_earlier_version_are_not_pinned(store: Store, source: Path) -> None:
-    store.add(str(source), "a", "float32", quiet)
+    store.add(str(source), "a", "float32", unwatched)
     path = store.root / "names" / "a.json"
     entry = json.loads(path.read_text())
     del entry["pinned"]
