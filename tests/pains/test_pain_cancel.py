@@ -9,8 +9,8 @@ import pytest
 
 from pop_node.engine.messages import Drop, Ended
 from pop_node.store.store import Store
+from tests.fakes.fake_answer import answer_text
 from tests.fakes.fake_model import FakeModel
-from tests.fakes.fake_node import answer_text
 from tests.pains.pain_parts import HELLO
 from tests.pop_node.engine.engine_builders import a_scheduler, an_add
 from tests.pop_node.node_mesh import tiny_mesh

@@ -11,7 +11,8 @@ from pop_node.kv_stream.liveness import MIN_WAIT_S, Keepalive
 from pop_node.kv_stream.parking import PARK_S
 from pop_node.kv_stream.prompt import prompt_digest
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
-from tests.fakes.fake_node import Faults, answer_text
+from tests.fakes.fake_answer import answer_text
+from tests.fakes.fake_connection import Faults
 from tests.pains.pain_parts import (
     HELLO,
     T,

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.fakes.fake_node import FakeNode, Faults, answer_text
+from tests.fakes.fake_answer import answer_text
+from tests.fakes.fake_connection import Faults
+from tests.fakes.fake_node import FakeNode
 from tests.pains.pain_parts import HELLO, events_of, text_of
 from tests.router.router_mesh import RouterMesh, make_topology, running_mesh
 from wire.messages import Failed, Step, StepEntry

@@ -11,7 +11,9 @@ import msgspec
 import pytest
 
 from pop_node.kv_stream import liveness
-from tests.fakes.fake_node import FakeNode, Faults, answer_text, cache_delta
+from tests.fakes.fake_answer import answer_text
+from tests.fakes.fake_connection import Faults
+from tests.fakes.fake_node import FakeNode, cache_delta
 from tests.pains.pain_parts import HELLO, assert_at_rest, hand_over
 from tests.pop_node.kv_stream.kv_node import Node, cache_of
 from tests.router.router_mesh import MODEL, RouterMesh

@@ -19,7 +19,9 @@ from registry.watch import HOLD_S, Answered, Publish, Query, Start, Tick, Watch
 from registry.watcher import Watcher
 from router.app import RouterConfig, serve
 from router.links.node_links import SERVICE
-from tests.fakes.fake_node import FakeMesh, FakeNode, answer_text
+from tests.fakes.fake_answer import answer_text
+from tests.fakes.fake_connection import FakeMesh
+from tests.fakes.fake_node import FakeNode
 from tests.pains.pain_parts import HELLO
 from tests.registry.registry_servers import (
     CannedServer,

@@ -8,7 +8,7 @@ import pytest
 
 from pop_node.kv_stream.intake import Intake
 from pop_node.kv_stream.link import STRIPES
-from tests.fakes import fake_node
+from tests.fakes.fake_connection import FakeConnection
 from tests.pains.pain_parts import assert_at_rest, hand_over
 from tests.pop_node.kv_stream.kv_node import Node
 from tests.router.router_mesh import RouterMesh
@@ -43,14 +43,14 @@ async def test_sglang_31208_neither_does_the_router_dial_per_request(
     """sgl-project/sglang 31208, on the way from the router to the nodes: whatever number of
     requests, one connection for each node."""
     made = 0
-    connect = fake_node._Connection.connection_made
+    connect = FakeConnection.connection_made
 
     def counted(connection: object, transport: asyncio.BaseTransport) -> None:
         nonlocal made
         made += 1
         connect(connection, transport)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fake_node._Connection, "connection_made", counted)
+    monkeypatch.setattr(FakeConnection, "connection_made", counted)
     for _ in range(10):
         responses = await asyncio.gather(*(mesh.chat(max_tokens=3) for _ in range(20)))
         for response in responses:

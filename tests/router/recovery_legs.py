@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from router.request.events import Event
-from tests.fakes.fake_node import answer_ids
+from tests.fakes.fake_answer import answer_ids
 from wire.messages import StepEntry, Submit, TextInput, TransferReport
 
 PROMPT = TextInput("p")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from tests.fakes.fake_node import answer_text
+from tests.fakes.fake_answer import answer_text
 from tests.router.router_mesh import MODEL
 from topology.model import Tenant
 from wire.messages import ChatInput, ChatTurn, TextInput

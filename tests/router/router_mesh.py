@@ -15,7 +15,8 @@ import router.app
 from registry.entries import ServiceEntry, Snapshot
 from router.app import RouterConfig, serve
 from router.request.admission import Limits
-from tests.fakes.fake_node import FakeMesh, FakeNode
+from tests.fakes.fake_connection import FakeMesh
+from tests.fakes.fake_node import FakeNode
 from topology.geography import link_between
 from topology.model import Address, Link, Model, Node, Position, Router, Site, Tenant, Topology
 from wire.messages import MAX_VERSION

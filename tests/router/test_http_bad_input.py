@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from router.request.admission import MAX_BODY_BYTES, Limits
-from tests.fakes.fake_node import answer_text
+from tests.fakes.fake_answer import answer_text
 from tests.router.router_mesh import MODEL, RouterMesh, make_topology, running_mesh
 from topology.model import Tenant
 from wire.messages import ChatInput, ChatTurn

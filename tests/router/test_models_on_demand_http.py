@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from router.request.admission import Limits
-from tests.fakes.fake_node import FakeNode, answer_text
+from tests.fakes.fake_answer import answer_text
+from tests.fakes.fake_node import FakeNode
 from tests.router.router_mesh import MODEL, RouterMesh, make_topology, running_mesh
 from wire.messages import ChatInput, ChatTurn
 

@@ -14,7 +14,8 @@ import pytest
 from router.links.link_words import LinkEvents, LinkIdentity, StreamMessage
 from router.links.node_connection import MAX_BULK_BACKLOG, NodeConnection
 from router.links.node_link import NodeLink
-from tests.fakes.fake_node import FakeMesh, FakeNode
+from tests.fakes.fake_connection import FakeMesh
+from tests.fakes.fake_node import FakeNode
 from tests.router.router_mesh import make_topology
 from wire.address import Dialer
 from wire.errors import MeshError, PeerError

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from router.request.patience import MAX_ATTEMPTS
-from tests.fakes.fake_node import FakeNode, Faults, answer_text, idle_engine
+from tests.fakes.fake_answer import answer_text
+from tests.fakes.fake_connection import Faults
+from tests.fakes.fake_node import FakeNode, idle_engine
 from tests.router.router_mesh import MODEL, RouterMesh, entry_of, make_topology, running_mesh
 from wire.messages import ChatInput, ChatTurn, Failed, Load
 

@@ -30,7 +30,7 @@ from router.request.record import MAX_ATTEMPTS_KEPT, RequestRecord
 from router.routing.avoidance import AVOID_ENGINE_S, AVOID_S, NodeStart
 from router.routing.policy import Route
 from router.routing.recovery import Broken, Recovery, RunningPrefill
-from tests.fakes.fake_node import answer_ids
+from tests.fakes.fake_answer import answer_ids
 from wire.errors import OverloadError
 from wire.messages import (
     Accepted,

@@ -29,7 +29,7 @@ from router.request.record import RequestRecord
 from router.request.token_relay import MAX_WAITING_ENTRIES
 from router.routing.avoidance import NodeStart, Pair
 from router.routing.policy import Route
-from tests.fakes.fake_node import answer_ids
+from tests.fakes.fake_answer import answer_ids
 from wire.messages import (
     Accepted,
     Failed,

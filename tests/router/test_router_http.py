@@ -11,7 +11,9 @@ import pytest
 
 from router.request.admission import Limits
 from router.request.patience import MAX_ATTEMPTS_STREAMING
-from tests.fakes.fake_node import Faults, answer_text, cache_delta
+from tests.fakes.fake_answer import answer_text
+from tests.fakes.fake_connection import Faults
+from tests.fakes.fake_node import cache_delta
 from tests.router.router_mesh import MODEL, RouterMesh, make_topology, running_mesh
 from wire.messages import ChatInput, ChatTurn, Failed, TextInput, TokensInput
 

@@ -16,7 +16,8 @@ from router.request.record import MAX_RECORDS, RequestLog, RequestRecord
 from router.routing.geo import ClientLocator
 from router.routing.prefix_index import MAX_VALUES_PER_NODE, PrefixIndex, TokenRatio
 from router.routing.view_builder import Reservation, ViewBuilder
-from tests.fakes.fake_node import FakeMesh, FakeNode, idle_engine
+from tests.fakes.fake_connection import FakeMesh
+from tests.fakes.fake_node import FakeNode, idle_engine
 from tests.router.router_mesh import MODEL, make_topology
 from topology.model import TRUSTED_BY_DEFAULT, Position
 from wire.errors import ConfigError, OverloadError, RequestError

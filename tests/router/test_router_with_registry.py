@@ -17,7 +17,8 @@ from registry.embedded import EmbeddedRegistry
 from registry.entries import Registration
 from router.app import RouterConfig, serve
 from router.links.node_links import SERVICE
-from tests.fakes.fake_node import FakeMesh, FakeNode
+from tests.fakes.fake_connection import FakeMesh
+from tests.fakes.fake_node import FakeNode
 from tests.router.router_mesh import MODEL, RouterMesh, StubDirectory, entry_of, make_topology
 from topology.model import Topology
 from wire.errors import ConfigError

@@ -26,7 +26,8 @@ from router.routing.recovery import Broken, RunningPrefill, choose_recovery
 from router.routing.refusals import REFUSED_S
 from router.routing.view import Pending, View
 from router.routing.view_builder import Reservation, ViewBuilder
-from tests.fakes.fake_node import FakeMesh, FakeNode, idle_engine
+from tests.fakes.fake_connection import FakeMesh
+from tests.fakes.fake_node import FakeNode, idle_engine
 from tests.router.router_mesh import MODEL, make_topology
 from tests.router.views import BOTH, FOUR, FRA, IAD, offer, pair, pick, request, view_of
 from topology.model import Model

@@ -20,7 +20,8 @@ from router.routing.speeds import (
 )
 from router.routing.view import Speed
 from router.routing.view_builder import Reservation, ViewBuilder
-from tests.fakes.fake_node import FakeMesh, FakeNode, idle_engine
+from tests.fakes.fake_connection import FakeMesh
+from tests.fakes.fake_node import FakeNode, idle_engine
 from tests.router.router_mesh import MODEL, make_topology
 from wire.messages import CacheDelta, EngineLoad, Load
 
