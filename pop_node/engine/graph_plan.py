@@ -52,8 +52,8 @@ class GraphPlan:
 
     def first(self) -> list[Bucket]:
         """Those to capture before the engine is ready: one sequence, and all of them. They take
-        both forms of the attention kernel, with splits and without, so that no later capture waits
-        for a compiler."""
+        both forms of the attention kernel, with splits and without, so that later captures wait for
+        a compiler only where they merge another number of splits."""
         context = self._contexts[0]
         return [Bucket(rows, context) for rows in sorted({self._rows[0], self._rows[-1]})]
 
