@@ -89,7 +89,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._faults: dict[int, FaultRow] = {}
-        self._seen: list[Observation] = []
+        self.seen: list[Observation] = []
 
     @property
     def faults(self) -> list[FaultRow]:
@@ -116,7 +116,7 @@ class Ledger:
 
     def over(self, seen: Observation) -> None:
         """A client's answer is over."""
-        self._seen.append(seen)
+        self.seen.append(seen)
 
     def judged(self, references: dict[int, Observation], end_s: float) -> Answers:
         """All answers, with the pauses laid to their faults."""
@@ -128,7 +128,7 @@ class Ledger:
             if row.fault == "kill-router"
         ]
         answers = Answers()
-        for seen in self._seen:
+        for seen in self.seen:
             pause = pause_of(seen, spans)
             if pause is not None:
                 row = self._faults[pause.fault]

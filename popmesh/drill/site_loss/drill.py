@@ -51,7 +51,6 @@ class SiteLoss:
         self._began = self._loop.time()
         self._crowd = Crowd(config, say)
         self._ledger = Ledger()
-        self._seen: list[Observation] = []
         self._routes: dict[str, list[Route]] = {}
         self._watch = SiteWatch(config.model, ())
         self._answered_at: float | None = None
@@ -208,7 +207,6 @@ class SiteLoss:
 
     def _answered(self, seen: Observation, routes: list[Route]) -> None:
         self._routes[seen.request_id] = routes
-        self._seen.append(seen)
         self._ledger.over(seen)
 
     # ---- afterwards ----------------------------------------------------------------------------
@@ -225,7 +223,7 @@ class SiteLoss:
         config, watch = self._config, self._watch
         answers = self._ledger.judged(self._crowd.references, self._now())
         back_at = struck_at + config.away_s
-        late = spill(self._seen, self._routes, nodes, struck_at, back_at)
+        late = spill(self._ledger.seen, self._routes, nodes, struck_at, back_at)
         wrong = problems(answers, self._ledger.faults, rest, rest, config.exact)
         if watch.noticed_at is None:
             wrong.append("no router noticed that the site was lost")
@@ -257,7 +255,7 @@ class SiteLoss:
             verdicts=dict(answers.verdicts),
             pauses=quantiles(pause.length_s for pause in answers.pauses),
             stretches=[
-                stretch(name, start, end, self._seen, self._crowd.references, left)
+                stretch(name, start, end, self._ledger.seen, self._crowd.references, left)
                 for name, start, end, left in self._marks
             ],
             recoveries=recoveries,
