@@ -21,25 +21,18 @@ import msgspec
 
 from pop_node.drills.libraries import library_files
 from pop_node.drills.pages import drop_pages, mapped_files
-from pop_node.drills.rebirth import Rebirth, Reborn, cold_of, made_at
+from pop_node.drills.rebirth import Rebirth, Reborn, cold_of
 from pop_node.drills.report import SCHEMA, Cold, ColdStartReport, Options, Phase, Source
+from pop_node.engine.start_clock import Span, made_at
 from wire.errors import ConfigError, MeshError, PeerError
-from wire.messages import Drill, DrillReport, DrillStarted
+from wire.messages import MAX_COLD_START_MS, Drill, DrillReport, DrillStarted
 
 log = logging.getLogger(__name__)
 
 VERSION = 3
 """Of the mesh wire, from which on a router can hear a report."""
 
-MAX_DURATION_MS = 3_600_000
-"""Longest start that is waited for. Guess: hundreds of gigabytes over a slow line; whoever needs
-longer has no use for a rehearsal."""
-
 MAX_ERROR_CHARS = 2000
-
-Span = tuple[str, float, float, int]
-"""(phase, start_s, end_s, bytes), seconds since the start: of the engine's process, see
-``pop_node.engine.messages.Ready.phases``, or of the fetch before it."""
 
 
 class ColdStartHost(Protocol):
@@ -64,7 +57,8 @@ class ColdStartHost(Protocol):
         stands by with everything imported is ended as well. Nobody starts it before ``start``."""
 
     async def start(self, model: str, source: Source) -> Sequence[Span]:
-        """Start it in a new process and wait until it has produced a token.
+        """Start it in a new process and wait until it has produced a token; its phases since that
+        process was made, or since the fetch before it began.
 
         "peer" and "origin": it is no longer on the disk and is brought from there alone, which is a
         phase "fetch". Raises ``MeshError`` when it does not come up; it is tried on then, as after
@@ -121,8 +115,8 @@ class ColdStarts:
     def _problem(self, drill: Drill, version: int, options: Options) -> str:
         if version < VERSION:
             return f"the router speaks version {version} of the mesh wire, a report needs {VERSION}"
-        if not 0 < drill.duration_ms <= MAX_DURATION_MS:
-            return f"a cold start may take up to {MAX_DURATION_MS} ms, not {drill.duration_ms}"
+        if not 0 < drill.duration_ms <= MAX_COLD_START_MS:
+            return f"a cold start may take up to {MAX_COLD_START_MS} ms, not {drill.duration_ms}"
         if self._running:
             return f"a cold start of {self._running} is running already"
         if options.source != "disk" and self._aside is None:
@@ -158,7 +152,7 @@ class ColdStarts:
     async def _cold_start(self, model: str, options: Options) -> ColdStartReport:
         host = self._host
         bundle = host.bundle_path(model)
-        bundle_bytes = sum(file.stat().st_size for file in _files(bundle))
+        bundle_bytes = _nbytes(_files(bundle))
         libraries: list[Path] = []
         if options.libraries:
             libraries = await asyncio.to_thread(_libraries, host.engine_pid(model))
@@ -201,7 +195,8 @@ class ColdStarts:
         try:
             bundle = self._host.bundle_path(drill.model)
             files = _files(bundle)
-        except MeshError as exc:
+            bundle_bytes = _nbytes(files)
+        except (MeshError, OSError) as exc:
             say(DrillReport(drill.number, b"", str(exc)[:MAX_ERROR_CHARS]))
             self._running = ""
             return
@@ -209,7 +204,7 @@ class ColdStarts:
             number=drill.number,
             model=drill.model,
             bundle=bundle.name,
-            bundle_bytes=sum(file.stat().st_size for file in files),
+            bundle_bytes=bundle_bytes,
             files=[str(file) for file in files],
             libraries=options.libraries,
             command=sys.orig_argv,
@@ -224,11 +219,7 @@ class ColdStarts:
         reborn, host = self._reborn, self._host
         assert reborn is not None, "checked before"
         if reborn.problem:
-            raise PeerError(
-                f"{reborn.model} could not be made cold: {reborn.problem}",
-                code="drill_failed",
-                retryable=False,
-            )
+            raise _not_cold(reborn.model, reborn.problem)
         spans = await host.start(reborn.model, "disk")  # it is being started already
         pid = host.engine_pid(reborn.model)
         engine_s = (made_at(pid) if pid is not None else time.monotonic()) - reborn.started_at
@@ -268,11 +259,7 @@ class ColdStarts:
             return cold_of(None, cold_libraries)
         cold_model = await asyncio.to_thread(drop_pages, _files(bundle))
         if cold_model.resident:
-            raise PeerError(
-                f"{model} cannot be made cold: {cold_model.why()}",
-                code="drill_failed",
-                retryable=False,
-            )
+            raise _not_cold(model, cold_model.why())
         return cold_of(cold_model, cold_libraries)
 
     async def _start_again(self, model: str) -> None:
@@ -289,6 +276,14 @@ def _files(bundle: Path) -> list[Path]:
     if not files:
         raise ConfigError("there is no bundle here", where=str(bundle))
     return files
+
+
+def _nbytes(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _not_cold(model: str, why: str) -> PeerError:
+    return PeerError(f"{model} cannot be made cold: {why}", code="drill_failed", retryable=False)
 
 
 def _libraries(engine_pid: int | None) -> list[Path]:

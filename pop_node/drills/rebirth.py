@@ -9,6 +9,7 @@ agent finds what happened before it (``Reborn``) in its environment.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -21,6 +22,8 @@ import msgspec
 from pop_node.drills.libraries import library_files
 from pop_node.drills.pages import Dropped, drop_pages
 from pop_node.drills.report import Cold
+
+log = logging.getLogger(__name__)
 
 REBORN = "POPMESH_REBORN"
 """Environment variable that carries ``Reborn`` over."""
@@ -68,19 +71,9 @@ def take_reborn(environment: MutableMapping[str, str]) -> Reborn | None:
         return None
     try:
         return msgspec.json.decode(told, type=Reborn)
-    except msgspec.DecodeError:
+    except msgspec.DecodeError as exc:
+        log.error("what was told of the process before this one is not understood: %s", exc)
         return None
-
-
-def made_at(pid: int) -> float:
-    """When a process was made, on the monotonic clock, to a tick of the kernel (10 ms); now if it
-    is gone. Source: proc(5), stat, field 22."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return time.monotonic()
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - max(0.0, age_s)
 
 
 def make_cold(model: list[Path], libraries: list[Path]) -> Cold:

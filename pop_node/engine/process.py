@@ -8,6 +8,7 @@ agent as ``Crashed`` like a failure in it.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import time
 
 from pop_node.engine.beginning import Beginning
 from pop_node.engine.port import EXIT_PARENT_GONE, EXIT_STOPPED, Port
-from pop_node.engine.start_clock import StartClock, process_started_at
+from pop_node.engine.start_clock import StartClock, made_at
 
 IMPORT_SWITCH_S = 0.0005
 """How long imports keep the interpreter while readers wait for it, a tenth of what is usual: each
@@ -29,7 +30,7 @@ def serve(sock: socket.socket, started_at: float) -> int:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the agent decides
     gc.disable()  # imports make little garbage and much that would be walked again and again
-    process_at = process_started_at()
+    process_at = made_at(os.getpid())
     clock = StartClock(process_at)
     clock.add("process_start", process_at, started_at)
     port = Port(sock)

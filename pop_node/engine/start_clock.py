@@ -12,20 +12,22 @@ Span = tuple[str, float, float, int]
 """(phase, start_s, end_s, bytes that went through it), as ``messages.Ready`` carries it."""
 
 
-def process_started_at() -> float:
-    """When this process was made, on the monotonic clock, to a tick of the kernel (10 ms)."""
-    # The command's name, in brackets, may hold anything; starttime is field 22 (proc(5)).
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    ticks = int(fields[22 - 3])
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+def made_at(pid: int) -> float:
+    """When a process was made, on the monotonic clock, to a tick of the kernel (10 ms); now if it
+    is gone. Source: proc(5), stat, field 22."""
+    try:  # the command's name, in brackets, may hold anything
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.monotonic()
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[22 - 3]) / os.sysconf("SC_CLK_TCK")
     return time.monotonic() - max(0.0, age_s)
 
 
 class StartClock:
     """Collects phases of one start. Phases may overlap and lie within one another."""
 
-    def __init__(self, process_started_at: float) -> None:
-        self._zero = process_started_at
+    def __init__(self, process_at: float) -> None:
+        self._zero = process_at
         self._spans: list[Span] = []
 
     def add(self, phase: str, began: float, ended: float, nbytes: int = 0) -> None:

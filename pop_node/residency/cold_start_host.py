@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pop_node.drills.report import Source
+from pop_node.engine.start_clock import Span
 from pop_node.residency import events as ev
 from pop_node.residency.residents import Residents
 from wire.errors import ConfigError, PeerError
 
 LEGS_END_S = 30.0
 """How long legs may go on when their model is taken down; as long as a draining node lets them."""
-
-Span = tuple[str, float, float, int]
-"""(phase, start_s, end_s, bytes), seconds since the engine's process was made."""
 
 
 class ResidentColdStarts:

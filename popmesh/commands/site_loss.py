@@ -25,9 +25,6 @@ from popmesh.commands.durations import Duration
 if TYPE_CHECKING:
     from popmesh.drill.site_loss.report import SiteLossReport
 
-MAX_AWAY_S = 3600.0
-"""Longest absence, see ``wire.messages.MAX_AWAY_MS``."""
-
 
 @click.command("site-loss")
 @click.option("--site", required=True, metavar="NAME", help="Which site is lost.")
@@ -81,9 +78,11 @@ def site_loss(
     from popmesh.render.site_loss import site_loss_view
     from popmesh.render.site_loss_page import site_loss_page
     from wire.errors import ConfigError
+    from wire.messages import MAX_AWAY_MS
 
-    if duration > MAX_AWAY_S:
-        raise ConfigError("a site stays away for an hour at most", where="--duration")
+    if duration > MAX_AWAY_MS / 1000:
+        longest = f"{MAX_AWAY_MS / 3.6e6:g} h"
+        raise ConfigError(f"a site stays away for {longest} at most", where="--duration")
     urls = routers_of(mesh, None, DEFAULT_MESH)
     check_permission(urls, operator_key)
 

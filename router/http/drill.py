@@ -24,6 +24,7 @@ from wire.messages import (
     DRILL_FAULTS,
     LOSE_AGENT,
     MAX_AWAY_MS,
+    MAX_COLD_START_MS,
     MAX_FREEZE_MS,
     Drill,
     DrillReport,
@@ -35,8 +36,6 @@ FREEZE_S = 10.0
 
 COLD_START_S = 600.0
 """Longest cold start that does not say how long it may take; a node waits as long for an engine."""
-
-MAX_COLD_START_S = 3600.0
 
 LOOK_S = 0.005
 """Between two looks at the view: how exactly it is known when the router saw the node ready."""
@@ -91,7 +90,7 @@ def parse_drill(data: bytes) -> DrillBody:
 
 def _longest_s(fault: str) -> float:
     if fault == COLD_START:
-        return MAX_COLD_START_S
+        return MAX_COLD_START_MS / 1e3
     return (MAX_AWAY_MS if fault == LOSE_AGENT else MAX_FREEZE_MS) / 1e3
 
 

@@ -294,7 +294,7 @@ def test_the_terminal_tells_it_in_the_order_of_time(held: SiteLossReport):
         ([], "--site"),
         (["--site", "ams", "--mesh", "http://127.0.0.1:1"], "no router answers"),
         (["--site", "ams", "--mesh", "http://10.255.255.1:1"], "--operator-key"),
-        (["--site", "ams", "--duration", "2h"], "an hour at most"),
+        (["--site", "ams", "--duration", "2h"], "1 h at most"),
     ],
 )
 def test_what_cannot_be_held_ends_with_2(arguments: list[str], said: str):

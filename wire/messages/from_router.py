@@ -18,6 +18,10 @@ DRILL_FAULTS = ("kill-agent", "kill-engine", "freeze-agent", "freeze-engine", LO
 MAX_AWAY_MS = 3_600_000
 """Longest absence of a drill. Guess: whoever waits longer forgets that it was a drill."""
 
+MAX_COLD_START_MS = 3_600_000
+"""Longest cold start that is waited for. Guess: hundreds of gigabytes over a slow line; whoever
+needs longer has no use for a rehearsal."""
+
 MAX_FREEZE_MS = 60_000
 """Longest freeze of a drill: far beyond every detection time, and an operator sees its end."""
 

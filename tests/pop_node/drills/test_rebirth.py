@@ -15,10 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from pop_node.drills import cold_start
 from pop_node.drills.cold_start import ColdStarts
 from pop_node.drills.pages import resident_pages
-from pop_node.drills.rebirth import REBORN, Rebirth, Reborn, cold_of, made_at, take_reborn
+from pop_node.drills.rebirth import REBORN, Rebirth, Reborn, cold_of, take_reborn
 from pop_node.drills.report import ColdStartReport
+from pop_node.engine.start_clock import made_at
 from tests.pop_node.drills.page_world import needs_a_disk
 from tests.pop_node.drills.test_cold_start import SPANS, FakeHost
 from wire.messages import COLD_START, Drill, DrillReport, DrillStarted
@@ -171,4 +173,19 @@ async def test_a_node_whose_bundle_is_gone_stays(tmp_path: Path):
         said = await told(drills, whole=True)
     assert said[0] == DrillStarted(9, "")
     assert "no bundle here" in said[1].error
+    assert left == []
+
+
+async def test_a_node_whose_bundle_goes_while_it_is_looked_at_stays(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def gone(files: list[Path]) -> int:
+        raise FileNotFoundError(2, "gone", str(files[0]))
+
+    monkeypatch.setattr(cold_start, "_nbytes", gone)
+    left: list[Rebirth] = []
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        drills = ColdStarts(FakeHost(data.parent), tasks, None, left.append)
+        said = await told(drills, whole=True)
+    assert str(data) in said[1].error
     assert left == []

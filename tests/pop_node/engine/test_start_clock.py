@@ -8,13 +8,13 @@ import time
 import psutil
 import pytest
 
-from pop_node.engine.start_clock import StartClock, process_started_at
+from pop_node.engine.start_clock import StartClock, made_at
 
 
 def test_the_start_of_this_process_is_the_one_that_the_kernel_knows() -> None:
     age_s = time.time() - psutil.Process(os.getpid()).create_time()
     # psutil counts from the boot time, which the kernel tells in whole seconds.
-    assert time.monotonic() - process_started_at() == pytest.approx(age_s, abs=1.5)
+    assert time.monotonic() - made_at(os.getpid()) == pytest.approx(age_s, abs=1.5)
 
 
 def test_phases_count_from_the_start_and_are_ordered_by_their_own() -> None:
