@@ -131,9 +131,7 @@ def _obstacle(node: NodeView, engine: EngineLoad | None, model: str, view: View)
         return f"speaks version {node.version} of the mesh wire, which knows no Warm"
     if engine.warm_refused:
         return f"cannot load it: {engine.warm_refused[:200]}"
-    configured, offer = view.topology.models.get(model), node.offers.get(model)
-    pinned = None if configured is None else configured.digest
-    if offer is not None and pinned not in (None, offer.identity):
+    if node.offers_another(model, view.topology):
         return "has another model of that name than the topology pins"
     return None
 

@@ -176,8 +176,7 @@ def obstacle(node: NodeView, request: RouteRequest, view: View) -> str | None:
     cold = (engine is None or not engine.ready) and is_cold(node, model)
     if offer is None and not cold:
         return f"does not serve {model}"
-    pinned = None if configured is None else configured.digest
-    if offer is not None and pinned not in (None, offer.identity):
+    if node.offers_another(model, view.topology):
         return f"its {model} is not the one the topology pins"
     if engine is None or not (engine.ready or cold):
         return "engine not ready"

@@ -58,6 +58,12 @@ class NodeView:
     memory_bytes: int = 0
     memory_used_bytes: int = 0
 
+    def offers_another(self, model: str, topology: Topology) -> bool:
+        """The model that the node offers by this name is not the one that the topology pins."""
+        offer, configured = self.offers.get(model), topology.models.get(model)
+        pinned = None if configured is None else configured.digest
+        return offer is not None and pinned not in (None, offer.identity)
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
