@@ -146,15 +146,13 @@ def parse_position(text: str) -> Position:
 
 def parse_size(text: str) -> int:
     """``500GB``, ``1.5 TiB`` or plain bytes, as bytes; raises ``ConfigError``."""
-    import re
-
+    from popmesh.units import size_of
     from wire.errors import ConfigError
 
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT])(i?))?B?", text)
-    if match is None:
+    nbytes = size_of(text)
+    if nbytes is None:
         raise ConfigError(f"{text!r} is not a size", suggestion="write e.g. 500GB, 1.5TiB or 0")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** (" kMGT".index(match[2]) if match[2] else 0))
+    return int(nbytes)
 
 
 def log_to_stderr() -> None:

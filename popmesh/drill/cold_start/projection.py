@@ -17,6 +17,7 @@ import msgspec
 
 from popmesh.drill.cold_start.report import ColdStartDrill
 from popmesh.render.models import size
+from popmesh.units import size_of
 from wire.errors import ConfigError
 
 BUDGET_S = 20.0
@@ -26,9 +27,6 @@ FIXED_S = 2.5
 """Start without the model's bytes, where no report says it: the aim for a process that imports
 torch. Guess."""
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_NUMBER = r"(\d+(?:\.\d+)?)\s*(k|M|G|T|Ki|Mi|Gi|Ti)?B?"
 MAX_RANKS = 4096
 
 
@@ -89,10 +87,9 @@ def parse_shapes(text: str) -> list[Shape]:
     """``560GB@8,218GB@2``; raises ``ConfigError``."""
     found = []
     for part in text.split(","):
-        matched = re.fullmatch(rf"\s*{_NUMBER}\s*@\s*(\d+)\s*", part)
-        if matched is None:
-            raise _bad(part)
-        nbytes, ranks = round(float(matched[1]) * _UNITS[matched[2] or ""]), int(matched[3])
+        written, _, ranks_text = (piece.strip() for piece in part.partition("@"))
+        nbytes = round(size_of(written) or 0)
+        ranks = int(ranks_text) if re.fullmatch(r"\d+", ranks_text) else 0
         if nbytes < 1 or not 1 <= ranks <= MAX_RANKS:
             raise _bad(part)
         found.append(Shape(nbytes, ranks))
@@ -109,9 +106,8 @@ def _bad(part: str) -> ConfigError:
 
 def parse_rate(text: str) -> float:
     """``7GB/s`` as bytes per second; raises ``ConfigError``."""
-    matched = re.fullmatch(rf"\s*{_NUMBER}(?:/s)?\s*", text)
-    rate = float(matched[1]) * _UNITS[matched[2] or ""] if matched else 0.0
-    if rate <= 0:
+    rate = size_of(text.strip().removesuffix("/s"))
+    if not rate:
         raise ConfigError(f"{text!r} is no rate", where="--rate", suggestion="write 7GB/s")
     return rate
 
