@@ -21,7 +21,7 @@ from popmesh.drill.look import LOOK_S, Lookout, Route
 from popmesh.drill.observation import Observation
 from popmesh.drill.report import SCHEMA, Report, Rest, moment
 from popmesh.drill.statistics import quantiles
-from popmesh.drill.stream import Caller, session
+from popmesh.drill.stream import Caller
 from popmesh.drill.strikes import Striker
 from wire.errors import PeerError
 
@@ -44,8 +44,6 @@ class Chaos:
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
         self._crowd = Crowd(config, say)
         self._calm = Answers()
         self._ledger = Ledger()
@@ -55,16 +53,9 @@ class Chaos:
         """All of it; raises ``MeshError`` when the drill cannot be held."""
         config = self._config
         started = moment()
-        key = config.operator_key or config.api_key
-        async with (
-            session(config.api_key, config.streams) as http,
-            Lookout(config.urls, key, config.model, config.local) as lookout,
-        ):
+        async with self._crowd.connected(config.local, self._stream_at) as (caller, lookout):
             name, mesh = await lookout.first()
             self._announce(name, len(mesh.nodes))
-            caller = Caller(
-                http, config.urls, config.model, config.deadline_s, self._now, self._stream_at
-            )
             self._calm = await self._crowd.ask_undisturbed(caller)
             before = await lookout.rest()
             if before.busy:
@@ -74,9 +65,6 @@ class Chaos:
             after = await lookout.rest()
             await lookout.count()
         return self._report(started, name, before, after, lookout.recoveries())
-
-    def _now(self) -> float:
-        return self._loop.time() - self._began
 
     def _announce(self, name: str, num_nodes: int) -> None:
         config = self._config
@@ -106,11 +94,11 @@ class Chaos:
         )
         rng = random.Random(f"faults {config.seed}")
         striker = self._striker = Striker(
-            plan.Conductor(settings, rng, self._now()),
+            plan.Conductor(settings, rng, self._crowd.now()),
             RouterDriver(lookout.clients, config.model),
             LocalDriver(config.local) if config.local is not None else None,
             self._ledger,
-            self._now,
+            self._crowd.now,
             self._say,
         )
         async with asyncio.TaskGroup() as tasks:
@@ -141,7 +129,7 @@ class Chaos:
         self, started: str, name: str, before: Rest, after: Rest, recoveries: dict[str, int]
     ) -> Report:
         config, ledger, calm = self._config, self._ledger, self._calm
-        answers = ledger.judged(self._crowd.references, self._now())
+        answers = ledger.judged(self._crowd.references, self._crowd.now())
         wrong = problems(answers, ledger.faults, before, after, config.exact)
         return Report(
             schema=SCHEMA,
@@ -154,7 +142,7 @@ class Chaos:
             faults_asked=[fault.name for fault in config.faults],
             exact=config.exact,
             deadline_s=config.deadline_s,
-            duration_s=round(self._now(), 3),
+            duration_s=round(self._crowd.now(), 3),
             passed=not wrong,
             problems=wrong,
             verdicts=dict(answers.verdicts),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from popmesh.drill.check import judge
 from popmesh.drill.ledger import Answers
+from popmesh.drill.local import LocalMesh
 from popmesh.drill.look import Lookout, Route
 from popmesh.drill.observation import Observation
 from popmesh.drill.report import AskRow, ask_row
-from popmesh.drill.stream import Caller
+from popmesh.drill.stream import Caller, Watch, session
 from popmesh.drill.workload import Ask, make_asks
 from wire.errors import PeerError
 
@@ -45,15 +47,36 @@ class CrowdConfig:
 
 
 class Crowd:
-    """The clients of one drill; ``say`` tells a person what they do. ``references`` are the answers
-    without any fault, by the number of their request."""
+    """The clients of one drill, and its clock; ``say`` tells a person what they do. ``references``
+    are the answers without any fault, by the number of their request. Used inside a running loop.
+    """
 
     def __init__(self, config: CrowdConfig, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
         self._asks = make_asks(ASKS, random.Random(f"asks {config.seed}"))
         self.references: dict[int, Observation] = {}
         self.is_closing = False
+
+    def now(self) -> float:
+        """Seconds since the drill began."""
+        return self._loop.time() - self._began
+
+    @asynccontextmanager
+    async def connected(
+        self, local: LocalMesh | None, watch: Watch
+    ) -> AsyncIterator[tuple[Caller, Lookout]]:
+        """Who asks the mesh, and who looks at it; ``watch`` hears what stages streams reach."""
+        config = self._config
+        key = config.operator_key or config.api_key
+        async with (
+            session(config.api_key, config.streams) as http,
+            Lookout(config.urls, key, config.model, local) as lookout,
+        ):
+            caller = Caller(http, config.urls, config.model, config.deadline_s, self.now, watch)
+            yield caller, lookout
 
     async def ask_undisturbed(self, caller: Caller) -> Answers:
         """Fill ``references``, then what all clients at a time see without any fault; raises

@@ -22,7 +22,7 @@ from popmesh.drill.site_loss.account import spill, stretch
 from popmesh.drill.site_loss.report import SCHEMA, SiteLossReport
 from popmesh.drill.site_loss.watch import Capacity, SiteWatch
 from popmesh.drill.statistics import quantiles
-from popmesh.drill.stream import Caller, session
+from popmesh.drill.stream import Caller
 from popmesh.drill.world import RECOVERY_S, MeshSeen, NodeSeen, may_lose
 from wire.errors import ConfigError, MeshError
 from wire.messages import LOSE_AGENT
@@ -47,8 +47,6 @@ class SiteLoss:
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
         self._crowd = Crowd(config, say)
         self._ledger = Ledger()
         self._routes: dict[str, list[Route]] = {}
@@ -60,32 +58,17 @@ class SiteLoss:
         """All of it; raises ``MeshError`` when the drill cannot be held."""
         config = self._config
         started = moment()
-        key = config.operator_key or config.api_key
-        async with (
-            session(config.api_key, config.streams) as http,
-            Lookout(config.urls, key, config.model, None) as lookout,
-        ):
+        async with self._crowd.connected(None, lambda seen, stage: None) as (caller, lookout):
             name, mesh = await lookout.first()
             nodes = self._pick(mesh)
             self._watch = SiteWatch(config.model, nodes)
             self._announce(name, mesh, nodes)
-            caller = Caller(
-                http,
-                config.urls,
-                config.model,
-                config.deadline_s,
-                self._now,
-                lambda seen, stage: None,
-            )
             await self._crowd.ask_undisturbed(caller)
             await lookout.count()
             struck_at = await self._under_load(caller, lookout)
             rest = await lookout.rest()
             await lookout.count()
         return self._report(started, name, nodes, struck_at, rest, lookout.recoveries())
-
-    def _now(self) -> float:
-        return self._loop.time() - self._began
 
     def _pick(self, mesh: MeshSeen) -> list[str]:
         """The site's nodes with the model; raises ``ConfigError`` unless they may be lost."""
@@ -131,19 +114,19 @@ class SiteLoss:
     async def _events(self, lookout: Lookout) -> float:
         """Before, the blow, away, coming back, after."""
         config = self._config
-        calm_at = self._now()
+        calm_at = self._crowd.now()
         await asyncio.sleep(STEADY_S)
         struck_at = await self._strike(lookout)
         self._mark("before", calm_at, struck_at)
         back_at = struck_at + config.away_s
-        await asyncio.sleep(max(back_at - self._now(), 0.0))
+        await asyncio.sleep(max(back_at - self._crowd.now(), 0.0))
         self._mark("lost", struck_at, back_at)
-        self._say(f"{self._now():7.1f} s  {config.site} may start again")
+        self._say(f"{self._crowd.now():7.1f} s  {config.site} may start again")
         await self._wait_whole(lookout, back_at)
-        whole_at = self._now()
+        whole_at = self._crowd.now()
         self._mark("coming back", back_at, whole_at)
         await asyncio.sleep(STEADY_S)
-        self._mark("after", whole_at, self._now())
+        self._mark("after", whole_at, self._crowd.now())
         return struck_at
 
     def _mark(self, name: str, start_at: float, end_at: float) -> None:
@@ -155,11 +138,11 @@ class SiteLoss:
         driver = RouterDriver(lookout.clients, config.model)
         fault = Fault(LOSE_AGENT, "node", config.away_s, "dies and stays away")
         self._watch.struck(await lookout.mesh())
-        struck_at = self._now()
+        struck_at = self._crowd.now()
         async with asyncio.TaskGroup() as tasks:
             for number, node in enumerate(self._watch.nodes, 1):
                 order = Order(number, fault, node, "any")
-                self._ledger.ordered(order, self._now())
+                self._ledger.ordered(order, self._crowd.now())
                 tasks.create_task(driver.strike(order))
         self._say(f"{struck_at:7.1f} s  {config.site} is lost")
         return struck_at
@@ -168,13 +151,13 @@ class SiteLoss:
         """Until the site's nodes are ready again, and one answered; or their time is over."""
         deadline = back_at + RECOVERY_S
         missing = set(self._watch.nodes)
-        while self._now() < deadline and (missing or self._answered_at is None):
+        while self._crowd.now() < deadline and (missing or self._answered_at is None):
             mesh = await lookout.mesh()
             for node in sorted(missing & self._watch.reborn(mesh)):
                 missing.discard(node)
-                after_s = self._now() - self._ledger.faults[0].at_s
+                after_s = self._crowd.now() - self._ledger.faults[0].at_s
                 self._ledger.recovered(list(self._watch.nodes).index(node) + 1, after_s)
-                self._say(f"{self._now():7.1f} s  {node} is ready again")
+                self._say(f"{self._crowd.now():7.1f} s  {node} is ready again")
             if self._answered_at is None:
                 await self._probe(lookout, mesh)
             if missing or self._answered_at is None:
@@ -195,13 +178,13 @@ class SiteLoss:
                 await lookout.clients[0].complete_pinned(self._config.model, prefill, decode)
             except MeshError:
                 continue
-            self._answered_at = self._now()
+            self._answered_at = self._crowd.now()
             return
 
     async def _look(self, lookout: Lookout) -> None:
         while True:
             statuses = await lookout.statuses()
-            self._watch.look(statuses, lookout.seen(statuses), self._now())
+            self._watch.look(statuses, lookout.seen(statuses), self._crowd.now())
             await lookout.count()
             await asyncio.sleep(LOOK_S)
 
@@ -221,7 +204,7 @@ class SiteLoss:
         recoveries: dict[str, int],
     ) -> SiteLossReport:
         config, watch = self._config, self._watch
-        answers = self._ledger.judged(self._crowd.references, self._now())
+        answers = self._ledger.judged(self._crowd.references, self._crowd.now())
         back_at = struck_at + config.away_s
         late = spill(self._ledger.seen, self._routes, nodes, struck_at, back_at)
         wrong = problems(answers, self._ledger.faults, rest, rest, config.exact)
@@ -242,7 +225,7 @@ class SiteLoss:
             exact=config.exact,
             deadline_s=config.deadline_s,
             away_s=config.away_s,
-            duration_s=round(self._now(), 3),
+            duration_s=round(self._crowd.now(), 3),
             passed=not wrong,
             problems=wrong,
             struck_at_s=round(struck_at, 4),
