@@ -10,19 +10,24 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from pop_node.engine.boundary import receive_setup
-from pop_node.engine.config import EngineConfig
+from pop_node.engine.config import Backend, EngineConfig
 from pop_node.engine.port import Port
 from pop_node.engine.start_clock import StartClock
 from pop_node.kv_stream.staging import Staging
 from pop_node.store.reading import ReadBundle, is_bundle, read_bundle
 from wire.errors import PeerError
 
+CUDA_DRIVER = Path("/dev/nvidiactl")
+"""Is there once NVIDIA's driver is loaded (its README, "The NVIDIA kernel modules")."""
+
 
 @dataclass(frozen=True, slots=True)
 class SetUp:
-    """``bundle()`` waits for the model's bytes, None of a plain directory; raises ``ConfigError``.
+    """``bundle()`` waits for the model's bytes, None if it is still to be read: a plain directory,
+    or a model that goes to an accelerator, which torch has to find first; raises ``ConfigError``.
     ``came_at`` is a moment of the monotonic clock."""
 
     config: EngineConfig
@@ -60,4 +65,14 @@ class Beginning:
 
 
 def _read(config: EngineConfig) -> ReadBundle | None:
-    return read_bundle(config.model_dir) if is_bundle(config.model_dir) else None
+    if goes_to_device(config.backend) or not is_bundle(config.model_dir):
+        return None
+    return read_bundle(config.model_dir)
+
+
+def goes_to_device(backend: Backend, driver: Path = CUDA_DRIVER) -> bool:
+    """Whether a model is likely to end up on a CUDA device, as far as one can tell without torch.
+
+    A wrong guess costs the time that reading takes, or host memory until the model is copied.
+    """
+    return backend == "triton" or (backend == "auto" and driver.exists())

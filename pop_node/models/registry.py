@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from pop_node.models.llama import Llama, LlamaConfig
 from pop_node.models.rope import cos_sin_table
 from pop_node.store.cuda_arena import CudaArena
 from pop_node.store.holding import Hold, mark_used
-from pop_node.store.load_plan import LoadPlan, plan_load
-from pop_node.store.loader import READERS, LoadReport, Phase, load_chunks
+from pop_node.store.host_arena import HostArena
+from pop_node.store.load_plan import LoadPlan
+from pop_node.store.loader import LoadReport, Phase
 from pop_node.store.manifest import Manifest
-from pop_node.store.reading import ReadBundle, is_bundle, read_bundle, read_share
+from pop_node.store.reading import MakeArena, ReadBundle, is_bundle, read_bundle, read_share
 from wire.errors import ConfigError
 
 Model = Llama
@@ -125,11 +127,11 @@ def load(directory: Path, dtype: str, ops: Ops, read: ReadBundle | None = None) 
         config = _read_json(directory / CONFIG_FILE)
         return Loaded(build_model(config, read_weights(directory), dtype, ops))
     if read is None:
-        read = read_bundle(directory)
+        read = read_bundle(directory, _arena(ops.device))
     try:
         began = time.monotonic()
         config = _parse_object(read.texts[CONFIG_FILE], read.directory / CONFIG_FILE)
-        weights = _views(read.plan, torch.from_numpy(read.memory))
+        weights = _views(read.plan, _tensor(read.memory))
         model = build_model(config, weights, dtype, ops)
         ended = time.monotonic()
         mark_used(read.directory)
@@ -159,13 +161,17 @@ def load_weights(
     Raises:
         ConfigError: a chunk is missing or damaged, or there is no memory.
     """
-    if device.type == "cuda":
-        plan = plan_load(manifest, rank, ranks)
-        on_device = CudaArena(plan, READERS, manifest.data.chunk_bytes, device)
-        report = load_chunks(directory, manifest, plan, on_device)
-        return _views(plan, on_device.memory), report
-    plan, memory, report = read_share(directory, manifest, rank, ranks)
-    return _views(plan, torch.from_numpy(memory)), report
+    plan, memory, report = read_share(directory, manifest, rank, ranks, _arena(device))
+    return _views(plan, _tensor(memory)), report
+
+
+def _arena(device: torch.device) -> MakeArena:
+    """Where a model for ``device`` is read to: where it stays."""
+    return HostArena if device.type == "cpu" else partial(CudaArena, device=device)
+
+
+def _tensor(memory: Any) -> torch.Tensor:
+    return memory if isinstance(memory, torch.Tensor) else torch.from_numpy(memory)
 
 
 def _views(plan: LoadPlan, arena: torch.Tensor) -> dict[str, torch.Tensor]:

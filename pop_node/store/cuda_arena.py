@@ -1,13 +1,18 @@
-"""Where a model ends up on an accelerator: chunks pass through page-locked buffers."""
+"""Where a model ends up on an accelerator: chunks pass through page-locked buffers.
+
+A worker reads into one of its buffers while the other is copied, on a stream of its own. The host
+never holds more of the model than that.
+"""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pop_node.store.load_plan import ChunkPlan, LoadPlan
+if TYPE_CHECKING:  # the values' own modules need more than torch
+    from pop_node.store.load_plan import ChunkPlan, LoadPlan
 
 TURNS = 2
 """Buffers per worker: one is read into while the other is copied from."""
@@ -27,6 +32,8 @@ class CudaArena:
         )
         cuda: Any = torch.cuda  # whose constructors carry no types
         self._streams = [cuda.Stream(device) for _ in range(workers)]
+        for stream in self._streams:  # memory may be handed out while its last use is still queued
+            stream.wait_stream(cuda.current_stream(device))
         self._copied = [[cuda.Event() for _ in range(TURNS)] for _ in range(workers)]
         self._turns = [0] * workers
 

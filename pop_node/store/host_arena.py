@@ -6,14 +6,16 @@ import contextlib
 import ctypes
 import mmap
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from pop_node.store.load_plan import ChunkPlan, LoadPlan
 from wire.errors import ConfigError
+
+if TYPE_CHECKING:  # models allocate here, where there may be nothing but torch
+    from pop_node.store.load_plan import ChunkPlan, LoadPlan
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 """x86-64 and arm64 with 4 KiB pages. First touch of memory in such pages costs a fraction of what

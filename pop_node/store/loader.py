@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from blake3 import blake3
 
@@ -35,6 +35,10 @@ class Arena(Protocol):
     """Memory that a plan's chunks are loaded into; each worker has a number below ``workers``."""
 
     phase: str
+
+    @property
+    def memory(self) -> Any:
+        """[bytes] uint8, an array or a tensor; whole once ``finish`` has returned."""
 
     def prepare(self, stop: threading.Event) -> None:
         """Runs beside the workers in a thread of its own; ends soon after ``stop`` is set."""

@@ -6,33 +6,36 @@ An engine does this beside importing torch.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from pop_node.store.bundle import read_texts
 from pop_node.store.holding import Hold
 from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import LoadPlan, plan_load
-from pop_node.store.loader import READERS, LoadReport, load_chunks
+from pop_node.store.loader import READERS, Arena, LoadReport, load_chunks
 from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
 from pop_node.store.partial import published_as
 from wire.errors import ConfigError
 
+MakeArena = Callable[[LoadPlan, int, int], Arena]
+"""From a plan, the number of workers and the bytes of a chunk."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadBundle:
-    """All of a bundle, verified. ``memory``: [bytes] uint8 as ``plan`` says; ``hold`` keeps the
-    bundle from being collected. ``began`` and ``ended`` are moments of the monotonic clock."""
+    """All of a bundle, verified. ``memory``: [bytes] uint8 as ``plan`` says, the host's or a tensor
+    of a device; ``hold`` keeps the bundle from being collected. ``began`` and ``ended`` are moments
+    of the monotonic clock."""
 
     directory: Path
     manifest: Manifest
     texts: dict[str, bytes]
     plan: LoadPlan
-    memory: NDArray[Any]
+    memory: Any
     report: LoadReport
     hold: Hold
     began: float
@@ -44,28 +47,31 @@ def is_bundle(directory: Path) -> bool:
     return (directory / MANIFEST_FILE).exists() or published_as(directory) is not None
 
 
-def read_bundle(directory: Path) -> ReadBundle:
+def read_bundle(directory: Path, arena: MakeArena = HostArena) -> ReadBundle:
     """Read and verify everything. One that is still arriving is read meanwhile, wherever it goes.
+
+    Args:
+        arena: makes the memory that it is read to.
 
     Raises ``ConfigError`` as ``load_chunks`` does, holding nothing then.
     """
     try:
-        return _read(directory)
+        return _read(directory, arena)
     except ConfigError:
         published = published_as(directory)
         if published is None:
             raise
-        return _read(published)  # it was completed just then; that happens only once
+        return _read(published, arena)  # it was completed just then; that happens only once
 
 
-def _read(directory: Path) -> ReadBundle:
+def _read(directory: Path, arena: MakeArena) -> ReadBundle:
     began = time.monotonic()
     hold = Hold(directory)
     try:
         manifest = read_manifest(directory)
         with ThreadPoolExecutor(1) as beside:
             reading_texts = beside.submit(read_texts, directory, manifest)
-            plan, memory, report = read_share(directory, manifest)
+            plan, memory, report = read_share(directory, manifest, arena=arena)
         texts = reading_texts.result()
     except BaseException:
         hold.close()
@@ -75,10 +81,15 @@ def _read(directory: Path) -> ReadBundle:
 
 
 def read_share(
-    directory: Path, manifest: Manifest, rank: int = 0, ranks: int = 1
-) -> tuple[LoadPlan, NDArray[Any], LoadReport]:
-    """The weights of ``rank`` of ``ranks`` in memory of the host; raises as ``load_chunks``."""
+    directory: Path,
+    manifest: Manifest,
+    rank: int = 0,
+    ranks: int = 1,
+    arena: MakeArena = HostArena,
+) -> tuple[LoadPlan, Any, LoadReport]:
+    """The weights of ``rank`` of ``ranks`` in the memory of an ``arena``; raises as
+    ``load_chunks``."""
     plan = plan_load(manifest, rank, ranks)
-    arena = HostArena(plan, READERS, manifest.data.chunk_bytes)
-    report = load_chunks(directory, manifest, plan, arena)
-    return plan, arena.memory, report
+    place = arena(plan, READERS, manifest.data.chunk_bytes)
+    report = load_chunks(directory, manifest, plan, place)
+    return plan, place.memory, report

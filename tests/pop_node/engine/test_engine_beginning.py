@@ -15,6 +15,7 @@ import pytest
 from tiny_llama import write_tiny_llama
 
 from pop_node.engine import messages as m
+from pop_node.engine.beginning import goes_to_device
 from pop_node.engine.boundary import MessageReader, encode, send_setup
 from pop_node.engine.config import EngineConfig
 from pop_node.kv_stream.staging import Staging, StagingLayout
@@ -114,3 +115,12 @@ def test_reading_needs_no_torch() -> None:
     loaded = json.loads(said.stdout)
     assert "pop_node.store.loader" in loaded
     assert not {"torch", "tokenizers", "safetensors", "aiohttp"} & set(loaded)
+
+
+def test_a_model_for_an_accelerator_is_not_read_before_torch_has_found_it(tmp_path: Path) -> None:
+    driver, nothing = tmp_path, tmp_path / "none"
+    assert goes_to_device("auto", driver)
+    assert not goes_to_device("auto", nothing)
+    assert goes_to_device("triton", nothing)
+    assert not goes_to_device("native", driver)
+    assert not goes_to_device("reference", driver)
