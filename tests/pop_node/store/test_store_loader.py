@@ -19,7 +19,6 @@ import torch
 from tiny_models import tensors, write_huggingface
 
 from kernels.ops import load_ops
-from pop_node.models import registry
 from pop_node.models.registry import load, load_model, load_weights
 from pop_node.store import host_arena, layout, reading
 from pop_node.store.holding import Hold
