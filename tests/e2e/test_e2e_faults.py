@@ -125,6 +125,7 @@ async def test_resets_of_the_routers_links_cost_a_pause(mesh):
 
     answer = await ask(mesh, prompt, 60, on_event=at(10, reset))
     await whole_text(mesh, answer, prompt, 60)
+    assert len(mesh.request_record(answer.request_id)["attempts"]) > 1, "no link was reset"
 
 
 async def test_a_link_that_flaps_faster_than_it_is_noticed_costs_nothing_but_waiting(mesh):
