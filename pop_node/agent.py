@@ -280,6 +280,7 @@ class Agent:
             draining=self._lifecycle.state == "draining",
             memory_bytes=self._residents.memory_bytes,
             memory_used_bytes=self._residents.memory_used_bytes,
+            giving=self._supply.giving(),
         )
 
     def _deltas(self) -> list[CacheDelta]:

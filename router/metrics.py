@@ -68,6 +68,12 @@ class Gauge:
             yield f"{self.name}{_braces(self.labels, values)} {number:.17g}"
 
 
+class ToldCounter(Gauge):
+    """Numbers that only grow, counted and told by others: read like a gauge."""
+
+    kind = "counter"
+
+
 class Histogram:
     """Observations in cumulative buckets, in seconds."""
 

@@ -24,6 +24,7 @@ from aiohttp import web
 
 from pop_node.peers.bucket import TokenBucket
 from pop_node.peers.inventory import NAME_HEADER, Inventory
+from pop_node.peers.meter import RateMeter
 from pop_node.peers.stock import Item, Stock
 from pop_node.store.files import read_at
 from pop_node.store.holding import Hold
@@ -84,11 +85,14 @@ Authorize = Callable[[str, ssl.SSLObject | None], None]
 
 @dataclass(frozen=True, slots=True)
 class GiverStatistics:
-    """Since the start: ``given_bytes`` of data, ``turned_away`` requests; ``takes`` right now."""
+    """Since the start: ``given_bytes`` of data, ``turned_away`` requests; ``takes`` of ``takers``
+    right now; the rate of the last seconds."""
 
     given_bytes: int
     turned_away: int
     takes: int
+    takers: int
+    bytes_per_s: float
 
 
 class Giver:
@@ -117,6 +121,7 @@ class Giver:
         self._bucket = TokenBucket(BURST_S)
         self._takes: Counter[str] = Counter()
         self._given_bytes = 0
+        self._meter = RateMeter()
         self._turned_away = 0
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="give")
         self._runner: web.AppRunner | None = None
@@ -146,8 +151,14 @@ class Giver:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def statistics(self) -> GiverStatistics:
-        """Counters."""
-        return GiverStatistics(self._given_bytes, self._turned_away, self._takes.total())
+        """Counters and gauges; in the event loop."""
+        return GiverStatistics(
+            given_bytes=self._given_bytes,
+            turned_away=self._turned_away,
+            takes=self._takes.total(),
+            takers=len(self._takes),
+            bytes_per_s=self._meter.rate(asyncio.get_running_loop().time()),
+        )
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -219,6 +230,7 @@ class Giver:
                         await response.write(piece)
                     start += len(piece)
                     self._given_bytes += len(piece)
+                    self._meter.add(len(piece), loop.time())
                     await asyncio.sleep(0)
         except (OSError, TimeoutError):  # the taker is gone or the disk fails: it asks elsewhere
             if request.transport is not None:

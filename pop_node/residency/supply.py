@@ -27,6 +27,7 @@ from topology.budget import disk_budget
 from topology.model import Node
 from wire.address import is_loopback, parse_address
 from wire.errors import ConfigError
+from wire.messages import Giving
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,11 @@ class Supply:
     ) -> None:
         """Have the model on the disk. Raises ``ConfigError`` when it cannot be had."""
         await self._bringer.bring(model, on_progress, via)
+
+    def giving(self) -> Giving:
+        """What other nodes take from this one."""
+        now = self._giver.statistics()
+        return Giving(now.given_bytes, now.turned_away, now.takers, now.bytes_per_s)
 
     def arriving(self, model: str) -> Bundle | None:
         """What an engine can begin to load of a model that is being brought; looks at the disk."""

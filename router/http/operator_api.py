@@ -11,6 +11,7 @@ from aiohttp import web
 
 from registry.watcher import Watcher
 from router.dispatch import Dispatch
+from router.giving_metrics import giving_metrics
 from router.http.auth import Authenticator
 from router.http.completions import ModelApi, peer_of
 from router.http.drill import hold_drill
@@ -49,6 +50,7 @@ class OperatorApi:
             *dispatch.metrics.all(),
             *self._gauges(),
             *model_gauges(dispatch.builder),
+            *giving_metrics(dispatch.builder),
             *placer.gauges(),
         ]
         self.stopping = False
@@ -191,6 +193,7 @@ class OperatorApi:
             "engines": [msgspec.structs.asdict(engine) for engine in node.engines.values()],
             "memory_bytes": node.memory_bytes,
             "memory_used_bytes": node.memory_used_bytes,
+            "giving": msgspec.structs.asdict(node.giving),
             "kv_links": [msgspec.structs.asdict(rate) for rate in node.links.values()],
         }
 

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from topology.model import Position, Topology
-from wire.messages import EngineLoad, LinkRate, ModelOffer, Role
+from wire.messages import EngineLoad, Giving, LinkRate, ModelOffer, Role
 
 LinkPhase = Literal["connecting", "up"]
 
@@ -35,7 +35,8 @@ class NodeView:
     ``load_at`` is the router's clock at the last ``Load`` (seconds). Maps are by model name, except
     ``links``, by peer node. ``kin`` names what computes alike: nodes of one kin are expected to be
     equally fast. ``version`` of the mesh wire is 0 without a link. ``memory_bytes`` is the budget
-    for models, 0 without one, ``memory_used_bytes`` what models take of it.
+    for models, 0 without one, ``memory_used_bytes`` what models take of it; ``giving`` is what
+    other nodes take of its bundles.
     """
 
     name: str
@@ -57,6 +58,7 @@ class NodeView:
     pending: Mapping[str, Pending]
     memory_bytes: int = 0
     memory_used_bytes: int = 0
+    giving: Giving = field(default_factory=Giving)
 
     def offers_another(self, model: str, topology: Topology) -> bool:
         """The model that the node offers by this name is not the one that the topology pins."""

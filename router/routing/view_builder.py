@@ -16,7 +16,16 @@ from router.routing.speeds import typical_speeds
 from router.routing.view import NodeView, Pending, View
 from topology.geography import link_between
 from topology.model import Node, Topology
-from wire.messages import MAX_VERSION, CacheDelta, EngineLoad, Hello, LinkRate, Load, ModelOffer
+from wire.messages import (
+    MAX_VERSION,
+    CacheDelta,
+    EngineLoad,
+    Giving,
+    Hello,
+    LinkRate,
+    Load,
+    ModelOffer,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +227,7 @@ class ViewBuilder:
             pending=_sum_by_model(facts),
             memory_bytes=0 if facts.load is None else facts.load.memory_bytes,
             memory_used_bytes=0 if facts.load is None else facts.load.memory_used_bytes,
+            giving=Giving() if facts.load is None else facts.load.giving,
         )
 
 

@@ -1,4 +1,4 @@
-"""Frames as they go over the wire, byte for byte, and as versions 1 and 2 wrote them.
+"""Frames as they go over the wire, byte for byte, and as versions 1 to 3 wrote them.
 
 Versions understand each other: what an older one wrote is read, and what it does not know is only
 appended.
@@ -17,13 +17,13 @@ from tests.wire.wire_samples import NODE_SAYS, ROUTER_SAYS
 from wire.framing import encode, node_side_reader, router_side_reader
 from wire.messages import NodeMessage, RouterMessage
 
-GOLDEN, V2, V1 = ALL = [
+GOLDEN, V3, V2, V1 = ALL = [
     json.loads((Path(__file__).parent / "golden" / f"frames-v{version}.json").read_text())
-    for version in (3, 2, 1)
+    for version in (4, 3, 2, 1)
 ]
 BOTH = NODE_SAYS | ROUTER_SAYS
 FRAMES = [(name, golden[name]) for golden in ALL for name in golden]
-STEPS = [(new, old, name) for new, old in ((GOLDEN, V2), (V2, V1)) for name in old]
+STEPS = [(new, old, name) for new, old in ((GOLDEN, V3), (V3, V2), (V2, V1)) for name in old]
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -64,6 +64,6 @@ def test_every_message_type_has_a_golden_frame():
 @pytest.mark.parametrize("name", NODE_SAYS)
 def test_fields_that_a_newer_peer_appends_are_ignored(name):
     body = msgspec.msgpack.decode(encode(NODE_SAYS[name])[4:])
-    frame = msgspec.msgpack.encode([*body, "a field of version 4", 17])
+    frame = msgspec.msgpack.encode([*body, "a field of a later version", 17])
     framed = len(frame).to_bytes(4, "little") + frame
     assert router_side_reader().feed(framed) == [NODE_SAYS[name]]

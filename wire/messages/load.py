@@ -49,11 +49,24 @@ class LinkRate(WireStruct, frozen=True):
     bytes_per_s: float
 
 
+class Giving(WireStruct, frozen=True):
+    """What a node gives of its bundles to nodes that lack them.
+
+    ``given_bytes`` of data and ``turned_away`` requests since it started, ``takers`` (nodes) now,
+    and the rate of the last seconds.
+    """
+
+    given_bytes: int = 0
+    turned_away: int = 0
+    takers: int = 0
+    bytes_per_s: float = 0.0
+
+
 class Load(WireStruct, frozen=True, tag=37):
     """Pushed once a second and whenever a threshold is crossed.
 
     ``memory_bytes`` is the node's budget for models, 0 when it has none, and ``memory_used_bytes``
-    what models take of it (version 3).
+    what models take of it (version 3), ``giving`` since version 4.
     """
 
     engines: list[EngineLoad]
@@ -61,6 +74,7 @@ class Load(WireStruct, frozen=True, tag=37):
     draining: bool
     memory_bytes: int = 0
     memory_used_bytes: int = 0
+    giving: Giving = Giving()
 
 
 class CacheDelta(WireStruct, frozen=True, tag=38):

@@ -199,6 +199,7 @@ async def test_so_many_take_and_the_others_are_told_when_to_come_back(
         assert refused.status == 503, "there are three already"
         assert int(refused.headers["Retry-After"]) >= 1
         assert slow.giver.statistics().takes == 3
+        assert slow.giver.statistics().takers == 2
         assert slow.giver.statistics().turned_away == 2
         taking[0].close()  # a place is free again once that is noticed
         async with asyncio.timeout(10):
