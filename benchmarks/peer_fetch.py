@@ -16,6 +16,9 @@ while nothing else runs (``quiet``), while ``wire`` pumps the same bytes past th
 and while both peers give (``giving``), in turning order. p99 is that of a condition's gaps over all
 rounds. What ``wire`` costs is the emulation's on this machine and not the peers'.
 
+Samples during which other processes of this machine took more than ``DISTURBED_SHARE`` of a core
+are kept but do not count, unless there are no others.
+
 CPU: that of the answering peer's engine per token and of its agent per GB given. Where both have
 one core for themselves, the agent's share of it is what giving adds to ITL at least.
 """
@@ -30,11 +33,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from others import others_cpu_s
 from peer_fetch_answers import gaps_ms
 from peer_fetch_world import GIVE_MBPS, GIVEN, PEERS, Settings, World
 from report import command_line, facts, save
 
 WARM_UP_S = 3.0
+DISTURBED_SHARE = 0.05
+"""Of one core, used by processes that are not ours: more, and a sample does not count. Guess."""
 
 Act = Callable[[], dict[str, Any]]
 
@@ -59,7 +65,11 @@ def measure(world: World, rounds: int) -> dict[str, Any]:
         for name, sample in zip(order, _answered(world, every, order), strict=True):
             answering[name].append(sample)
             p99 = percentile(sample["gaps_ms"], 0.99)
-            print("answering", name, f"{len(sample['gaps_ms'])} gaps, p99 {p99:.1f} ms", flush=True)
+            print(
+                f"answering {name}: {len(sample['gaps_ms'])} gaps, p99 {p99:.1f} ms, "
+                f"others {sample['others_share']:.1%}",
+                flush=True,
+            )
     return {"alone": alone, "answering": answering}
 
 
@@ -84,14 +94,16 @@ def _sample(world: World, act: Act) -> dict[str, Any]:
     last chunk.
     """
     os.sync()
+    others = others_cpu_s()
     begin, before = time.monotonic(), world.cpu_s()
     found = act()
     end, after = time.monotonic(), world.cpu_s()
+    others_share = (others_cpu_s() - others) / (time.monotonic() - begin)
     if "named_seconds" in found:
         begin = end - found["named_seconds"]
         end = begin + found["seconds"]
     cpu = {f"{who}_cpu_s": round(after[who] - before[who], 3) for who in after}
-    return found | cpu | {"begin_s": begin, "end_s": end, "machine_load": os.getloadavg()[0]}
+    return found | cpu | {"begin_s": begin, "end_s": end, "others_share": round(others_share, 4)}
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -99,8 +111,20 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
-def summary(samples: dict[str, Any], link_bytes_per_s: float) -> dict[str, Any]:
-    """Medians of shares of the link; percentiles of the gaps of all rounds; their ratios."""
+def undisturbed(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those beside which nobody else used the machine; all, if there is none."""
+    return [s for s in samples if s["others_share"] <= DISTURBED_SHARE] or samples
+
+
+def summary(every: dict[str, Any], link_bytes_per_s: float) -> dict[str, Any]:
+    """Medians of shares of the link; percentiles of the gaps of all rounds; their ratios.
+
+    Of undisturbed samples; ``samples_used`` says how many of how many.
+    """
+    samples = {
+        when: {name: undisturbed(found) for name, found in by_name.items()}
+        for when, by_name in every.items()
+    }
 
     def share(when: str, name: str, until: str) -> float:
         found = samples[when][name]
@@ -122,6 +146,10 @@ def summary(samples: dict[str, Any], link_bytes_per_s: float) -> dict[str, Any]:
     }
     p99 = {name: found["p99"] for name, found in itl.items()}
     return {
+        "samples_used": {
+            when: {name: f"{len(samples[when][name])} of {len(all_)}" for name, all_ in by.items()}
+            for when, by in every.items()
+        },
         "share_of_link": shares,
         "itl_ms": itl,
         "itl_p99_giving_over_quiet": p99["giving"] / p99["quiet"],

@@ -18,6 +18,7 @@ from pop_node.peers.choice import START_S, Offer, best_offer, origin_wait_s
 from pop_node.peers.client import Dialing, PeerBusyError, PeerLacksError, PeerSource
 from pop_node.peers.gathering import Gathering
 from pop_node.peers.neighbours import Peer
+from pop_node.peers.patience import least_bytes_per_s
 from pop_node.peers.survey import Survey
 from pop_node.store.adding import check_identity
 from pop_node.store.bundle import FalseClaimError
@@ -211,6 +212,7 @@ class Bring:
             partial,
             lambda: self._holders(partial.manifest.bundle),
             self._must_hold_out,
+            self._least_bytes_per_s,
             self._dialing,
             self._arrived,
             self._rng,
@@ -229,7 +231,7 @@ class Bring:
         self._check_stop()
         if not complete:
             reasons = "; ".join(f"{name}: {why}" for name, why in gathering.reasons().items())
-            raise _NobodyError(f"no peer has the rest of the bundle ({reasons or 'none is left'})")
+            raise _NobodyError(f"no peer brings the rest of the bundle ({reasons or 'too slow'})")
 
     def _texts(self, partial: Partial, offer: Offer) -> None:
         """Text files, each from the first holder that gives the right one, beside the chunks: some
@@ -256,6 +258,12 @@ class Bring:
         if offer is None or offer.bundle != bundle:
             return ()
         return [peer for peer in offer.holders if peer.name not in self._liars]
+
+    def _least_bytes_per_s(self, holders: Sequence[Peer]) -> float:
+        """Slow peers are better than nobody."""
+        if self._model.source is None:
+            return 0.0
+        return least_bytes_per_s(self._topology, self._node, (peer.name for peer in holders))
 
     # ---- the origin ----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 
 from pop_node.peers.client import Dialing, PeerBusyError, PeerLacksError, PeerSource
 from pop_node.peers.neighbours import Peer
+from pop_node.peers.patience import Patience
 from pop_node.peers.swarm import LOOK_S, Leave, Line, Look, Run, Swarm, Wait
 from pop_node.store.origin import InterruptedReadError
 from pop_node.store.partial import Partial
@@ -20,9 +21,6 @@ from pop_node.store.source import unwatched
 
 MAX_PEERS = 6
 """Asked at once: more than fill any port, few enough to stay near. Guess."""
-
-PATIENCE_S = 30.0
-"""Guess: longest without a chunk, because all who have it are busy, before others are asked."""
 
 LINES_PER_PEER = 2
 """While one waits a round trip for its next run, the other one's data flows."""
@@ -42,17 +40,20 @@ class Gathering:
         partial: Partial,
         holders: Callable[[], Sequence[Peer]],
         hold_out: Callable[[], bool],
+        least_bytes_per_s: Callable[[Sequence[Peer]], float],
         dialing: Dialing,
         report: Report,
         rng: random.Random,
     ) -> None:
         """``holders``: peers that have all or some of the bundle as far as is known now, the
         quickest first. ``hold_out``: whether to wait for more when none of them has what is
-        missing. Both are asked about once in ``LOOK_S``."""
+        missing. ``least_bytes_per_s``: if these bring less, others are asked; 0: they need only
+        bring something. All are asked about once in ``LOOK_S``."""
         self._partial = partial
         self._data = partial.manifest.data
         self._holders = holders
         self._hold_out = hold_out
+        self._least_bytes_per_s = least_bytes_per_s
         self._dialing = dialing
         self._report = report
         missing = partial.missing_chunks(unwatched)
@@ -64,11 +65,12 @@ class Gathering:
         self._over = False
 
     def run(self) -> bool:
-        """Whether everything is there; False if no peer brings the rest, or it was aborted.
+        """Whether everything is there; False if no peer brings the rest (soon enough), or it was
+        aborted.
 
         Raises ``OSError`` from the disk.
         """
-        left, since = self._swarm.num_left, time.monotonic()
+        patience = Patience(self._swarm.num_left, time.monotonic())
         threads: list[threading.Thread] = []
         try:
             while not self._is_over():
@@ -76,10 +78,10 @@ class Gathering:
                 with self._changed:
                     threads += self._engage(holders)
                 hold_out = self._hold_out()
+                least_per_s = self._least_bytes_per_s(holders) / self._data.chunk_bytes
                 with self._changed:
-                    if self._swarm.num_left < left:
-                        left, since = self._swarm.num_left, time.monotonic()
-                    impatient = time.monotonic() - since > PATIENCE_S
+                    now, left = time.monotonic(), self._swarm.num_left
+                    impatient = patience.is_over(left, least_per_s, now)
                     if (self._swarm.hopeless() or impatient) and not hold_out:
                         break
                     self._changed.wait_for(self._is_over, LOOK_S)

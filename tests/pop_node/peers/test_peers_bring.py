@@ -17,7 +17,7 @@ import pytest
 
 from kernels.ops import load_ops
 from pop_node.models.registry import load_model
-from pop_node.peers import client, gathering, giver
+from pop_node.peers import client, giver, patience
 from pop_node.peers.bring import Bringing
 from pop_node.store.store import Store
 from popmesh.authority import init_authority, issue
@@ -350,7 +350,7 @@ async def test_a_giver_with_another_nodes_certificate_is_not_asked(
 async def test_peers_that_are_always_busy_are_not_waited_for_for_ever(
     tmp_path: Path, original: Store, tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gathering, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
     path = original.get("tiny").path
     with serving(path) as site, misbehaving("n1", path) as peer:
         peer.status = 503
