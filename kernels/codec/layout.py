@@ -49,9 +49,9 @@ other = the first open bucket whose left > 256, which gives up 256 - bound. Buck
 have bound 256. A symbol's offsets count its slots in their order.
 
 *Checksum* of n bytes: 16 lanes of 32 bits; lane l begins as l * P. For each 64 bytes (zeros at the
-end), lane l takes its word w: h = rotl(h + w, 13) * P. Then all are folded into n in the same way,
-and s ^= s >> 15; s *= Q; s ^= s >> 13 (P, Q and the round are XXH32's, in more lanes). A change of
-one word always shows; of others all but one in 2^32.
+end), lane l takes its word w: h = rotl(h + w * Q, 13) * P, which is XXH32's round. Then n takes all
+lanes in the same way, and n ^= n >> 15; n *= Q; n ^= n >> 13. A change of one word always shows, of
+others all but one in 2^32. (With one multiplication a round, pairs of flipped bits go unnoticed.)
 
 Source: Duda, "Asymmetric numeral systems" (arXiv 1311.2540); Giesen, "Interleaved entropy coders"
 (arXiv 1402.3392); Vose, "A linear algorithm for generating random numbers with a given

@@ -53,6 +53,14 @@ static const pm_codec_kernels *find_kernels(const char *isa)
 {
     const pm_codec_kernels *known[3];
     int count = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        known[count++] = &pm_codec_avx512;
+    if (__builtin_cpu_supports("avx2"))
+        known[count++] = &pm_codec_avx2;
+#endif
     known[count++] = &pm_codec_portable;
     for (int i = 0; i < count; i++)
         if (isa[0] == '\0' || strcmp(isa, known[i]->name) == 0)
@@ -117,20 +125,29 @@ static void place_slots(pm_codec_table *table)
     }
 }
 
-static int slot_part(const pm_codec_table *table, uint32_t slot)
+/* The slots of a part: bucket b's own, or from PM_CODEC_SYMBOLS on those of its alias. */
+static uint32_t part_begin(const pm_codec_table *table, int part)
 {
-    const int bucket = (int)(slot / PM_CODEC_BUCKET);
-    return bucket + (slot >= table->limit[bucket] ? PM_CODEC_SYMBOLS : 0);
+    return part < PM_CODEC_SYMBOLS ? (uint32_t)part * PM_CODEC_BUCKET
+                                   : table->limit[part - PM_CODEC_SYMBOLS];
+}
+
+static uint32_t part_end(const pm_codec_table *table, int part)
+{
+    return part < PM_CODEC_SYMBOLS ? table->limit[part]
+                                   : (uint32_t)(part - PM_CODEC_SYMBOLS + 1) * PM_CODEC_BUCKET;
 }
 
 static void fill_decoder(pm_codec_decoder *decoder)
 {
     const pm_codec_table *table = &decoder->table;
-    for (uint32_t slot = 0; slot < PM_CODEC_SLOTS; slot++) {
-        const int part = slot_part(table, slot), symbol = table->part_symbol[part];
-        decoder->slots[slot] = (uint32_t)table->frequencies[symbol] << 18 |
-                               (uint32_t)(table->part_offset[part] + PM_CODEC_SLOTS) << 5 |
-                               (uint32_t)symbol;
+    for (int part = 0; part < 2 * PM_CODEC_SYMBOLS; part++) {
+        const int symbol = table->part_symbol[part];
+        const uint32_t says = (uint32_t)table->frequencies[symbol] << 18 |
+                              (uint32_t)(table->part_offset[part] + PM_CODEC_SLOTS) << 5 |
+                              (uint32_t)symbol;
+        for (uint32_t slot = part_begin(table, part); slot < part_end(table, part); slot++)
+            decoder->slots[slot] = says;
     }
 }
 
@@ -167,16 +184,17 @@ static void choose_table(pm_codec_encoder *encoder, const uint64_t *counts, uint
     }
     table->frequencies[0] = (uint16_t)(table->frequencies[0] + PM_CODEC_SLOTS - sum);
     place_slots(table);
-    uint32_t start = 0;
+    uint32_t used = 0;
     for (int s = 0; s < table->count; s++) {
-        encoder->starts[s] = start;
+        encoder->starts[s] = used;
         encoder->reciprocals[s] = nextafter(1.0 / table->frequencies[s], 2.0);
-        start += table->frequencies[s];
+        used += table->frequencies[s];
     }
-    for (uint32_t slot = 0; slot < PM_CODEC_SLOTS; slot++) {
-        const int part = slot_part(table, slot);
-        const uint32_t offset = slot + (uint32_t)table->part_offset[part];
-        encoder->slot_of[encoder->starts[table->part_symbol[part]] + offset] = (uint16_t)slot;
+    for (int part = 0; part < 2 * PM_CODEC_SYMBOLS; part++) {
+        const uint32_t start = encoder->starts[table->part_symbol[part]];
+        const uint32_t shift = start + (uint32_t)table->part_offset[part];
+        for (uint32_t slot = part_begin(table, part); slot < part_end(table, part); slot++)
+            encoder->slot_of[shift + slot] = (uint16_t)slot;
     }
 }
 
@@ -396,18 +414,24 @@ typedef struct {
     int *damaged;
 } pm_decode_job;
 
+/* An item is as many tiles as the kernels like to decode at once. */
 static void decode_item(const void *raw, long item, void *scratch)
 {
     const pm_decode_job *job = raw;
-    const long first = item * PM_CODEC_TILE, left = job->values - first;
-    const pm_codec_tile tile = {job->type, job->values, first,
-                                left < PM_CODEC_TILE ? left : PM_CODEC_TILE, (uint8_t *)job->planes,
-                                job->out + first * job->type.bytes};
-    const uint8_t *entry = job->directory + item * TILE_ENTRY;
+    pm_codec_piece pieces[PM_CODEC_PIECES];
+    const long tiles = ceil_div(job->values, PM_CODEC_TILE);
+    long count = 0;
     (void)scratch;
-    if (job->kernels->decode(job->decoder, &tile, job->sections[item], get32(entry),
-                             get32(entry + 4)) != 0 ||
-        job->kernels->checksum(tile.data, tile.values * tile.type.bytes) != get32(entry + 8))
+    for (long tile = item * job->kernels->pieces; tile < tiles && count < job->kernels->pieces;
+         tile++, count++) {
+        const long first = tile * PM_CODEC_TILE, left = job->values - first;
+        const uint8_t *entry = job->directory + tile * TILE_ENTRY;
+        pieces[count] = (pm_codec_piece){
+            {job->type, job->values, first, left < PM_CODEC_TILE ? left : PM_CODEC_TILE,
+             (uint8_t *)job->planes, job->out + first * job->type.bytes},
+            job->sections[tile], get32(entry), get32(entry + 4), get32(entry + 8)};
+    }
+    if (job->kernels->decode(job->decoder, pieces, count) != 0)
         __atomic_store_n(job->damaged, 1, __ATOMIC_RELAXED);
 }
 
@@ -459,10 +483,11 @@ PM_API int pm_codec_decode(const char *isa, const uint8_t *block, long bytes, ui
         at += round4(PM_CODEC_STATE_BYTES + 2 * (long)get32(entry) + get32(entry + 4));
     }
     place_slots(&decoder.table);
-    fill_decoder(&decoder);
+    if (kernels->by_slot)
+        fill_decoder(&decoder);
     pm_decode_job job = {kernels, &decoder, type, values, directory, planes, sections, out,
                          &damaged};
-    const int result = run(decode_item, &job, tiles, threads);
+    const int result = run(decode_item, &job, ceil_div(tiles, kernels->pieces), threads);
     free(sections);
     return result != 0 ? PM_CODEC_NO_MEMORY : damaged ? PM_CODEC_CONTENT : 0;
 }

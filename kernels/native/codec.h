@@ -19,6 +19,7 @@ enum {
     PM_CODEC_TILE = 32768, /* values */
     PM_CODEC_STATE_BYTES = 4 * PM_CODEC_LANES,
     PM_CODEC_ROW_WORDS = 2 * PM_CODEC_LANES, /* bytes that a row reads at most */
+    PM_CODEC_PIECES = 4, /* decoded at once, at most */
     /* Of a tile's section: states, a word and an escape per value, padding. */
     PM_CODEC_SECTION = PM_CODEC_STATE_BYTES + 3 * PM_CODEC_TILE + 4,
 };
@@ -62,16 +63,24 @@ typedef struct {
     uint8_t *data;
 } pm_codec_tile;
 
+/* A coded tile: its section, which has `words` and `escapes`, and the checksum of what comes out. */
+typedef struct {
+    pm_codec_tile tile;
+    const uint8_t *section;
+    uint32_t words, escapes, checksum;
+} pm_codec_piece;
+
 typedef struct {
     const char *name;
+    int pieces; /* that are best decoded at once */
+    int by_slot; /* whether decoding looks at pm_codec_decoder.slots */
     uint32_t (*checksum)(const uint8_t *data, long bytes);
     void (*count)(const pm_codec_tile *tile, uint32_t *histogram);
     /* Writes planes and `section` (PM_CODEC_SECTION bytes); returns the section's bytes. */
     long (*encode)(const pm_codec_encoder *encoder, const pm_codec_tile *tile, uint8_t *section,
                    uint32_t *words, uint32_t *escapes);
-    /* 0, or -1 where the section is damaged. Reads `bytes` of it. */
-    int (*decode)(const pm_codec_decoder *decoder, const pm_codec_tile *tile,
-                  const uint8_t *section, uint32_t words, uint32_t escapes);
+    /* 0, or -1 where a piece is damaged. */
+    int (*decode)(const pm_codec_decoder *decoder, const pm_codec_piece *pieces, long count);
 } pm_codec_kernels;
 
 extern const pm_codec_kernels pm_codec_portable;

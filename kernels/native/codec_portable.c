@@ -4,8 +4,10 @@
 
 const pm_codec_kernels pm_codec_portable = {
     .name = "portable",
+    .pieces = 1,
+    .by_slot = 1,
     .checksum = checksum,
     .count = count_exponents,
     .encode = encode_tile,
-    .decode = decode_tile,
+    .decode = decode_tiles,
 };

@@ -9,7 +9,7 @@ static const uint32_t HASH_P = 2654435761u, HASH_Q = 2246822519u;
 
 PM_TARGET static inline uint32_t hash_round(uint32_t state, uint32_t word)
 {
-    uint32_t mixed = state + word;
+    uint32_t mixed = state + word * HASH_Q;
     return (mixed << 13 | mixed >> 19) * HASH_P;
 }
 
@@ -78,33 +78,36 @@ PM_TARGET static inline uint32_t whole_of(pm_codec_type type, uint32_t exponent,
 
 /* Writes one plane of `width` bits from bit `shift` of the rests on; the last byte is filled up. */
 PM_TARGET static inline void put_plane(pm_codec_type type, const pm_codec_tile *tile, int shift,
-                                       int width, uint8_t *plane)
+                                       int width, uint8_t *restrict plane)
 {
-    long per_byte = 8 / width, whole = tile->values / per_byte;
+    const long values = tile->values, per_byte = 8 / width, whole = values / per_byte;
+    const uint8_t *data = tile->data;
     for (long at = 0; at < whole; at++) {
         uint32_t bits = 0;
         for (long j = 0; j < per_byte; j++) {
-            uint32_t rest = rest_of(type, load_value(type, tile->data, at * per_byte + j));
+            uint32_t rest = rest_of(type, load_value(type, data, at * per_byte + j));
             bits |= (rest >> shift & ((1u << width) - 1)) << (j * width);
         }
         plane[at] = (uint8_t)bits;
     }
-    if (whole * per_byte < tile->values) {
+    if (whole * per_byte < values) {
         uint32_t bits = 0;
-        for (long i = whole * per_byte; i < tile->values; i++) {
-            uint32_t rest = rest_of(type, load_value(type, tile->data, i));
+        for (long i = whole * per_byte; i < values; i++) {
+            uint32_t rest = rest_of(type, load_value(type, data, i));
             bits |= (rest >> shift & ((1u << width) - 1)) << (i % per_byte * width);
         }
         plane[whole] = (uint8_t)bits;
     }
 }
 
-PM_TARGET static inline void split(pm_codec_type type, const pm_codec_tile *tile, uint8_t *exponents)
+PM_TARGET static inline void split(pm_codec_type type, const pm_codec_tile *tile,
+                                   uint8_t *restrict exponents)
 {
+    const uint8_t *data = tile->data;
     uint8_t *plane = tile->planes;
     int shift = 0;
-    for (long i = 0; i < tile->values; i++)
-        exponents[i] = (uint8_t)exponent_of(type, load_value(type, tile->data, i));
+    for (long i = 0, values = tile->values; i < values; i++)
+        exponents[i] = (uint8_t)exponent_of(type, load_value(type, data, i));
     for (int width = 8; width > 0; width /= 2)
         if ((type.mantissa_bits + 1) & width) {
             put_plane(type, tile, shift, width, plane + tile->first * width / 8);
@@ -129,7 +132,8 @@ PM_TARGET static inline int merge(pm_codec_type type, const pm_codec_tile *tile,
             *(width == 8 ? &plane8 : width == 4 ? &plane4 : width == 2 ? &plane2 : &plane1) = own;
             plane += (tile->block_values * width + 7) / 8;
         }
-    for (long i = 0; i < tile->values; i++) {
+    uint8_t *restrict data = tile->data;
+    for (long i = 0, values = tile->values; i < values; i++) {
         uint32_t rest = 0;
         int shift = 0;
         if (rest_bits & 8)
@@ -140,7 +144,7 @@ PM_TARGET static inline int merge(pm_codec_type type, const pm_codec_tile *tile,
             rest |= (plane2[i / 4] >> (i % 4 * 2) & 3u) << shift, shift += 2;
         if (rest_bits & 1)
             rest |= (plane1[i / 8] >> (i % 8) & 1u) << shift;
-        store_value(type, tile->data, i, whole_of(type, exponents[i], rest));
+        store_value(type, data, i, whole_of(type, exponents[i], rest));
     }
     return 0;
 }
@@ -167,17 +171,32 @@ PM_TARGET static int merge_tile(const pm_codec_tile *tile, const uint8_t *expone
     }
 }
 
-/* Adds the tile's exponents to histogram[256]. Four tables: equal neighbours do not wait for each
- * other's count. */
-PM_TARGET static void count_exponents(const pm_codec_tile *tile, uint32_t *histogram)
+/* Four tables: equal neighbours do not wait for each other's count. */
+PM_TARGET static inline void count_type(pm_codec_type type, const pm_codec_tile *tile,
+                                        uint32_t *histogram)
 {
     uint32_t counts[4][256];
+    const uint8_t *data = tile->data;
+    const long values = tile->values, fours = values / 4 * 4;
     memset(counts, 0, sizeof counts);
-    const pm_codec_type type = tile->type;
-    for (long i = 0; i < tile->values; i++)
-        counts[i % 4][exponent_of(type, load_value(type, tile->data, i))]++;
+    for (long i = 0; i < fours; i += 4)
+        for (long j = 0; j < 4; j++)
+            counts[j][exponent_of(type, load_value(type, data, i + j))]++;
+    for (long i = fours; i < values; i++)
+        counts[0][exponent_of(type, load_value(type, data, i))]++;
     for (int e = 0; e < 256; e++)
         histogram[e] += counts[0][e] + counts[1][e] + counts[2][e] + counts[3][e];
+}
+
+/* Adds the tile's exponents to histogram[256]. */
+PM_TARGET static void count_exponents(const pm_codec_tile *tile, uint32_t *histogram)
+{
+    switch (tile->type.mantissa_bits) {
+    case 7: count_type(BF16, tile, histogram); break;
+    case 10: count_type(F16, tile, histogram); break;
+    case 3: count_type(E4M3, tile, histogram); break;
+    default: count_type(E5M2, tile, histogram);
+    }
 }
 
 PM_TARGET static inline long lane_position(long lane)
@@ -187,7 +206,27 @@ PM_TARGET static inline long lane_position(long lane)
 
 /* Writes the states' words backwards from `end`, and returns where they begin. `symbols` holds
  * whole rows. */
-#ifndef PM_CODEC_ENCODE_ROWS
+PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uint8_t *symbols,
+                                      long rows, uint32_t *state, uint8_t *end);
+/* Exponents to symbols in place; the number of escapes, which go to `escapes`. Both have room for
+ * a whole tile. */
+PM_TARGET static long find_symbols(const pm_codec_encoder *encoder, uint8_t *symbols, long values,
+                                   uint8_t *escapes);
+
+#ifndef PM_CODEC_OWN_ENCODE
+PM_TARGET static long find_symbols(const pm_codec_encoder *encoder, uint8_t *symbols, long values,
+                                   uint8_t *escapes)
+{
+    long escaped = 0;
+    for (long i = 0; i < values; i++) {
+        const uint8_t exponent = symbols[i];
+        escapes[escaped] = exponent;
+        escaped += encoder->escaped[exponent];
+        symbols[i] = encoder->symbol_of[exponent];
+    }
+    return escaped;
+}
+
 PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uint8_t *symbols,
                                       long rows, uint32_t *state, uint8_t *end)
 {
@@ -219,14 +258,8 @@ PM_TARGET static long encode_tile(const pm_codec_encoder *encoder, const pm_code
     uint8_t symbols[PM_CODEC_TILE], found[PM_CODEC_TILE], stream[2 * PM_CODEC_TILE];
     uint32_t state[PM_CODEC_LANES];
     const long rows = (tile->values + PM_CODEC_LANES - 1) / PM_CODEC_LANES;
-    long escaped = 0;
     split_tile(tile, symbols);
-    for (long i = 0; i < tile->values; i++) {
-        const uint8_t exponent = symbols[i];
-        found[escaped] = exponent;
-        escaped += encoder->escaped[exponent];
-        symbols[i] = encoder->symbol_of[exponent];
-    }
+    const long escaped = find_symbols(encoder, symbols, tile->values, found);
     memset(symbols + tile->values, 0, (size_t)(rows * PM_CODEC_LANES - tile->values));
     const uint8_t *begin = encode_rows(encoder, symbols, rows, state, stream + sizeof stream);
     const long stream_bytes = stream + sizeof stream - begin;
@@ -244,25 +277,70 @@ PM_TARGET static long encode_tile(const pm_codec_encoder *encoder, const pm_code
     return at - section;
 }
 
+/* Whether one of the escapes is no exponent of `type`. */
+static int beyond(pm_codec_type type, const uint8_t *escape, const uint8_t *end)
+{
+    unsigned bits = 0;
+    while (escape < end)
+        bits |= *escape++;
+    return bits >> type.exponent_bits != 0;
+}
+
+/* Whether a section, from `end` to the next multiple of four bytes, is zeros. */
+static int zeros_after(const uint8_t *end, const uint8_t *section)
+{
+    int zeros = 1;
+    for (; (end - section) % 4 != 0; end++)
+        zeros &= *end == 0;
+    return zeros;
+}
+
+#ifndef PM_CODEC_OWN_DECODE
 /* Decodes `rows` rows to table indices; moves `*words`. Reads PM_CODEC_ROW_WORDS bytes per row at
  * most. */
-#ifndef PM_CODEC_DECODE_ROWS
 PM_TARGET static void decode_rows(const pm_codec_decoder *decoder, uint32_t *state,
-                                  const uint8_t **words, long rows, uint8_t *symbols)
+                                  const uint8_t **words, long rows, uint8_t *symbols);
+/* Symbols to exponents in place, with the escapes in order; where those end, or NULL: one is
+ * missing. There is room for whole rows, of which `values` count. */
+PM_TARGET static const uint8_t *show_exponents(const pm_codec_table *table, uint8_t *symbols,
+                                               long values, const uint8_t *escape,
+                                               const uint8_t *end);
+
+#ifndef PM_CODEC_OWN_ROWS
+PM_TARGET static void decode_rows(const pm_codec_decoder *decoder, uint32_t *restrict state,
+                                  const uint8_t **words, long rows, uint8_t *restrict symbols)
 {
+    const uint32_t *restrict slots = decoder->slots;
     const uint8_t *at = *words;
-    for (long row = 0; row < rows; row++)
+    for (long row = 0; row < rows; row++, symbols += PM_CODEC_LANES)
         for (long lane = 0; lane < PM_CODEC_LANES; lane++) {
-            uint32_t x = state[lane];
-            const uint32_t slot = x % PM_CODEC_SLOTS, says = decoder->slots[slot];
-            symbols[row * PM_CODEC_LANES + lane_position(lane)] = says & 31;
-            x = (says >> 18) * (x >> PM_CODEC_SLOT_BITS) + slot + (says >> 5 & 8191) - 4096;
-            const uint32_t refilled = x << 16 | *(const pm_u16 *)at;
-            const int low = x < PM_CODEC_LOW;
-            state[lane] = low ? refilled : x;
+            const uint32_t x = state[lane], slot = x % PM_CODEC_SLOTS, says = slots[slot];
+            const uint32_t next =
+                (says >> 18) * (x >> PM_CODEC_SLOT_BITS) + slot + (says >> 5 & 8191) - 4096;
+            /* Without a branch: one lane in six takes a word, and no processor foresees which. */
+            const uint32_t low = next < PM_CODEC_LOW, fresh = *(const pm_u16 *)at;
+            state[lane] = next << (low * 16) | (fresh & (0u - low));
             at += 2 * low;
+            symbols[lane_position(lane)] = says & 31;
         }
     *words = at;
+}
+
+PM_TARGET static const uint8_t *show_exponents(const pm_codec_table *table, uint8_t *symbols,
+                                               long values, const uint8_t *escape,
+                                               const uint8_t *end)
+{
+    const int escape_symbol = table->has_escape ? table->count - 1 : PM_CODEC_SYMBOLS;
+    for (long i = 0; i < values; i++) {
+        if (symbols[i] == escape_symbol) {
+            if (escape == end)
+                return NULL;
+            symbols[i] = *escape++;
+        } else {
+            symbols[i] = table->exponents[symbols[i]];
+        }
+    }
+    return escape;
 }
 #endif
 
@@ -295,30 +373,28 @@ PM_TARGET static int decode_symbols(const pm_codec_decoder *decoder, const uint8
     return good ? 0 : -1;
 }
 
-PM_TARGET static int decode_tile(const pm_codec_decoder *decoder, const pm_codec_tile *tile,
-                                 const uint8_t *section, uint32_t words, uint32_t escapes)
+PM_TARGET static int decode_tile(const pm_codec_decoder *decoder, const pm_codec_piece *piece)
 {
     uint8_t symbols[PM_CODEC_TILE];
-    const pm_codec_table *table = &decoder->table;
+    const pm_codec_tile *tile = &piece->tile;
     const long rows = (tile->values + PM_CODEC_LANES - 1) / PM_CODEC_LANES;
-    if (decode_symbols(decoder, section, words, rows, symbols) != 0)
+    if (decode_symbols(decoder, piece->section, piece->words, rows, symbols) != 0)
         return -1;
-    const uint8_t *escape = section + PM_CODEC_STATE_BYTES + 2 * (long)words;
-    const uint8_t *end = escape + escapes;
-    const int escape_symbol = table->has_escape ? table->count - 1 : PM_CODEC_SYMBOLS;
-    for (long i = 0; i < tile->values; i++) {
-        if (symbols[i] == escape_symbol) {
-            if (escape == end || *escape >> tile->type.exponent_bits != 0)
-                return -1;
-            symbols[i] = *escape++;
-        } else {
-            symbols[i] = table->exponents[symbols[i]];
-        }
-    }
-    if (escape != end)
+    const uint8_t *escape = piece->section + PM_CODEC_STATE_BYTES + 2 * (long)piece->words;
+    const uint8_t *end = escape + piece->escapes;
+    if (beyond(tile->type, escape, end) || !zeros_after(end, piece->section) ||
+        show_exponents(&decoder->table, symbols, tile->values, escape, end) != end ||
+        merge_tile(tile, symbols) != 0)
         return -1;
-    for (; (end - section) % 4 != 0; end++)
-        if (*end != 0)
-            return -1;
-    return merge_tile(tile, symbols);
+    return checksum(tile->data, tile->values * tile->type.bytes) == piece->checksum ? 0 : -1;
 }
+
+PM_TARGET static int decode_tiles(const pm_codec_decoder *decoder, const pm_codec_piece *pieces,
+                                  long count)
+{
+    int result = 0;
+    for (long i = 0; i < count; i++)
+        result |= decode_tile(decoder, &pieces[i]);
+    return result;
+}
+#endif

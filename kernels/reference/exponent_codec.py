@@ -46,8 +46,8 @@ POSITIONS = np.arange(LANES).reshape(LANES // 2, 2).T.ravel()
 """Of the lanes' values in a row."""
 
 
-def _round(state: Words, word: Words | int) -> Words:
-    mixed = (state + word).astype(np.uint32)
+def _round(state: Words, word: Words) -> Words:
+    mixed = (state + word * Q).astype(np.uint32)
     rotated: Words = ((mixed << np.uint32(13)) | (mixed >> np.uint32(19))) * P
     return rotated
 

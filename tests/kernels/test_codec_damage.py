@@ -59,6 +59,24 @@ def test_cut_off_or_too_long_is_noticed(which: Codec) -> None:
     refuses(which, block, size - 1)
 
 
+def test_two_flipped_bits_are_noticed() -> None:
+    """Wherever they are: a checksum that multiplies once a round misses bits 16 and 29 of
+    neighbouring words, and of neighbouring rows."""
+    which = CODECS[-1]
+    block = which.encode(weights(128), "", 1)
+    rng = random.Random(2)
+    at = len(block) - 256
+    pairs = [
+        (word * 32 + 16, (word + step) * 32 + 29) for step in (1, 16) for word in range(64 - step)
+    ]
+    pairs += [tuple(rng.sample(range(2048), 2)) for _ in range(3000)]
+    for pair in pairs:
+        damaged = bytearray(block)
+        for bit in pair:
+            damaged[at + bit // 8] ^= 1 << bit % 8
+        refuses(which, bytes(damaged), 256)
+
+
 def forged(block: bytes, place: int, content: bytes, size: int) -> bytes:
     """``block`` with ``content`` at ``place`` and a header checksum that agrees."""
     head = header_bytes(RANS, size, 2)
