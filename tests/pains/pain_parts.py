@@ -6,9 +6,8 @@ import json
 import os
 from typing import Any
 
-import numpy as np
-
-from tests.pop_node.kv_stream.kv_node import LAYOUT, Node, cache_of
+from tests.pop_node.kv_stream import kv_node
+from tests.pop_node.kv_stream.kv_node import Node
 from tests.pop_node.kv_stream.kv_pair import Pair
 from wire.messages import ChatInput, ChatTurn
 
@@ -35,22 +34,7 @@ def text_of(events: list[Any]) -> str:
 
 async def hand_over(p: Node, d: Node, tokens: int = 100) -> None:
     """One whole transfer, whose bytes arrive as they were."""
-    transfer, cache = os.urandom(16), cache_of(tokens, tokens)
-    d.receive(transfer, p.name, tokens, None)
-    p.send(transfer, d, cache)
-    assert await d.ends[transfer] == [42]
-    await p.ends[transfer]
-    np.testing.assert_array_equal(d.caches[transfer].view(np.uint32), cache.view(np.uint32))
-
-
-def assert_at_rest(*nodes: Node) -> None:
-    """No transfer, parked frame or staging slot is held."""
-    for node in nodes:
-        s = node.endpoint.statistics()
-        assert (s.outgoing_now, s.incoming_now, s.parked_now) == (0, 0, 0)
-        assert s.export_slots_held_now == 0
-        assert s.import_slots_free_now == LAYOUT.import_slots
-        assert sorted(node.free) == list(range(LAYOUT.export_slots))
+    await kv_node.hand_over(p, d, os.urandom(16), tokens)
 
 
 def let_time_pass(pair: Pair, until: float) -> None:

@@ -14,9 +14,9 @@ from registry.keep import Done, Heartbeat, Keep
 from registry.keep import Start as StartKeep
 from registry.keep import Tick as TickKeep
 from registry.watch import Answered, Effect, Query, Start, Tick, Watch
-from tests.pains.pain_parts import assert_at_rest, hand_over
+from tests.pains.pain_parts import hand_over
 from tests.pop_node.kv_stream.kv_content import Plan
-from tests.pop_node.kv_stream.kv_node import Node
+from tests.pop_node.kv_stream.kv_node import Node, assert_at_rest
 from tests.pop_node.kv_stream.kv_pair import Pair
 
 HOURS = 6 * 3600.0

@@ -14,8 +14,8 @@ from pop_node.kv_stream import liveness
 from tests.fakes.fake_answer import answer_text
 from tests.fakes.fake_connection import Faults
 from tests.fakes.fake_node import FakeNode, cache_delta
-from tests.pains.pain_parts import HELLO, assert_at_rest, hand_over
-from tests.pop_node.kv_stream.kv_node import Node, cache_of
+from tests.pains.pain_parts import HELLO, hand_over
+from tests.pop_node.kv_stream.kv_node import Node, assert_at_rest, cache_of
 from tests.router.router_mesh import MODEL, RouterMesh
 from wire.address import format_address
 from wire.errors import MeshError

@@ -9,8 +9,8 @@ import pytest
 from pop_node.kv_stream.intake import Intake
 from pop_node.kv_stream.link import STRIPES
 from tests.fakes.fake_connection import FakeConnection
-from tests.pains.pain_parts import assert_at_rest, hand_over
-from tests.pop_node.kv_stream.kv_node import Node
+from tests.pains.pain_parts import hand_over
+from tests.pop_node.kv_stream.kv_node import Node, assert_at_rest
 from tests.router.router_mesh import RouterMesh
 
 
