@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -386,6 +387,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     )
     return {
         "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "device": torch.cuda.get_device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -395,10 +397,23 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
+def dry_run(out: Path) -> int:
+    """The checks of a tiny model in Triton's interpreter, whose products depend on the row."""
+    tiny = ModelShape("tiny", 40, 6, 2, 16, 24, 300)
+    bench = Bench(tiny, torch.device("cpu"), torch.float32)
+    cases = [case for case in bench.cases([Batch(2, 1, 40)], [3]) if "bits of" not in case.name]
+    faults = [wrong for case in cases if (wrong := fault(case)) is not None]
+    out.write_text(json.dumps({"dry": True, "checked": len(cases), "faults": faults}) + "\n")
+    return 1 if faults else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
+    parser.add_argument("--dry", action="store_true", help="tiny, interpreted, nothing is timed")
     arguments = parser.parse_args()
+    if arguments.dry:
+        return dry_run(arguments.out)
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 2
