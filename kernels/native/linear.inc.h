@@ -5,13 +5,15 @@
  * only choose which outputs are worked on together, so a row's result depends neither on the other
  * rows nor on the threads.
  *
- * A tile is DOT_T rows of x against 4 rows of w, vectors along K. While the first rows of an item
- * pass, the next 4 rows of w are prefetched: w is read from memory once, and the lines of 4 short
- * streams come too late otherwise. Many rows: x in blocks that stay in the first cache, K in blocks
- * between which accumulators wait in scratch.
+ * A tile is DOT_T rows of x against 4 rows of w, vectors along K; one row of x takes the rows of w one
+ * after the other, a single stream of memory. While the first rows of an item pass, w is prefetched:
+ * it is read from memory once, and comes too late otherwise. Many rows: x in blocks that stay in the
+ * first cache, K in blocks between which accumulators wait in scratch.
  *
- * Roofline, bf16 on one Zen 5 core with the shapes of a 135M model: 1 row reads w at 30 to 33 GB/s, 8
- * rows at 30; 512 rows run at 205 to 225 billion multiply-adds/s (oneDNN in torch 2.13: 220).
+ * Roofline, bf16 on one Zen 5 core with the shapes of a 135M model: 1 row reads w at 39 GB/s where a
+ * bare stream of products has 41 (same minute; 4 rows of w side by side: 32, prefetched 2 KiB ahead 34,
+ * 12 KiB 38, 16 KiB 36); 512 rows run at 213 billion multiply-adds/s, 420 on two cores (oneDNN in
+ * torch 2.13: 220 on one).
  */
 
 /* Stores n results of row t from column n0 on, with bias, in the output type of the job. */
@@ -35,7 +37,7 @@ typedef struct {
     const A *x; /* rows lie ldx elements apart */
     const W *w[4];
     long ldx, K;
-    long ahead; /* from w to what is prefetched while it passes, in elements; 0: nothing */
+    long ahead; /* bytes from w to what is prefetched while it passes; 0: nothing */
     float *partial;    /* [DOT_T][4][VW]: accumulators between blocks of K */
     int first, last;   /* block of K */
     float *sums;       /* rows of 4, ld_sums apart; written by the last block */
@@ -53,12 +55,20 @@ PM_INLINE void FN(dot_tile)(const FN(dot) * b, const int tt)
     for (int t = 0; t < tt; t++)
         for (int r = 0; r < 4; r++)
             acc[t][r] = b->first ? vf_zero() : vf_load(b->partial + (t * 4 + r) * VW);
+    if (tt == 1) {
+        for (int r = 0; r < 4; r++)
+            for (k = 0; k + DW <= K; k += DW) {
+                acc[0][r] = d_dot(acc[0][r], d_load(x + k), dw_load(w[r] + k));
+                if (ahead != 0)
+                    __builtin_prefetch((const char *)(w[r] + k) + ahead);
+            }
+    }
     for (; k + DW <= K; k += DW) {
         dv row[4];
         for (int r = 0; r < 4; r++) {
             row[r] = dw_load(w[r] + k);
             if (ahead != 0)
-                __builtin_prefetch(w[r] + k + ahead);
+                __builtin_prefetch((const char *)(w[r] + k) + ahead);
         }
         for (int t = 0; t < tt; t++) {
             dv xv = d_load(x + t * ldx + k);
@@ -141,7 +151,8 @@ PM_INLINE void FN(multiply_block)(const pm_linear_job *job, const FN(linear_room
         b.last = k + b.K == K;
         b.partial = room->partial;
         for (long n = n0; n < end; n += 4) {
-            b.ahead = prefetch ? 4 * K : 0;
+            /* One stream of rows, or the same place of the next 4. */
+            b.ahead = !prefetch ? 0 : rows == 1 ? AHEAD_BYTES : 4 * K * (long)sizeof(W);
             for (long r = 0; r < 4; r++) {
                 const E *row = (const E *)job->w.rows + pm_min(n + r, end - 1) * K + k;
 #if PM_PLAIN_C && PM_BF16

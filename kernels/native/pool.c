@@ -1,7 +1,10 @@
 /* Fork-join pool. One layer of a model needs a handful of runs of a few tens of microseconds each,
  * so a worker spins briefly before it sleeps. A worker that is late (its core is busy with another
  * process) joins whatever is left or finds the job closed: the caller never waits for a worker that
- * has not begun. */
+ * has not begun.
+ *
+ * Each worker has a share of the items that lie side by side, so that what it reads is one stream of
+ * memory. One that is done takes over the second half of what is left of the largest share. */
 #include "pool.h"
 
 #include <pthread.h>
@@ -23,11 +26,18 @@ typedef struct {
     size_t bytes;
 } pm_scratch;
 
+/* Items [low 32 bits, high 32 bits) that a worker has not begun, in one word: owner and thieves change
+ * it by compare-and-swap. No item comes twice within a job, so an equal word is the same share. */
+typedef struct {
+    _Alignas(64) uint64_t items;
+} pm_share;
+
 struct pm_pool {
     int threads;
     int started;
     pthread_t *handles;
     pm_scratch *scratch; /* one per worker, the caller's first */
+    pm_share *shares;    /* likewise */
     pthread_mutex_t turn; /* held by the caller of pm_pool_run */
 
     pthread_mutex_t mutex; /* guards sleeping on the two conditions */
@@ -37,10 +47,8 @@ struct pm_pool {
     /* The job, written by the caller while `open` is 0 and `active` is 0. */
     pm_task task;
     const void *job;
-    long items;
 
-    /* Shared words, each on its own cache line. */
-    _Alignas(64) long next;
+    /* Shared words, apart from what is only read. */
     _Alignas(64) unsigned generation;
     int open;
     int stop;
@@ -54,13 +62,52 @@ typedef struct {
     int index;
 } pm_worker;
 
+static uint64_t share_of(long begin, long end) { return (uint64_t)begin | (uint64_t)end << 32; }
+static long share_begin(uint64_t share) { return (long)(share & 0xffffffffu); }
+static long share_end(uint64_t share) { return (long)(share >> 32); }
+
+/* Splits off the second half of the largest share; empty when there is nothing left. */
+static uint64_t steal(pm_pool *pool)
+{
+    for (;;) {
+        uint64_t largest = 0;
+        int victim = -1;
+        for (int i = 0; i < pool->threads; i++) {
+            uint64_t share = __atomic_load_n(&pool->shares[i].items, __ATOMIC_RELAXED);
+            if (share_end(share) - share_begin(share) > share_end(largest) - share_begin(largest)) {
+                largest = share;
+                victim = i;
+            }
+        }
+        if (victim < 0)
+            return 0;
+        const long begin = share_begin(largest), end = share_end(largest);
+        const long middle = begin + (end - begin) / 2;
+        if (__atomic_compare_exchange_n(&pool->shares[victim].items, &largest,
+                                        share_of(begin, middle), 0, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED))
+            return share_of(middle, end);
+    }
+}
+
 static void work(pm_pool *pool, int worker)
 {
     void *scratch = pool->scratch[worker].memory;
+    uint64_t *own = &pool->shares[worker].items;
     for (;;) {
-        long item = __atomic_fetch_add(&pool->next, 1, __ATOMIC_RELAXED);
-        if (item >= pool->items)
-            return;
+        uint64_t share = __atomic_load_n(own, __ATOMIC_RELAXED);
+        long item = share_begin(share);
+        if (item < share_end(share)) {
+            if (!__atomic_compare_exchange_n(own, &share, share_of(item + 1, share_end(share)), 0,
+                                             __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+                continue;
+        } else {
+            share = steal(pool);
+            item = share_begin(share);
+            if (item == share_end(share))
+                return;
+            __atomic_store_n(own, share_of(item + 1, share_end(share)), __ATOMIC_RELAXED);
+        }
         pool->task(pool->job, item, scratch);
     }
 }
@@ -165,8 +212,10 @@ int pm_pool_run(pm_pool *pool, pm_task task, const void *job, long items, size_t
     } else {
         pool->task = task;
         pool->job = job;
-        pool->items = items;
-        __atomic_store_n(&pool->next, 0, __ATOMIC_RELAXED);
+        for (int i = 0; i < pool->threads; i++)
+            __atomic_store_n(&pool->shares[i].items,
+                             share_of(items * i / pool->threads, items * (i + 1) / pool->threads),
+                             __ATOMIC_RELAXED);
         __atomic_store_n(&pool->open, 1, __ATOMIC_SEQ_CST);
         post(pool);
         work(pool, 0);
@@ -183,13 +232,15 @@ pm_pool *pm_pool_new(int threads)
     if (posix_memalign((void **)&pool, 64, sizeof *pool) != 0)
         return NULL;
     *pool = (pm_pool){.threads = threads};
+    if (posix_memalign((void **)&pool->shares, 64, (size_t)threads * sizeof *pool->shares) != 0)
+        pool->shares = NULL;
     pthread_mutex_init(&pool->turn, NULL);
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->posted, NULL);
     pthread_cond_init(&pool->drained, NULL);
     pool->scratch = calloc((size_t)threads, sizeof *pool->scratch);
     pool->handles = calloc((size_t)threads, sizeof *pool->handles);
-    if (pool->scratch == NULL || pool->handles == NULL) {
+    if (pool->shares == NULL || pool->scratch == NULL || pool->handles == NULL) {
         pm_pool_free(pool);
         return NULL;
     }
@@ -216,6 +267,7 @@ void pm_pool_free(pm_pool *pool)
     if (pool->scratch != NULL)
         for (int i = 0; i < pool->threads; i++)
             free(pool->scratch[i].memory);
+    free(pool->shares);
     free(pool->scratch);
     free(pool->handles);
     pthread_cond_destroy(&pool->posted);

@@ -15,7 +15,7 @@ pm_pool *pm_pool_new(int threads);
 void pm_pool_free(pm_pool *pool);
 int pm_pool_threads(const pm_pool *pool);
 
-/* Runs items 0..items-1, in any order, and returns when all are done. Calls from several threads
+/* Runs items 0..items-1 < 2^32, in any order, and returns when all are done. Calls from several threads
  * take turns. Returns 0, or -1 when scratch memory could not be had (nothing has run then). */
 int pm_pool_run(pm_pool *pool, pm_task task, const void *job, long items, size_t scratch_bytes);
 
