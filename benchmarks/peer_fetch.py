@@ -16,8 +16,9 @@ while nothing else runs (``quiet``), while ``wire`` pumps the same bytes past th
 and while both peers give (``giving``), in turning order. p99 is that of a condition's gaps over all
 rounds. What ``wire`` costs is the emulation's on this machine and not the peers'.
 
-Samples during which other processes of this machine took more than ``DISTURBED_SHARE`` of a core
-are kept but do not count, unless there are no others.
+``others_share`` of a sample is what other processes of this machine took meanwhile, in cores; nice
+keeps them back only within a session where the kernel groups processes by session
+(sched_autogroup_enabled).
 
 CPU: that of the answering peer's engine per token and of its agent per GB given. Where both have
 one core for themselves, the agent's share of it is what giving adds to ITL at least.
@@ -39,8 +40,6 @@ from peer_fetch_world import GIVE_MBPS, GIVEN, PEERS, Settings, World
 from report import command_line, facts, save
 
 WARM_UP_S = 3.0
-DISTURBED_SHARE = 0.05
-"""Of one core, used by processes that are not ours: more, and a sample does not count. Guess."""
 
 Act = Callable[[], dict[str, Any]]
 
@@ -111,20 +110,8 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
-def undisturbed(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those beside which nobody else used the machine; all, if there is none."""
-    return [s for s in samples if s["others_share"] <= DISTURBED_SHARE] or samples
-
-
-def summary(every: dict[str, Any], link_bytes_per_s: float) -> dict[str, Any]:
-    """Medians of shares of the link; percentiles of the gaps of all rounds; their ratios.
-
-    Of undisturbed samples; ``samples_used`` says how many of how many.
-    """
-    samples = {
-        when: {name: undisturbed(found) for name, found in by_name.items()}
-        for when, by_name in every.items()
-    }
+def summary(samples: dict[str, Any], link_bytes_per_s: float) -> dict[str, Any]:
+    """Medians of shares of the link; percentiles of the gaps of all rounds; their ratios."""
 
     def share(when: str, name: str, until: str) -> float:
         found = samples[when][name]
@@ -146,10 +133,6 @@ def summary(every: dict[str, Any], link_bytes_per_s: float) -> dict[str, Any]:
     }
     p99 = {name: found["p99"] for name, found in itl.items()}
     return {
-        "samples_used": {
-            when: {name: f"{len(samples[when][name])} of {len(all_)}" for name, all_ in by.items()}
-            for when, by in every.items()
-        },
         "share_of_link": shares,
         "itl_ms": itl,
         "itl_p99_giving_over_quiet": p99["giving"] / p99["quiet"],
