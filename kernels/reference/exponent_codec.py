@@ -74,8 +74,8 @@ class Table:
     frequencies: Integers
     has_escape: bool
 
-    def slots(self) -> tuple[Integers, Integers]:
-        """Symbol and offset of each slot: [4096] each."""
+    def aliases(self) -> tuple[Integers, Integers]:
+        """Of each bucket, how many slots are its own, and whose the others are: [16] each."""
         left = np.zeros(SYMBOLS, np.int64)
         left[: len(self.frequencies)] = self.frequencies
         bound, other = np.full(SYMBOLS, BUCKET), np.arange(SYMBOLS)
@@ -85,6 +85,11 @@ class Table:
             large = int(np.argmax(is_open & (left > BUCKET)))
             bound[small], other[small], is_open[small] = left[small], large, False
             left[large] -= BUCKET - left[small]
+        return bound, other
+
+    def slots(self) -> tuple[Integers, Integers]:
+        """Symbol and offset of each slot: [4096] each."""
+        bound, other = self.aliases()
         within = np.arange(BUCKET)
         symbol = np.concatenate([np.where(within < bound[b], b, other[b]) for b in range(SYMBOLS)])
         offset = np.zeros(SLOTS, np.int64)
@@ -169,7 +174,7 @@ def _encode_rows(symbols: Integers, table: Table) -> tuple[Words, Bytes]:
     return state.astype(np.uint32), stream
 
 
-def _encode_rans(data: Bytes, kind: FloatType) -> bytes:
+def encode_rans(data: Bytes, kind: FloatType) -> bytes:
     """A coded block of ``data``, however large it comes out."""
     exponents, planes = split(data, kind)
     table = choose_table(exponents)
@@ -212,7 +217,7 @@ def encode(data: Bytes, dtype: str, threads: int = 1) -> bytes:
     kind = FLOAT_TYPES.get(dtype)
     reason = 3 if len(data) == 0 else 1
     if kind is not None and len(data) > 0:
-        coded = _encode_rans(data, kind)
+        coded = encode_rans(data, kind)
         if len(coded) <= len(data) - len(data) // MIN_SAVING:
             return coded
         reason = 2
@@ -252,7 +257,7 @@ def check(block: Bytes) -> int:
     _check_table(TABLE.unpack_from(block.data, HEADER.size), detail, kind)
     values = decoded // width
     body = planes_bytes(values, kind)
-    for tile, (words, escapes, _) in enumerate(_directory(block, head)):
+    for tile, (words, escapes, _) in enumerate(directory(block, head)):
         rows = -(-min(TILE_VALUES, values - tile * TILE_VALUES) // LANES)
         if words > rows * LANES or escapes > min(TILE_VALUES, values - tile * TILE_VALUES):
             raise CodecError("a block's directory makes no sense")
@@ -277,7 +282,16 @@ def _check_table(table: tuple[int, ...], detail: int, kind: FloatType) -> None:
         raise CodecError("a block's table makes no sense")
 
 
-def _directory(block: Bytes, head: int) -> list[list[int]]:
+def read_table(block: Bytes, detail: int) -> Table:
+    """Of a coded block that was checked; ``detail`` is its byte 7."""
+    table = TABLE.unpack_from(block.data, HEADER.size)
+    count = detail % ESCAPE
+    frequencies = np.array(table[SYMBOLS:][:count])
+    return Table(np.array(table[:count], np.uint8), frequencies, detail >= ESCAPE)
+
+
+def directory(block: Bytes, head: int) -> list[list[int]]:
+    """Words, escapes and checksum of each tile of a coded block; ``head``: of ``header_bytes``."""
     entries: list[list[int]] = (
         block[HEADER.size + TABLE.size : head].view("<u4").reshape(-1, 3).tolist()
     )
@@ -295,7 +309,7 @@ def decode_into(block: Bytes, out: Bytes, threads: int = 1) -> None:
         assert kind is not None
         head = header_bytes(method, decoded, kind.bytes)
         body = block[head + CHECKSUM_BYTES :]
-        entries = _directory(block, head)
+        entries = directory(block, head)
         exponents, sums = _decode_rans(block, body, entries, detail, decoded // kind.bytes, kind)
         plane_bytes = planes_bytes(len(exponents), kind)
         out[:] = merge(exponents, body[:plane_bytes], kind)
@@ -313,9 +327,7 @@ def _decode_rans(
     block: Bytes, body: Bytes, entries: list[list[int]], detail: int, values: int, kind: FloatType
 ) -> tuple[Bytes, list[int]]:
     """Exponents [values] and the tiles' checksums."""
-    table = TABLE.unpack_from(block.data, HEADER.size)
-    count = detail % ESCAPE
-    known = Table(np.array(table[:count], np.uint8), np.array(table[SYMBOLS:][:count]), False)
+    known = read_table(block, detail)
     at = planes_bytes(values, kind)
     found = np.empty(values, np.uint8)
     for tile, (num_words, num_escapes, _) in enumerate(entries):
@@ -326,7 +338,7 @@ def _decode_rans(
         words = body[at + 4 * LANES : after_words].view("<u2").astype(np.int64)
         symbols = _decode_rows(state, words, -(-len(part) // LANES), known)[: len(part)]
         part[:] = known.exponents[symbols]
-        escaped = symbols == (count - 1 if detail >= ESCAPE else SYMBOLS)
+        escaped = symbols == (len(known.exponents) - 1 if known.has_escape else SYMBOLS)
         end = after_words + num_escapes
         if np.count_nonzero(escaped) != num_escapes:
             raise CodecError("a block's content is damaged")

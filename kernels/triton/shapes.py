@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.codec.layout import FLOAT_TYPES, TILE_VALUES
 from kernels.meta import AttentionMeta
 from kernels.triton.activation import plan_silu_mul
 from kernels.triton.attention import plan_attention
+from kernels.triton.exponent_codec import TABLE_WORDS, TILE_WORDS, BlockPlan, plan_decode
 from kernels.triton.kv_pack import plan_kv_move
 from kernels.triton.launch import Launch
 from kernels.triton.linear import plan_matmul
@@ -149,9 +151,27 @@ def _of_one_model(model: ModelShape) -> Iterator[Shape]:
     yield Shape("kv_unpack", plan_kv_move(component, piece, slots, 8, pack=False))
 
 
+def _of_codec(model: ModelShape) -> Iterator[Shape]:
+    """One matrix as a block of either kind of 16 bits."""
+    values = model.hidden * model.intermediate
+    count = values // TILE_VALUES
+    table = _meta(TABLE_WORDS, dtype=torch.int32)
+    tiles = _meta(count, TILE_WORDS, dtype=torch.int32)
+    block, out = (
+        _meta(values * 4 // 3 // 4 * 4, dtype=torch.uint8),
+        _meta(values, dtype=torch.int16),
+    )
+    damaged = _meta(count, dtype=torch.int32)
+    for dtype in ("bfloat16", "float16"):
+        plan = BlockPlan(FLOAT_TYPES[dtype], values, 68 + 12 * count, table, tiles)
+        launch = plan_decode(plan, block, table, tiles, out, damaged)
+        yield Shape(f"exponent_decode, {dtype}", launch)
+
+
 def shapes() -> list[Shape]:
     """All of them, named after their model."""
     found = [(SMOLLM2_135M, shape) for shape in _of_every_model(SMOLLM2_135M)]
     found += [(LLAMA3_8B, shape) for shape in _of_every_model(LLAMA3_8B)]
     found += [(LLAMA3_8B, shape) for shape in _of_one_model(LLAMA3_8B)]
+    found += [(LLAMA3_8B, shape) for shape in _of_codec(LLAMA3_8B)]
     return [Shape(f"{model.name}: {s.name}", s.launch, s.cores) for model, s in found]
