@@ -86,6 +86,13 @@ def plan_kv_move(
     )
 
 
+def kv_move(
+    cache: torch.Tensor, piece: torch.Tensor, slots: torch.Tensor, layer_lo: int, pack: bool
+) -> None:
+    """``kv_pack`` into a piece that is there, or ``kv_unpack``, of [layers, slots, elements]."""
+    plan_kv_move(cache.unsqueeze(2), piece, slots, layer_lo, pack=pack).run()
+
+
 def kv_pack(cache: torch.Tensor, slots: torch.Tensor, layer_lo: int, layer_hi: int) -> torch.Tensor:
     """See ``kernels.reference.kv_pack.kv_pack``."""
     piece = cache.new_empty(layer_hi - layer_lo, len(slots), *cache.shape[3:])

@@ -14,6 +14,7 @@ from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.config import EngineConfig
 from pop_node.engine.cuda_device import CudaDevice
 from pop_node.engine.cuda_runner import CudaRunner
+from pop_node.engine.kv_mover import DeviceMover, HostMover, Mover
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add, Ready
 from pop_node.engine.port import Port
@@ -22,6 +23,7 @@ from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
 from pop_node.engine.start_clock import StartClock
 from pop_node.engine.validate import Limits
+from pop_node.kv_stream.staging import Staging
 from pop_node.models.registry import load, load_backend, prepare
 from pop_node.store.host_arena import HUGE_PAGE_BYTES, populate, prefer_huge
 
@@ -69,7 +71,13 @@ def build(port: Port, set_up: SetUp, clock: StartClock) -> tuple[EngineLoop, Rea
     pool.forget()
     spec = model.kv_spec()
     stager = Stager(
-        spec, runner.cache, config.block_tokens, set_up.staging, pool.generations, port.wake
+        spec,
+        runner.cache,
+        config.block_tokens,
+        set_up.staging,
+        pool.generations,
+        port.wake,
+        _mover(ops, set_up.staging),
     )
     port.attach(stager)
     clock.add("first_token", loaded_at, first_token_at)
@@ -117,6 +125,17 @@ def _runner(model: Model, ops: Ops, config: EngineConfig, limits: Limits) -> Ste
     )
     runner.capture_first()
     return runner
+
+
+def _mover(ops: Ops, staging: Staging) -> Mover:
+    """The one for the device of ``ops``. Raises ``ConfigError`` if staging cannot be locked."""
+    if ops.device.type == "cpu":
+        return HostMover()
+    from kernels.triton.kv_pack import kv_move  # needs triton, an optional part
+
+    device = CudaDevice(ops.device)
+    device.page_lock(torch.frombuffer(staging.everything(), dtype=torch.uint8))
+    return DeviceMover(device, kv_move, staging.layout.slot_bytes)
 
 
 def _touch(cache: tuple[torch.Tensor, ...]) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from wire.errors import ConfigError
+
 WARM_RUNS = 2
 """Before a capture: the first compiles and loads kernels and makes handles, none of which may
 happen in a capture; the second shows that nothing of that is left to do."""
@@ -33,7 +35,10 @@ class Event(Protocol):
 
 
 class Lane(Protocol):
-    """A stream that only copies, in order, beside what computes."""
+    """A stream for copies, in order, beside what computes."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Queue what ``work`` launches."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Begin to copy; host memory has to be page-locked and to stay."""
@@ -52,6 +57,12 @@ class Device(Protocol):
     def page_locked(self, nbytes: int) -> torch.Tensor:
         """[nbytes] uint8 of the host."""
 
+    def page_lock(self, memory: torch.Tensor) -> None:
+        """Keep ``memory`` of the host, which stays as long as the process, where it is.
+
+        Raises ConfigError: the system does not allow it.
+        """
+
     def lane(self) -> Lane: ...
 
     def event(self) -> Event: ...
@@ -66,6 +77,10 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = _cuda.Stream(device)
+
+    def run(self, work: Callable[[], None]) -> None:
+        with _cuda.stream(self._stream):
+            work()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with _cuda.stream(self._stream):
@@ -88,6 +103,14 @@ class CudaDevice:
 
     def page_locked(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def page_lock(self, memory: torch.Tensor) -> None:
+        code = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if code:
+            raise ConfigError(
+                f"{memory.nbytes} bytes cannot be page-locked: CUDA error {code}",
+                suggestion="raise the limit of locked memory (ulimit -l)",
+            )
 
     def lane(self) -> CudaLane:
         return CudaLane(self.device)

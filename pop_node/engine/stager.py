@@ -4,7 +4,9 @@ Owns the books of transfers inside the engine and every copy. Used by two thread
 loop opens, binds and closes transfers and reports finished layers; the port's thread grants, copies
 and frees slots, so the main loop waits at most for one copy of one slot. One lock covers books and
 copies: after ``close`` returns, no copy of that transfer runs or will run, and its blocks may go to
-someone else. Copies move integers of the element's size: every bit pattern of every dtype survives.
+someone else. Where copies run beside the host (``kv_mover``), that holds in the device's order:
+what is computed after ``close`` comes after them. A piece is offered once it has arrived. Copies
+move integers of the element's size: every bit pattern of every dtype survives.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from threading import Lock
 import torch
 
 from pop_node.engine.exports import Export
+from pop_node.engine.kv_mover import Arrived, Mover
 from pop_node.engine.messages import Import, Staged, StageFrom
 from pop_node.engine.schedule import Side
 from pop_node.kv_stream.spec import DTYPE_BYTES, KvSpec, Piece
@@ -37,6 +40,14 @@ class _Incoming:
     total_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """A piece on its way into its slot."""
+
+    staged: Staged
+    arrived: Arrived
+
+
 class Stager:
     """Staging side of one engine.
 
@@ -52,8 +63,11 @@ class Stager:
         staging: Staging,
         generations: Sequence[int],
         wake: Callable[[], None],
+        mover: Mover,
     ) -> None:
         self._spec = spec
+        self._mover = mover
+        self._under_way: deque[_Outgoing] = deque()
         self._block_tokens = block_tokens
         self._staging = staging
         self._generations = generations
@@ -98,6 +112,7 @@ class Stager:
     ) -> None:
         """Blocks now stand behind a transfer."""
         with self._lock:
+            self._mover.queued()  # whoever had these blocks may still be about to write there
             if side == "export":
                 self._exports[transfer].bind(blocks, held_tokens)
             else:
@@ -110,6 +125,7 @@ class Stager:
         """A prefill leg was preempted and its blocks are about to be used by others."""
         with self._lock:
             self._exports[transfer].unbind()
+            self._mover.release()
 
     def rename_export(self, transfer: bytes, new_transfer: bytes) -> None:
         """The KV goes elsewhere under a new name; nothing is granted there yet."""
@@ -122,6 +138,7 @@ class Stager:
         with self._lock:
             if side == "export":
                 self._exports.pop(transfer, None)
+                self._mover.release()
             else:
                 self._incoming.pop(transfer, None)
 
@@ -134,12 +151,13 @@ class Stager:
             self._step = [(self._exports[transfer], end) for transfer, end in ends]
 
     def layer_done(self, layer: int) -> None:
-        """KV of model layer ``layer`` is in the cache for the rows of the current step.
+        """KV of model layer ``layer`` is computed for the rows of the current step, or queued.
 
         Takes no lock: each store is atomic, and a reader that misses it sees it at the next wake.
         """
         if not self._step:
             return
+        self._mover.queued()
         group, index = self._place_of_layer[layer]
         granted = False
         for export, end in self._step:
@@ -165,35 +183,52 @@ class Stager:
             if 0 <= slot < self._staging.layout.export_slots and slot not in self._free_slots:
                 self._free_slots.append(slot)
 
+    @property
+    def under_way(self) -> bool:
+        """Are there pieces that have not arrived, for which nobody is woken?"""
+        return bool(self._under_way)
+
     def stage_one(self) -> Staged | None:
-        """Copy one ready piece into a free slot; None when there is no piece or no slot."""
+        """A piece that has arrived in its slot. Begins to copy what is ready, as far as there are
+        free slots, one piece at a time; None when nothing has arrived then."""
+        while True:
+            with self._lock:
+                began = self._begin()
+                if self._under_way and self._under_way[0].arrived():
+                    return self._under_way.popleft().staged
+                if not began:
+                    return None
+
+    def _begin(self) -> bool:
+        """Begin to copy one ready piece; False when there is no piece or no slot."""
+        if not self._free_slots:
+            return False
         slot_bytes = self._staging.layout.slot_bytes
-        with self._lock:
-            if not self._free_slots:
-                return None
-            for transfer, export in self._exports.items():
-                piece = export.next_piece(slot_bytes)
-                if piece is None:
-                    continue
-                slot = self._free_slots.popleft()
-                assert export.blocks is not None
-                self._copy_out(piece, export.blocks, slot)
-                export.mark_staged(piece)
-                # The next piece comes from another transfer, if one has any.
-                self._exports[transfer] = self._exports.pop(transfer)
-                return Staged(
-                    transfer,
-                    slot,
-                    piece.group,
-                    piece.component,
-                    piece.layer_lo,
-                    piece.layer_hi,
-                    piece.token_lo,
-                    piece.token_hi,
-                    piece.nbytes(self._spec),
-                    export.resume,
-                )
-            return None
+        for transfer, export in self._exports.items():
+            piece = export.next_piece(slot_bytes)
+            if piece is None:
+                continue
+            slot = self._free_slots.popleft()
+            assert export.blocks is not None
+            arrived = self._copy_out(piece, export.blocks, slot)
+            export.mark_staged(piece)
+            # The next piece comes from another transfer, if one has any.
+            self._exports[transfer] = self._exports.pop(transfer)
+            staged = Staged(
+                transfer,
+                slot,
+                piece.group,
+                piece.component,
+                piece.layer_lo,
+                piece.layer_hi,
+                piece.token_lo,
+                piece.token_hi,
+                piece.nbytes(self._spec),
+                export.resume,
+            )
+            self._under_way.append(_Outgoing(staged, arrived))
+            return True
+        return False
 
     def take_in(self, message: Import) -> None:
         """Scatter a slot into the blocks of its transfer.
@@ -230,18 +265,17 @@ class Stager:
             and _box(message).nbytes(self._spec) <= layout.slot_bytes
         )
 
-    def _copy_out(self, piece: Piece, blocks: tuple[int, ...], slot: int) -> None:
+    def _copy_out(self, piece: Piece, blocks: tuple[int, ...], slot: int) -> Arrived:
         memory = self._memory[piece.group][piece.component]
-        where = self._slots_of(blocks, piece.token_lo, piece.token_hi, memory.device)
-        got = memory[piece.layer_lo : piece.layer_hi].index_select(1, where)
-        self._view(slot, piece, got.dtype, got.shape[-1]).copy_(got)
+        where = self._slots_of(blocks, piece.token_lo, piece.token_hi)
+        target = self._view(slot, piece, memory.dtype, memory.shape[-1])
+        return self._mover.copy_out(memory, where, piece.layer_lo, target)
 
     def _copy_in(self, message: Import, blocks: tuple[int, ...], lo: int) -> None:
         memory = self._memory[message.group][message.component]
-        where = self._slots_of(blocks, lo, message.token_hi, memory.device)
+        where = self._slots_of(blocks, lo, message.token_hi)
         source = self._view(message.slot, _box(message), memory.dtype, memory.shape[-1])
-        wanted = source[:, lo - message.token_lo :].to(memory.device)
-        memory[message.layer_lo : message.layer_hi].index_copy_(1, where, wanted)
+        self._mover.copy_in(source[:, lo - message.token_lo :], memory, where, message.layer_lo)
 
     def _view(self, slot: int, piece: Piece, dtype: torch.dtype, width: int) -> torch.Tensor:
         """A staging slot as ``[layers, tokens, width]``; the bytes are the slot's own."""
@@ -249,15 +283,13 @@ class Stager:
         count = shape[0] * shape[1] * shape[2]
         return torch.frombuffer(self._staging.slot(slot), dtype=dtype, count=count).view(shape)
 
-    def _slots_of(
-        self, blocks: tuple[int, ...], lo: int, hi: int, device: torch.device
-    ) -> torch.Tensor:
-        """Places of tokens ``[lo, hi)`` in the cache, ``[hi - lo]`` int64."""
+    def _slots_of(self, blocks: tuple[int, ...], lo: int, hi: int) -> torch.Tensor:
+        """Places of tokens ``[lo, hi)`` in the cache, ``[hi - lo]`` int64, on the host."""
         size = self._block_tokens
         first = lo // size
         table = torch.tensor(blocks[first : -(-hi // size)], dtype=torch.int64)
         positions = torch.arange(lo, hi)
-        return (table[positions // size - first] * size + positions % size).to(device)
+        return table[positions // size - first] * size + positions % size
 
 
 def _box(message: Import) -> Piece:

@@ -67,6 +67,10 @@ class Staging:
         at = number * self.layout.slot_bytes
         return self._view[at : at + self.layout.slot_bytes]
 
+    def everything(self) -> memoryview:
+        """Writable view of all slots."""
+        return self._view[: self.layout.total_bytes]
+
     def close(self) -> None:
         """Close; the memory is unmapped now, or with the last slot view, which a transport or a
         traceback may still hold."""

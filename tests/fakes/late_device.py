@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class LateEvent:
 
     def synchronize(self) -> None:
         if self._lane is not None:
-            self._lane.run(self._until)
+            self._lane.catch_up(self._until)
 
     def query(self) -> bool:
         return self._lane is None or self._lane.done >= self._until
@@ -46,10 +47,10 @@ class LateLane:
 
     def __init__(self) -> None:
         self.queued = self.done = 0
-        self._work: deque[Callable[[], object]] = deque()
+        self._work: deque[Callable[[], Any]] = deque()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._queue(lambda: target.copy_(source))
+        self.run(lambda: target.copy_(source))
 
     def record(self, event: LateEvent) -> None:
         event.record(self)
@@ -58,15 +59,15 @@ class LateLane:
         # As the event stands now, whatever is recorded there later.
         lane, until = event._lane, event._until
         if lane is not None:
-            self._queue(lambda: lane.run(until))
+            self.run(lambda: lane.catch_up(until))
 
-    def run(self, until: int) -> None:
+    def catch_up(self, until: int) -> None:
         """Catch up to a mark."""
         while self.done < until:
             self._work.popleft()()
             self.done += 1
 
-    def _queue(self, work: Callable[[], object]) -> None:
+    def run(self, work: Callable[[], Any]) -> None:
         self._work.append(work)
         self.queued += 1
 
@@ -81,6 +82,9 @@ class LateDevice:
 
     def page_locked(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), 0xA5, dtype=torch.uint8)
+
+    def page_lock(self, memory: torch.Tensor) -> None:
+        """It stays where it is."""
 
     def lane(self) -> LateLane:
         return LateLane()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pop_node.engine.kv_mover import HostMover
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add, Allocated, Drop, Release, StageFrom, Stop
 from pop_node.engine.schedule import Schedule
@@ -44,7 +45,9 @@ class ScriptedEngine:
         self._memory = cache.view(torch.int64).view(-1)
         self._staging = Staging.create(StagingLayout(8 * BLOCK_TOKENS, 1, 1))
         generations = self.pool.generations
-        self.stager = Stager(SPEC, (cache,), BLOCK_TOKENS, self._staging, generations, _nothing)
+        self.stager = Stager(
+            SPEC, (cache,), BLOCK_TOKENS, self._staging, generations, _nothing, HostMover()
+        )
         self._script, self._stage_every = dict(script), stage_every
         self._commands: deque[object] = deque()
         self._steps = 0
@@ -80,7 +83,14 @@ class ScriptedEngine:
 
     # ---- the model -----------------------------------------------------------------------------
 
-    def run(self, schedule: Schedule, on_layer: Callable[[int], None]) -> list[int]:
+    depth = 1
+
+    def prepare(self) -> bool:
+        return False
+
+    def launch(
+        self, schedule: Schedule, on_layer: Callable[[int], None]
+    ) -> Callable[[], list[int]]:
         for row in schedule.rows:
             values = chain(list(row.sequence.ids)[: row.end])
             for position in range(row.end):
@@ -94,7 +104,8 @@ class ScriptedEngine:
         if self._steps % self._stage_every == 0:
             self._stage()
         sampled = [schedule.rows[index].sequence for index in schedule.sampled]
-        return [chain(list(sequence.ids))[-1] % VOCABULARY for sequence in sampled]
+        ids = [chain(list(sequence.ids))[-1] % VOCABULARY for sequence in sampled]
+        return lambda: ids
 
     def _stage(self) -> bool:
         piece = self.stager.stage_one()

@@ -14,6 +14,7 @@ from typing import Any
 
 from pop_node.engine import messages as em
 from pop_node.engine.block_pool import BlockPool
+from pop_node.engine.kv_mover import Arrived, HostMover
 from pop_node.engine.rates import StepRates
 from pop_node.engine.schedule import (
     Effect,
@@ -97,15 +98,16 @@ class SimStager(Stager):
     ) -> None:
         cache: Any = model.cache
         plain: Any = staging
-        super().__init__(SPEC, cache, BLOCK_TOKENS, plain, generations, wake)
+        super().__init__(SPEC, cache, BLOCK_TOKENS, plain, generations, wake, HostMover())
         self._slots = staging.slots
 
-    def _copy_out(self, piece: Piece, blocks: tuple[int, ...], slot: int) -> None:
+    def _copy_out(self, piece: Piece, blocks: tuple[int, ...], slot: int) -> Arrived:
         memory: CacheMemory = self._memory[piece.group][piece.component]
         self._slots[slot] = b"".join(
             memory.read(layer, blocks, piece.token_lo, piece.token_hi)
             for layer in range(piece.layer_lo, piece.layer_hi)
         )
+        return lambda: True
 
     def _copy_in(self, message: em.Import, blocks: tuple[int, ...], lo: int) -> None:
         memory: CacheMemory = self._memory[message.group][message.component]

@@ -20,6 +20,8 @@ PATIENCE_S = 60.0
 class NoStager:
     """A fake: nothing is staged here."""
 
+    under_way = False
+
     def stage_one(self) -> None:
         return None
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pop_node.engine.kv_mover import HostMover
 from pop_node.engine.messages import Import, Staged, StageFrom
 from pop_node.engine.stager import Stager
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
@@ -41,7 +42,7 @@ class Site:
         self.generations = [0] * num_blocks
         self.woken = 0
         self.stager = Stager(
-            SPEC, self.cache, block_tokens, self.staging, self.generations, self.wake
+            SPEC, self.cache, block_tokens, self.staging, self.generations, self.wake, HostMover()
         )
 
     def wake(self) -> None:
