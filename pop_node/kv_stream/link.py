@@ -85,8 +85,8 @@ class PeerLink:
 
     @property
     def rate(self) -> LinkRate:
-        """What was measured so far."""
-        return LinkRate(self.peer, self.rtt_s * 1e3, self.rates.bytes_per_s)
+        """What was measured of late."""
+        return LinkRate(self.peer, self.rtt_s * 1e3, self.rates.current(time.monotonic()))
 
     async def dial(
         self, host: str, port: int, context: ssl.SSLContext | None, numbers: Callable[[], int]

@@ -18,17 +18,27 @@ MAX_SAMPLE_S = 1.0
 GAIN = 0.5
 """Weight of a new link-limited sample: two samples forget three quarters of the past. Guess."""
 
+MEMORY_S = 60.0
+"""Without a sample for so long the rate is unknown again. Routers avoid a link that was slow, so
+nothing else would ever show that it has recovered. Guess: far longer than the pauses between
+requests of a link in use, and one slow hand-over a minute is cheap."""
+
 
 class RateMeter:
-    """Measured rate of one link in payload bytes per second; 0 until measured."""
+    """Measured rate of one link. ``bytes_per_s`` is the last estimate, of payload; 0 until then."""
 
     def __init__(self) -> None:
         self.bytes_per_s = 0.0
+        self._sampled_at = 0.0
         self._unacked: dict[bytes, int] = {}
         self._acked: dict[bytes, int] = {}
         self._first_ack: float | None = None
         self._bytes = 0  # acknowledged since the first acknowledgement of the period
         self._waited = False
+
+    def current(self, now: float) -> float:
+        """The estimate in bytes per second, 0 if there is none or it is older than ``MEMORY_S``."""
+        return self.bytes_per_s if now - self._sampled_at <= MEMORY_S else 0.0
 
     def sent(self, transfer: bytes, nbytes: int) -> None:
         """Payload bytes of a transfer went to the transport."""
@@ -63,8 +73,9 @@ class RateMeter:
         self._first_ack, self._bytes, self._waited = None, 0, False
         if first is None or now <= first or nbytes < MIN_SAMPLE_BYTES:
             return
-        rate = nbytes / (now - first)
-        if waited and self.bytes_per_s:
-            self.bytes_per_s += GAIN * (rate - self.bytes_per_s)
+        rate, before = nbytes / (now - first), self.current(now)
+        if waited and before:
+            self.bytes_per_s = before + GAIN * (rate - before)
         else:
-            self.bytes_per_s = max(self.bytes_per_s, rate)
+            self.bytes_per_s = max(before, rate)
+        self._sampled_at = now

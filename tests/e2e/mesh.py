@@ -43,6 +43,11 @@ class Mesh:
         answer = httpx.get(f"{self.url}/popmesh/requests/{request_id}", timeout=10)
         return answer.raise_for_status().json()
 
+    def explain(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The route that the router would choose for a chat body."""
+        answer = httpx.post(f"{self.url}/popmesh/explain", json=body, timeout=10)
+        return answer.raise_for_status().json()["route"]
+
     def pids(self, name: str) -> tuple[int, int]:
         """(agent, engine) process ids of a node."""
         node = next(n for n in self.ready["nodes"] if n["name"] == name)

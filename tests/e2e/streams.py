@@ -20,6 +20,12 @@ MODEL = "smollm2-135m-f32"
 KV_SLOW = LinkFault("ams", "lhr", bandwidth_mbps=4.0)
 """One hundredth of its rate: the KV of 100 tokens (46 kB each in float32) takes nine seconds."""
 
+SMALL_KV_TOKENS = 60
+"""Enough KV in float32 for a sample of a link's rate (46 kB a token, 512 KiB a sample)."""
+
+MEASURINGS = 8
+"""Hand-overs that show a router a healed link: each sample halves what the slow one left."""
+
 RECOVERIES = {"retarget", "salvage", "recompute", "resume"}
 
 REST_S = 30.0
@@ -152,3 +158,17 @@ async def wait_whole(mesh: Mesh, nodes: int) -> None:
             return
         await asyncio.sleep(0.1)
     raise AssertionError(f"not whole again: {left}, {mesh.status()}")
+
+
+async def wait_planned(mesh: Mesh, prefill: str, decode: str) -> None:
+    """Until the router would send a request this way again: a link that was slow is avoided, so
+    hand-overs over it have to show that it is not any more."""
+    seen: list[tuple[str, str]] = []
+    for number in range(MEASURINGS):
+        prompt = words(1000 + number, SMALL_KV_TOKENS)
+        route = mesh.explain({"model": MODEL, "messages": [{"role": "user", "content": prompt}]})
+        seen.append((route["prefill"], route["decode"]))
+        if seen[-1] == (prefill, decode):
+            return
+        await ask(mesh, prompt, 2, route=f"prefill={prefill},decode={decode}")
+    raise AssertionError(f"{prefill} -> {decode} is not planned again: {seen}")

@@ -15,7 +15,17 @@ from popmesh.links.control import both_ways, cut, disturb, heal
 from popmesh.links.plan import LinkFault
 from registry.client import Registry
 from tests.e2e.mesh import Mesh
-from tests.e2e.streams import KV_SLOW, Answer, ask, at, plan_of, wait_whole, whole_text, words
+from tests.e2e.streams import (
+    KV_SLOW,
+    Answer,
+    ask,
+    at,
+    plan_of,
+    wait_planned,
+    wait_whole,
+    whole_text,
+    words,
+)
 from wire.errors import PeerError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -42,6 +52,7 @@ async def mesh(fault_mesh: Mesh) -> AsyncIterator[Mesh]:
     yield fault_mesh
     heal(plan_of(fault_mesh))
     await wait_whole(fault_mesh, 3)
+    await wait_planned(fault_mesh, "ams-1", "lhr-1")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tests.e2e.streams import (
     at,
     plan_of,
     undisturbed,
+    wait_planned,
     wait_whole,
     whole_text,
     words,
@@ -43,6 +44,7 @@ async def mesh(fault_mesh: Mesh) -> AsyncIterator[Mesh]:
     yield fault_mesh
     heal(plan_of(fault_mesh))
     await wait_whole(fault_mesh, 3)
+    await wait_planned(fault_mesh, "ams-1", "lhr-1")
 
 
 @contextmanager

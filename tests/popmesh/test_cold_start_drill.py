@@ -17,14 +17,15 @@ from aiohttp import web
 from click.testing import CliRunner
 from rich.console import Console
 
+from pop_node.drills.report import Phase
 from popmesh.cli import main
 from popmesh.drill.cold_start import runner
-from popmesh.drill.cold_start.report import ColdStartDrill, Regression
+from popmesh.drill.cold_start.report import ColdStartDrill, Regression, make_run
 from popmesh.drill.cold_start.runner import ColdStarts, Config
 from popmesh.drill.report import write_json
 from popmesh.render.cold_start import bar, cold_start_view
 from popmesh.render.cold_start_page import cold_start_page
-from tests.popmesh.cold_start_world import answer, drill_of, failure, runs_of
+from tests.popmesh.cold_start_world import answer, drill_of, failure, router_said, runs_of
 from tests.popmesh.fake_doors import MODEL, FakeMesh, doors
 from tests.popmesh.html_page import read_page
 from wire.errors import ConfigError, MeshError, PeerError
@@ -142,6 +143,14 @@ async def test_a_drill_that_cannot_be_held_is_no_drill(tmp_path: Path, refusal, 
     with pytest.raises(kind, match=words):
         await hold(FakeMesh(cold_start=lambda _: refusal), tmp_path)
     assert not (tmp_path / "history").exists()
+
+
+def test_a_start_is_ready_in_no_time_when_its_last_phase_ends_it():
+    run = make_run(1, router_said(total_s=1.0, phases=[Phase("warm", 0.0, 1.0)]))
+    assert [(phase.name, phase.start_s, phase.end_s) for phase in run.phases][:2] == [
+        ("warm", 0.0, 1.0),
+        ("ready", 1.0, 1.0),
+    ]
 
 
 async def test_a_node_that_is_not_ready_is_waited_for(tmp_path: Path, monkeypatch):

@@ -111,9 +111,8 @@ class ColdStartDrill(msgspec.Struct, rename={"source": "from"}):
 def make_run(number: int, said: RouterSaid) -> Run:
     """A run from what the router answered; when the router saw it is the last of its phases."""
     seen_s = said.seen_ready_s
-    phases = list(said.phases)
-    if said.total_s > _last_s(said.phases):
-        phases.append(Phase("ready", _last_s(said.phases), said.total_s))
+    told_s = min(said.total_s, max((phase.end_s for phase in said.phases), default=0.0))
+    phases = [*said.phases, Phase("ready", told_s, said.total_s)]
     if seen_s is not None and seen_s > said.total_s:
         phases.append(Phase("in the plan", said.total_s, seen_s))
     return Run(
@@ -130,7 +129,3 @@ def make_run(number: int, said: RouterSaid) -> Run:
         cold=said.cold,
         phases=phases,
     )
-
-
-def _last_s(phases: list[Phase]) -> float:
-    return max((phase.end_s for phase in phases), default=0.0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pop_node.kv_stream.coverage import Coverage, IntervalSet, required_tokens, validate_piece
 from pop_node.kv_stream.credit import SlotPool
 from pop_node.kv_stream.liveness import MIN_WAIT_S, PING_INTERVAL_S, Keepalive, wait_limit_s
-from pop_node.kv_stream.rates import MIN_SAMPLE_BYTES, RateMeter
+from pop_node.kv_stream.rates import MEMORY_S, MIN_SAMPLE_BYTES, RateMeter
 from pop_node.kv_stream.report import TransferMeter
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec, Piece
 
@@ -220,6 +220,16 @@ def test_rate_is_measured_when_the_link_sets_the_pace() -> None:
     assert meter.bytes_per_s == pytest.approx(2e6, rel=0.05)
     burst(meter, 200.0, 5e6, waited=False, pieces=3)  # too short
     assert meter.bytes_per_s == pytest.approx(2e6, rel=0.05)
+
+
+def test_a_rate_of_long_ago_is_unknown_again() -> None:
+    meter = RateMeter()
+    burst(meter, 0.0, 1e6, waited=True)
+    seen = 2 * MIN_SAMPLE_BYTES / 1e6
+    assert meter.current(seen + MEMORY_S - 1) == pytest.approx(1e6)
+    assert meter.current(seen + MEMORY_S + 1) == 0.0
+    burst(meter, 100.0, 8e6, waited=True)  # what was forgotten has no weight
+    assert meter.current(101.0) == pytest.approx(8e6)
 
 
 def test_hidden_bytes_arrived_before_the_compute_ended() -> None:
