@@ -5,7 +5,6 @@
  */
 #include "codec.h"
 
-#include <math.h>
 #include <stdlib.h>
 
 #include "pool.h"
@@ -55,8 +54,9 @@ static const pm_codec_kernels *find_kernels(const char *isa)
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    if (__builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
         known[count++] = &pm_codec_avx512;
     if (__builtin_cpu_supports("avx2"))
         known[count++] = &pm_codec_avx2;
@@ -87,115 +87,6 @@ static int run(pm_task task, const void *job, long items, int threads)
     int result = pm_pool_run(pool, task, job, items, 0);
     pm_pool_free(pool);
     return result;
-}
-
-/* ---- tables ---- */
-
-static void place_slots(pm_codec_table *table)
-{
-    int left[PM_CODEC_SYMBOLS] = {0}, bound[PM_CODEC_SYMBOLS], other[PM_CODEC_SYMBOLS];
-    int closed[PM_CODEC_SYMBOLS] = {0}, next[PM_CODEC_SYMBOLS] = {0};
-    for (int b = 0; b < PM_CODEC_SYMBOLS; b++) {
-        left[b] = b < table->count ? table->frequencies[b] : 0;
-        bound[b] = PM_CODEC_BUCKET;
-        other[b] = b;
-    }
-    for (;;) {
-        int small = 0, large = 0;
-        while (small < PM_CODEC_SYMBOLS && (closed[small] || left[small] >= PM_CODEC_BUCKET))
-            small++;
-        if (small == PM_CODEC_SYMBOLS)
-            break;
-        while (closed[large] || left[large] <= PM_CODEC_BUCKET)
-            large++; /* exists: what is left fills the open buckets exactly */
-        bound[small] = left[small];
-        other[small] = large;
-        closed[small] = 1;
-        left[large] -= PM_CODEC_BUCKET - left[small];
-    }
-    for (int b = 0; b < PM_CODEC_SYMBOLS; b++) {
-        const int first = b * PM_CODEC_BUCKET, alias = PM_CODEC_SYMBOLS + b;
-        table->limit[b] = (uint32_t)(first + bound[b]);
-        table->part_symbol[b] = (uint8_t)b;
-        table->part_offset[b] = next[b] - first;
-        next[b] += bound[b];
-        table->part_symbol[alias] = (uint8_t)other[b];
-        table->part_offset[alias] = next[other[b]] - first - bound[b];
-        next[other[b]] += PM_CODEC_BUCKET - bound[b];
-    }
-}
-
-/* The slots of a part: bucket b's own, or from PM_CODEC_SYMBOLS on those of its alias. */
-static uint32_t part_begin(const pm_codec_table *table, int part)
-{
-    return part < PM_CODEC_SYMBOLS ? (uint32_t)part * PM_CODEC_BUCKET
-                                   : table->limit[part - PM_CODEC_SYMBOLS];
-}
-
-static uint32_t part_end(const pm_codec_table *table, int part)
-{
-    return part < PM_CODEC_SYMBOLS ? table->limit[part]
-                                   : (uint32_t)(part - PM_CODEC_SYMBOLS + 1) * PM_CODEC_BUCKET;
-}
-
-static void fill_decoder(pm_codec_decoder *decoder)
-{
-    const pm_codec_table *table = &decoder->table;
-    for (int part = 0; part < 2 * PM_CODEC_SYMBOLS; part++) {
-        const int symbol = table->part_symbol[part];
-        const uint32_t says = (uint32_t)table->frequencies[symbol] << 18 |
-                              (uint32_t)(table->part_offset[part] + PM_CODEC_SLOTS) << 5 |
-                              (uint32_t)symbol;
-        for (uint32_t slot = part_begin(table, part); slot < part_end(table, part); slot++)
-            decoder->slots[slot] = says;
-    }
-}
-
-/* The most frequent exponents, the lower one first among equals; at least one slot each. */
-static void choose_table(pm_codec_encoder *encoder, const uint64_t *counts, uint64_t total)
-{
-    pm_codec_table *table = &encoder->table;
-    uint64_t left = total;
-    int distinct = 0, sum = 0;
-    memset(encoder, 0, sizeof *encoder);
-    memset(encoder->escaped, 1, sizeof encoder->escaped);
-    for (int e = 0; e < 256; e++)
-        distinct += counts[e] > 0;
-    table->has_escape = distinct > PM_CODEC_SYMBOLS;
-    table->count = table->has_escape ? PM_CODEC_SYMBOLS : distinct;
-    memset(encoder->symbol_of, table->count - 1, sizeof encoder->symbol_of);
-    for (int s = 0; s < table->count; s++) {
-        uint64_t shown = left;
-        if (!table->has_escape || s < table->count - 1) {
-            int best = -1;
-            for (int e = 0; e < 256; e++)
-                if (encoder->escaped[e] && counts[e] > 0 &&
-                    (best < 0 || counts[e] > counts[best]))
-                    best = e;
-            table->exponents[s] = (uint8_t)best;
-            encoder->symbol_of[best] = (uint8_t)s;
-            encoder->escaped[best] = 0;
-            shown = counts[best];
-            left -= shown;
-        }
-        const uint64_t frequency = shown * PM_CODEC_SLOTS / total;
-        table->frequencies[s] = (uint16_t)(frequency > 0 ? frequency : 1);
-        sum += table->frequencies[s];
-    }
-    table->frequencies[0] = (uint16_t)(table->frequencies[0] + PM_CODEC_SLOTS - sum);
-    place_slots(table);
-    uint32_t used = 0;
-    for (int s = 0; s < table->count; s++) {
-        encoder->starts[s] = used;
-        encoder->reciprocals[s] = nextafter(1.0 / table->frequencies[s], 2.0);
-        used += table->frequencies[s];
-    }
-    for (int part = 0; part < 2 * PM_CODEC_SYMBOLS; part++) {
-        const uint32_t start = encoder->starts[table->part_symbol[part]];
-        const uint32_t shift = start + (uint32_t)table->part_offset[part];
-        for (uint32_t slot = part_begin(table, part); slot < part_end(table, part); slot++)
-            encoder->slot_of[shift + slot] = (uint16_t)slot;
-    }
 }
 
 /* ---- encoding ---- */
@@ -286,7 +177,7 @@ static long encode_rans(const pm_codec_kernels *kernels, const uint8_t *data, lo
     long end = -1;
     if (encoder == NULL || section_bytes == NULL || run(count_item, &job, tiles, threads) != 0)
         goto done;
-    choose_table(encoder, counts, (uint64_t)values);
+    pm_codec_choose_table(encoder, counts, (uint64_t)values);
     job.sections = job.planes + pm_codec_planes_bytes(type, values);
     memset(job.sections - 4, 0, 4);
     if (run(encode_item, &job, tiles, threads) != 0)
@@ -482,9 +373,9 @@ PM_API int pm_codec_decode(const char *isa, const uint8_t *block, long bytes, ui
         sections[tile] = at;
         at += round4(PM_CODEC_STATE_BYTES + 2 * (long)get32(entry) + get32(entry + 4));
     }
-    place_slots(&decoder.table);
+    pm_codec_place_slots(&decoder.table);
     if (kernels->by_slot)
-        fill_decoder(&decoder);
+        pm_codec_fill_decoder(&decoder);
     pm_decode_job job = {kernels, &decoder, type, values, directory, planes, sections, out,
                          &damaged};
     const int result = run(decode_item, &job, ceil_div(tiles, kernels->pieces), threads);

@@ -1,7 +1,7 @@
 /* Lossless coding of floating-point values; the format is in kernels/codec/layout.py.
  *
- * codec.c reads and writes headers and cuts a block into tiles; codec_tile.inc.h codes one tile,
- * once per instruction set.
+ * codec.c reads and writes headers and cuts a block into tiles; codec_table.c makes tables;
+ * codec_values.inc.h and codec_tile.inc.h code one tile, once per instruction set.
  */
 #ifndef PM_CODEC_H
 #define PM_CODEC_H
@@ -83,6 +83,14 @@ typedef struct {
     int (*decode)(const pm_codec_decoder *decoder, const pm_codec_piece *pieces, long count);
 } pm_codec_kernels;
 
+/* Fills in limits and parts from count and frequencies, which sum to PM_CODEC_SLOTS. */
+void pm_codec_place_slots(pm_codec_table *table);
+/* Fills in the slots of a table that was placed. */
+void pm_codec_fill_decoder(pm_codec_decoder *decoder);
+/* For counts[256] of exponents with their sum: the most frequent ones, the lower one first among
+ * equals, with one slot at least. */
+void pm_codec_choose_table(pm_codec_encoder *encoder, const uint64_t *counts, uint64_t total);
+
 extern const pm_codec_kernels pm_codec_portable;
 #if defined(__x86_64__)
 extern const pm_codec_kernels pm_codec_avx2, pm_codec_avx512;
@@ -91,6 +99,7 @@ extern const pm_codec_kernels pm_codec_avx2, pm_codec_avx512;
 /* Memory at any address, which may hold anything. */
 typedef uint16_t __attribute__((aligned(1), may_alias)) pm_u16;
 typedef uint32_t __attribute__((aligned(1), may_alias)) pm_u32;
+typedef uint64_t __attribute__((aligned(1), may_alias)) pm_u64;
 
 static inline long pm_codec_planes_bytes(pm_codec_type type, long values)
 {
