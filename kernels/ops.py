@@ -48,11 +48,13 @@ class Ops:
     """Operations of one backend.
 
     ``name`` is for people, e.g. ``native/avx512_bf16``, or ``native/avx512_bf16+batch_invariant``
-    where that was asked for. Tensors given to them are on ``device``.
+    where that was asked for. Tensors given to them are on ``device``. ``batch_invariant``: they
+    are, asked for or not.
     """
 
     name: str
     device: torch.device
+    batch_invariant: bool
     rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
     add_rms_norm: Callable[[_Tensor, _Tensor, _Tensor, float], tuple[_Tensor, _Tensor]]
     linear: Callable[[_Tensor, _Tensor, _Tensor | None], _Tensor]
@@ -88,6 +90,7 @@ def reference_ops(*, batch_invariant: bool = False) -> Ops:
         return Ops(
             name=f"reference{INVARIANT_SUFFIX}",
             device=_CPU,
+            batch_invariant=True,
             rms_norm=invariant.rms_norm,
             add_rms_norm=invariant.add_rms_norm,
             linear=invariant.linear,
@@ -100,6 +103,7 @@ def reference_ops(*, batch_invariant: bool = False) -> Ops:
     return Ops(
         name="reference",
         device=_CPU,
+        batch_invariant=False,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
         linear=linear,
@@ -128,6 +132,7 @@ def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = 
     return Ops(
         name=f"native/{native.isa}{INVARIANT_SUFFIX if batch_invariant else ''}",
         device=_CPU,
+        batch_invariant=True,
         rms_norm=native.rms_norm,
         add_rms_norm=native.add_rms_norm,
         linear=native.linear,
@@ -157,6 +162,7 @@ def triton_ops(*, batch_invariant: bool = False) -> Ops:
     return Ops(
         name=f"triton/sm_{facts.major}{facts.minor}{INVARIANT_SUFFIX if batch_invariant else ''}",
         device=device,
+        batch_invariant=batch_invariant,
         rms_norm=ops.rms_norm,
         add_rms_norm=ops.add_rms_norm,
         linear=ops.linear,

@@ -134,8 +134,19 @@ class RouterLink(asyncio.Protocol):
     # ---- for the agent -------------------------------------------------------------------------
 
     def emit(self, entry: StepEntry) -> None:
-        """Add an entry to the ``Step`` frame that the next ``flush`` sends."""
-        self._entries.append(entry)
+        """Add an entry to the ``Step`` frame that the next ``flush`` sends; one that goes on where
+        the last one ended becomes part of it."""
+        last = self._entries[-1] if self._entries else None
+        if (
+            last is not None
+            and last.stream == entry.stream
+            and last.index + len(last.ids) == entry.index
+        ):
+            self._entries[-1] = StepEntry(
+                *(last.stream, last.index, last.ids + entry.ids, last.text + entry.text)
+            )
+        else:
+            self._entries.append(entry)
         self._entry_bytes += 40 + len(entry.text) + 9 * len(entry.ids)
         if self._entry_bytes > STEP_BYTES:
             self.flush()

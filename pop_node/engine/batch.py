@@ -13,7 +13,7 @@ from pop_node.engine.schedule import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``ids`` [T] int64 and ``logit_rows`` [number of sampled rows] int64 index the same T rows."""
+    """``ids`` [T] int64 and ``logit_rows`` [tokens to draw] int64 index the same T rows."""
 
     ids: torch.Tensor
     meta: AttentionMeta
@@ -31,9 +31,7 @@ def build_batch(schedule: Schedule, block_tokens: int, device: torch.device) -> 
     ends = starts + lens
     query_starts = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(lens, out=query_starts[1:])
-    ids = np.concatenate(
-        [np.frombuffer(row.sequence.ids[row.start : row.end], dtype=np.int32) for row in rows]
-    )
+    ids = np.concatenate([np.frombuffer(row.tokens(), dtype=np.int32) for row in rows])
     widths = -(-ends // block_tokens)
     tables = np.zeros((len(rows), int(widths.max())), dtype=np.int32)
     for index, row in enumerate(rows):
@@ -55,9 +53,17 @@ def build_batch(schedule: Schedule, block_tokens: int, device: torch.device) -> 
         query_lens_host=lens.tolist(),
         context_lens_host=ends.tolist(),
     )
-    last_rows = query_starts[1:][list(schedule.sampled)] - 1
+    logit_rows = query_starts[1:][list(schedule.sampled)] - 1
+    if schedule.num_drafts:
+        drafts = [len(rows[index].drafts) for index in schedule.sampled]
+        logit_rows = np.concatenate(
+            [
+                np.arange(last - count, last + 1)
+                for last, count in zip(logit_rows, drafts, strict=True)
+            ]
+        )
     return Batch(
         ids=torch.from_numpy(ids.astype(np.int64)).to(device),
         meta=meta,
-        logit_rows=torch.from_numpy(last_rows).to(device),
+        logit_rows=torch.from_numpy(logit_rows).to(device),
     )

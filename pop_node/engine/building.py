@@ -20,6 +20,7 @@ from pop_node.engine.messages import Add, Ready
 from pop_node.engine.port import Port
 from pop_node.engine.runner import Model, Runner, StepRunner
 from pop_node.engine.scheduler import Scheduler
+from pop_node.engine.speculation import Speculation
 from pop_node.engine.stager import Stager
 from pop_node.engine.start_clock import StartClock
 from pop_node.engine.validate import Limits
@@ -59,14 +60,15 @@ def build(port: Port, set_up: SetUp, clock: StartClock) -> tuple[EngineLoop, Rea
         block_tokens=config.block_tokens,
         num_blocks=config.num_blocks,
     )
+    runner = _runner(model, ops, config, limits)
     scheduler = Scheduler(
         pool,
         limits,
         token_budget=config.token_budget,
         max_sequences=config.max_sequences,
         max_waiting=config.max_waiting,
+        speculation=Speculation() if ops.batch_invariant and runner.depth == 1 else None,
     )
-    runner = _runner(model, ops, config, limits)
     first_token_at = _warm(scheduler, runner, limits)
     pool.forget()
     spec = model.kv_spec()

@@ -79,7 +79,7 @@ class EngineLoop:
         started = time.monotonic()
         ids = self._runner.launch(schedule, self._layer_done)()
         now = time.monotonic()
-        self._rates.step(schedule.num_tokens - len(schedule.sampled), now - started)
+        self._rates.step(schedule.prefill_tokens, now - started)
         effects = self._scheduler.complete(schedule, ids, now)
         tokens = [(e.seq, e.index, e.id, e.finish) for e in effects if isinstance(e, Token)]
         self._tell(tokens)
@@ -159,5 +159,7 @@ class EngineLoop:
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_step_ms=self._rates.decode_step_ms,
                 pinned=load.pinned,
+                drafted=load.drafted,
+                accepted=load.accepted,
             )
         )

@@ -195,7 +195,8 @@ class StepDone:
 
     ``tokens`` holds the fields of ``Token``. ``pinned`` counts sequences that hold blocks only for
     a transfer: prefill legs until ``Release`` and decode legs until ``Commit``. Also sent without
-    tokens when the load changed between steps.
+    tokens when the load changed between steps. ``drafted`` tokens were guessed since the engine
+    began, ``accepted`` of them rightly.
     """
 
     tokens: list[tuple[int, int, int, str]]
@@ -207,6 +208,8 @@ class StepDone:
     prefill_tokens_per_s: float
     decode_step_ms: float
     pinned: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

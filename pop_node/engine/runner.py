@@ -87,7 +87,7 @@ class Runner:
         return False
 
     def run(self, schedule: Schedule, on_layer: OnLayer) -> list[int]:
-        """Compute all rows; returns the token sampled for each of ``schedule.sampled``.
+        """Compute all rows; returns the tokens drawn after each of ``schedule.sampled``, in order.
 
         ``on_layer(i)`` is called when the KV of these rows is in the cache for model layer i.
         """
@@ -98,4 +98,4 @@ class Runner:
             )
             if not schedule.sampled:
                 return []
-            return sample(self._ops, logits, [schedule.rows[i].sequence for i in schedule.sampled])
+            return sample(self._ops, logits, [schedule.rows[i] for i in schedule.sampled])

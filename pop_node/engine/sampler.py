@@ -5,20 +5,30 @@ from __future__ import annotations
 import torch
 
 from kernels.ops import Ops
+from pop_node.engine.schedule import Row
 from pop_node.engine.sequence import Sequence
 
 
-def sample(ops: Ops, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """One token id per row of ``logits`` [S, vocab] float32; row i belongs to ``sequences[i]``.
+def sample(ops: Ops, logits: torch.Tensor, rows: list[Row]) -> list[int]:
+    """One token id per row of ``logits`` [S, vocab] float32; each of ``rows`` owns one of them and
+    one more for each of its drafts.
 
     The noise is keyed by (seed, choice, output index, token id) and by nothing else, so it is the
-    same on any node and after any preemption. Every sequence here is choice 0 of its request.
+    same on any node, after any preemption and whether a token was guessed or not. Every sequence
+    here is choice 0 of its request.
     """
+    sequences: list[Sequence] = []
+    indices: list[int] = []
+    for row in rows:
+        index = row.sequence.output_tokens
+        for ahead in range(1 + len(row.drafts)):
+            sequences.append(row.sequence)
+            indices.append(index + ahead)
     return ops.gumbel_sample(
         logits,
         [s.temperature for s in sequences],
         [s.top_p for s in sequences],
         [s.seed for s in sequences],
         [0] * len(sequences),
-        [s.output_tokens for s in sequences],
+        indices,
     )

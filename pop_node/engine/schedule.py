@@ -5,6 +5,7 @@ Values only; imports neither torch nor the scheduler.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,27 +17,66 @@ Side = Literal["export", "import"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Compute tokens ``[start, start + count)`` of a sequence; earlier ones are in its blocks."""
+    """Compute tokens ``[start, start + count)`` of a sequence; earlier ones are in its blocks.
+
+    The last of them may be ``drafts``: guesses of what follows the known tokens. Their KV goes
+    where that of the right ones would; what is wrong of it is written again before it is read.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
         """First token position after the row."""
         return self.start + self.count
 
+    def tokens(self) -> array[int]:
+        """Ids of the row, ``count`` of them."""
+        ids = self.sequence.ids[self.start : self.end]
+        ids.extend(self.drafts)
+        return ids
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step. ``sampled`` are indices of rows that reach the end of their sequence, in order;
-    ``completing`` are sequences whose given tokens are all computed once the step is done."""
+    """One step. ``sampled`` are indices of rows that reach the end of their sequence, in order: a
+    token is drawn after the last known one and after each draft. ``completing`` are sequences whose
+    given tokens are all computed once the step is done."""
 
     rows: tuple[Row, ...]
     sampled: tuple[int, ...]
     completing: tuple[Sequence, ...]
     num_tokens: int
+    num_drafts: int = 0
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> Schedule:
+        """The step that computes ``rows``."""
+        sampled: list[int] = []
+        completing: list[Sequence] = []
+        num_tokens = num_drafts = 0
+        for index, row in enumerate(rows):
+            sequence = row.sequence
+            num_tokens += row.count
+            num_drafts += len(row.drafts)
+            if row.end >= len(sequence.ids):
+                sampled.append(index)
+                if sequence.timings.computed_at is None and sequence.leg != "decode":
+                    completing.append(sequence)
+        return cls(tuple(rows), tuple(sampled), tuple(completing), num_tokens, num_drafts)
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens to draw."""
+        return len(self.sampled) + self.num_drafts
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens besides those that are drawn after; 0: a step that only decodes."""
+        return self.num_tokens - self.num_drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +145,5 @@ class Load:
     free_blocks: int
     cached_blocks: int
     pinned: int
+    drafted: int = 0
+    accepted: int = 0

@@ -19,6 +19,7 @@ from bisect import insort
 from typing import assert_never
 
 from pop_node.engine.block_pool import BlockPool
+from pop_node.engine.block_table import fit, give_back, hold, register_full
 from pop_node.engine.messages import (
     Add,
     Allocated,
@@ -43,6 +44,7 @@ from pop_node.engine.schedule import (
     TransferUnbound,
 )
 from pop_node.engine.sequence import Sequence
+from pop_node.engine.speculation import Speculation
 from pop_node.engine.validate import Limits, problem_with_add, problem_with_commit
 from pop_node.engine.waiting import Waiting, age
 
@@ -64,12 +66,17 @@ class Scheduler:
         token_budget: int,
         max_sequences: int,
         max_waiting: int,
+        speculation: Speculation | None = None,
     ) -> None:
+        """``speculation``: guess tokens ahead as far as it says; only for operations that are
+        batch-invariant, and for shells that complete a step before the next is scheduled."""
         self._pool = pool
         self._limits = limits
         self._token_budget = token_budget
         self._max_sequences = max_sequences
         self._max_waiting = max_waiting
+        self._speculation = speculation
+        self._scheduled_at = 0.0
         self._arrivals = 0
         self._sequences: dict[int, Sequence] = {}
         self._waiting = Waiting()
@@ -124,7 +131,7 @@ class Scheduler:
         """End a sequence; what a broken transfer brought in full stays in the prefix cache."""
         if sequence.phase == "receiving":
             sequence.computed = max(sequence.computed, min(kept_tokens, sequence.given_tokens))
-            self._register_blocks(sequence)
+            register_full(self._pool, sequence)
         return self._end(sequence)
 
     def _retarget(self, transfer: bytes, new_transfer: bytes) -> list[Effect]:
@@ -152,7 +159,7 @@ class Scheduler:
         sequence.ids.extend(ids[sequence.emitted_from :])
         sequence.emitted_from = len(ids)
         sequence.kv_source = "compute"
-        self._register_blocks(sequence)
+        register_full(self._pool, sequence)
         effects = [TransferClosed("import", transfer)]
         # After a hand-off later than the first token a few tokens are left to compute here, as one
         # chunk whose blocks must be there; a single one gets its block like any decode row.
@@ -179,65 +186,84 @@ class Scheduler:
                 continue  # a prefill, or it has just given way to an older one
             if self._grow(sequence, effects):
                 rows.append(Row(sequence, sequence.computed, 1))
-        budget = self._token_budget - len(rows)
+        num_decoding = len(rows)
+        budget = self._token_budget - num_decoding
         for sequence in self._running:
             if budget == 0:
                 break
             if sequence.remaining > 1:
                 budget -= self._chunk(sequence, budget, rows)
-        self._admit(budget, rows, effects)
-        return self._describe(rows, now), effects
+        budget = self._admit(budget, rows, effects)
+        if self._speculation is not None:
+            self._scheduled_at = now
+            decoding = [row.sequence for row in rows[:num_decoding]]
+            for index, drafts in enumerate(self._speculation.drafts(decoding, budget)):
+                if drafts:
+                    rows[index] = self._lengthened(rows[index], drafts)
+        for row in rows:
+            row.sequence.timings.start(now)
+        return Schedule.of(rows), effects
 
     def complete(self, schedule: Schedule, ids: list[int], now: float) -> list[Effect]:
-        """Book the step: ``ids[i]`` was sampled for row ``schedule.sampled[i]``."""
+        """Book the step: ``ids`` are the tokens drawn, ``schedule.num_drawn`` of them in order."""
         for row in schedule.rows:
-            row.sequence.computed = row.end
-            self._register_blocks(row.sequence)
+            row.sequence.computed = row.end - len(row.drafts)
+            register_full(self._pool, row.sequence)
         for sequence in schedule.completing:
             sequence.timings.computed_at = now
+        if self._speculation is not None and schedule.prefill_tokens == 0:
+            guesses = schedule.num_drafts
+            sequences = schedule.num_tokens - guesses
+            self._speculation.step(sequences, guesses, now - self._scheduled_at)
+        assert len(ids) == schedule.num_drawn, "a token for each that was to be drawn"
         effects: list[Effect] = []
-        for index, token in zip(schedule.sampled, ids, strict=True):
-            sequence = schedule.rows[index].sequence
-            at = sequence.output_tokens
-            sequence.ids.append(token)
-            finish = self._finish(sequence, token)
-            effects.append(Token(sequence.seq, at, token, finish))
-            if finish == "handoff":
-                self._running.remove(sequence)
-                sequence.phase = "pinned"
-                self._num_pinned += 1
-            elif finish:
-                effects += self._end(sequence)
+        at = 0
+        for index in schedule.sampled:
+            row = schedule.rows[index]
+            end = at + 1 + len(row.drafts)
+            self._book(row, ids[at:end], effects)
+            at = end
         return effects
 
-    @staticmethod
-    def _finish(sequence: Sequence, token: int) -> str:
-        if token in sequence.stop_ids:
-            return "stop"
-        if sequence.output_tokens >= sequence.max_tokens:
-            return "length"
-        return "handoff" if sequence.leg == "prefill" else ""
-
-    def _describe(self, rows: list[Row], now: float) -> Schedule:
-        sampled: list[int] = []
-        completing: list[Sequence] = []
-        num_tokens = 0
-        for index, row in enumerate(rows):
-            sequence = row.sequence
-            num_tokens += row.count
-            if sequence.timings.started_at is None:
-                sequence.timings.started_at = now
-            if row.end == len(sequence.ids):
-                sampled.append(index)
-                if sequence.timings.computed_at is None and sequence.leg != "decode":
-                    completing.append(sequence)
-        return Schedule(tuple(rows), tuple(sampled), tuple(completing), num_tokens)
+    def _book(self, row: Row, drawn: list[int], effects: list[Effect]) -> None:
+        """Take the tokens drawn after a row as long as the drafts before them were right."""
+        sequence, drafts = row.sequence, row.drafts
+        accepted = 0
+        for token in drawn:
+            sequence.ids.append(token)
+            finish = sequence.finish()
+            effects.append(Token(sequence.seq, sequence.output_tokens - 1, token, finish))
+            if finish or accepted == len(drafts) or drafts[accepted] != token:
+                break
+            accepted += 1
+        if drafts:
+            assert self._speculation is not None, "a draft that nobody made"
+            self._speculation.judge(sequence, len(drafts), accepted)
+            sequence.computed += accepted
+            register_full(self._pool, sequence)
+        if finish == "handoff":
+            self._running.remove(sequence)
+            sequence.phase = "pinned"
+            self._num_pinned += 1
+        elif finish:
+            effects += self._end(sequence)
 
     @staticmethod
     def _chunk(sequence: Sequence, budget: int, rows: list[Row]) -> int:
         count = min(sequence.remaining, budget)
         rows.append(Row(sequence, sequence.computed, count))
         return count
+
+    def _lengthened(self, row: Row, drafts: tuple[int, ...]) -> Row:
+        """A decode row with as many of its drafts as there are blocks for: nobody gives way to a
+        guess, and a block stays for each running sequence."""
+        sequence = row.sequence
+        missing = self._pool.blocks_for(row.end + len(drafts)) - len(sequence.blocks)
+        if missing > 0 and missing + len(self._running) > self._pool.available:
+            drafts = drafts[: len(sequence.blocks) * self._pool.block_tokens - row.end]
+        elif missing > 0:
+            sequence.blocks.extend(self._pool.allocate(missing))
+        return Row(sequence, row.start, 1 + len(drafts), drafts)
 
     # ---- blocks --------------------------------------------------------------------------------
 
@@ -260,35 +286,22 @@ class Scheduler:
         self._wait_again(sequence)
 
     def _wait_again(self, sequence: Sequence) -> None:
-        self._give_back(sequence)
+        give_back(self._pool, sequence)
         sequence.phase = "waiting"
         sequence.computed = 0
         self._waiting.put_back(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.blocks)
-        del sequence.blocks[:]
-        sequence.registered = 0
-
-    def _register_blocks(self, sequence: Sequence) -> None:
-        """Make blocks that this step filled known to later prompts."""
-        full = sequence.computed // self._pool.block_tokens
-        if full > sequence.registered:
-            hashes = sequence.hashes(full, self._pool.block_tokens)
-            for index in range(sequence.registered, full):
-                self._pool.register(sequence.blocks[index], hashes[index])
-            sequence.registered = full
-
     # ---- admission -----------------------------------------------------------------------------
 
-    def _admit(self, budget: int, rows: list[Row], effects: list[Effect]) -> None:
+    def _admit(self, budget: int, rows: list[Row], effects: list[Effect]) -> int:
+        """Let waiting sequences in; what is left of the budget."""
         seats = self._max_sequences - len(self._running) - len(self._receiving)
         reserved = 0  # blocks that older sequences, which wait only for budget, will take
         admitted: list[Sequence] = []
         for sequence in self._waiting:
             if seats == 0 or (budget == 0 and self._waiting.decode_legs == 0):
                 break
-            hits, new = self._fit(sequence)
+            hits, new = fit(self._pool, sequence)
             idle = self._pool.unheld(hits)
             headroom = len(self._running) + len(admitted)  # a block for each, before they grow
             if reserved + new + idle + headroom > self._pool.available:
@@ -309,27 +322,12 @@ class Scheduler:
             else:
                 sequence.phase = "running"
                 insort(self._running, sequence, key=age)
-
-    def _fit(self, sequence: Sequence) -> tuple[list[int], int]:
-        """(blocks of the cached beginning, how many new ones are needed besides).
-
-        A sequence that computes leaves at least its last token to compute, for the logits.
-        """
-        known = len(sequence.ids)
-        usable = known if sequence.kv_source == "transfer" else known - 1
-        block_tokens = self._pool.block_tokens
-        hits = self._pool.match(sequence.hashes(usable // block_tokens, block_tokens))
-        return hits, self._pool.blocks_for(known) - len(hits)
+        return budget
 
     def _hold(self, sequence: Sequence, hits: list[int], new: int, effects: list[Effect]) -> None:
-        self._pool.acquire(hits)
-        sequence.blocks.extend(hits)
-        sequence.blocks.extend(self._pool.allocate(new))
-        cached = len(hits) * self._pool.block_tokens
         if sequence.kv_source == "compute":
             self._waiting.tokens -= sequence.remaining
-        sequence.computed = cached
-        sequence.registered = len(hits)
+        cached = hold(self._pool, sequence, hits, new)
         if sequence.leg == "prefill" or sequence.kv_source == "transfer":
             side: Side = "export" if sequence.leg == "prefill" else "import"
             blocks, total = tuple(sequence.blocks), sequence.given_tokens
@@ -351,7 +349,7 @@ class Scheduler:
                 self._running.remove(sequence)
             case "pinned":
                 self._num_pinned -= 1
-        self._give_back(sequence)
+        give_back(self._pool, sequence)
         sequence.phase = "ended"
         del self._sequences[sequence.seq]
         effects: list[Effect] = []
@@ -368,6 +366,7 @@ class Scheduler:
     def load(self) -> Load:
         """How busy the engine is now. Linear in the running sequences."""
         prefill = sum(s.remaining for s in self._running if s.remaining > 1)
+        guessed = self._speculation
         return Load(
             queued_prefill_tokens=self._waiting.tokens + prefill,
             running=len(self._running),
@@ -375,6 +374,8 @@ class Scheduler:
             free_blocks=self._pool.free,
             cached_blocks=self._pool.cached,
             pinned=self._num_pinned + len(self._receiving),
+            drafted=guessed.drafted if guessed else 0,
+            accepted=guessed.accepted if guessed else 0,
         )
 
     @property

@@ -10,6 +10,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pop_node.engine.drafter import Drafter
 from pop_node.engine.messages import Add, Leg
 
 Phase = Literal["waiting", "receiving", "running", "pinned", "ended"]
@@ -29,6 +30,11 @@ class Timings:
     started_at: float | None = None
     computed_at: float | None = None
 
+    def start(self, now: float) -> None:
+        """It is part of a step for the first time, or once more."""
+        if self.started_at is None:
+            self.started_at = now
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -37,6 +43,7 @@ class Sequence:
     ``computed`` tokens have their KV in ``blocks``, the block table. ``kv_source`` says where the
     KV of the given tokens comes from: a decode leg's from its transfer until ``Commit``, else from
     computing. ``emitted_from`` is the output index of the first token that was not given to us.
+    ``drafter`` guesses what comes next, once it was asked to.
     """
 
     seq: int
@@ -57,6 +64,7 @@ class Sequence:
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
     registered: int = 0
+    drafter: Drafter | None = None
     _root: bytes = b""
     _hashes: list[bytes] = field(default_factory=list)
 
@@ -95,6 +103,14 @@ class Sequence:
     def given_tokens(self) -> int:
         """Prompt and forced tokens: what a prefill leg computes and a transfer carries."""
         return self.prompt_tokens + self.emitted_from
+
+    def finish(self) -> str:
+        """Why the answer ends with its newest token, as in ``messages.Token``; "": it goes on."""
+        if self.ids[-1] in self.stop_ids:
+            return "stop"
+        if self.output_tokens >= self.max_tokens:
+            return "length"
+        return "handoff" if self.leg == "prefill" else ""
 
     def hashes(self, num_blocks: int, block_tokens: int) -> list[bytes]:
         """Chained hashes of the first ``num_blocks`` blocks, each of ``block_tokens`` known tokens.

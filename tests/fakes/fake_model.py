@@ -23,19 +23,23 @@ def chain(ids: Sequence[int]) -> list[int]:
     return values
 
 
-def answer(ids: Sequence[int], num_tokens: int) -> list[int]:
+def answer(ids: Sequence[int], num_tokens: int, vocabulary: int = VOCABULARY) -> list[int]:
     """The next ``num_tokens`` tokens after ``ids``."""
     known = list(ids)
     for _ in range(num_tokens):
-        known.append(chain(known)[-1] % VOCABULARY)
+        known.append(chain(known)[-1] % vocabulary)
     return known[len(ids) :]
 
 
 class FakeModel:
-    """Runs schedules; ``memory[slot]`` is None where nothing was ever written."""
+    """Runs schedules; ``memory[slot]`` is None where nothing was ever written.
 
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    With a small ``vocabulary`` its texts repeat themselves often, though never for long.
+    """
+
+    def __init__(self, num_blocks: int, block_tokens: int, vocabulary: int = VOCABULARY) -> None:
         self.block_tokens = block_tokens
+        self.vocabulary = vocabulary
         self.memory: list[int | None] = [None] * (num_blocks * block_tokens)
 
     def slot(self, blocks: Sequence[int], position: int) -> int:
@@ -52,12 +56,15 @@ class FakeModel:
     def run(self, schedule: Schedule) -> list[int]:
         """Compute all rows, then sample; like the real runner."""
         for row in schedule.rows:
-            ids, blocks = list(row.sequence.ids), row.sequence.blocks
-            values = chain(ids[: row.end])
+            ids, blocks = [*row.sequence.ids, *row.drafts][: row.end], row.sequence.blocks
+            values = chain(ids)
             for position in range(row.start):
                 found = self.memory[self.slot(blocks, position)]
                 assert found == values[position], f"position {position} holds another text"
             self.write(blocks, ids, row.start, row.end)
-        return [
-            chain(schedule.rows[index].sequence.ids)[-1] % VOCABULARY for index in schedule.sampled
-        ]
+        drawn = []
+        for index in schedule.sampled:
+            row = schedule.rows[index]
+            values = chain([*row.sequence.ids, *row.drafts])
+            drawn += [value % self.vocabulary for value in values[-1 - len(row.drafts) :]]
+        return drawn

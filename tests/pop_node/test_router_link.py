@@ -240,3 +240,22 @@ async def test_a_link_that_was_told_goodbye_ends_though_nobody_reads(monkeypatch
             link.say(CacheDelta("m", True, [(bytes(16), 1)] * 8192, []))
         link.close()
         assert (await router.agent.heard.get())[0] == "left"
+
+
+async def test_tokens_of_one_step_that_follow_each_other_are_one_entry():
+    async with linked() as router:
+        router.send(hello("router"))
+        await router.receive()
+        _, link = await router.agent.heard.get()
+        for entry in (
+            StepEntry(7, 0, [1], b"a"),
+            StepEntry(7, 1, [2], b"b"),
+            StepEntry(8, 4, [5], b""),
+            StepEntry(7, 2, [3], b"c"),
+            StepEntry(7, 4, [6], b"e"),
+        ):
+            link.emit(entry)
+        link.flush()
+        together = [StepEntry(7, 0, [1, 2], b"ab"), StepEntry(8, 4, [5], b"")]
+        apart = [StepEntry(7, 2, [3], b"c"), StepEntry(7, 4, [6], b"e")]
+        assert await router.receive() == Step(together + apart)

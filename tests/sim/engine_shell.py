@@ -27,6 +27,7 @@ from pop_node.engine.schedule import (
     TransferUnbound,
 )
 from pop_node.engine.scheduler import Scheduler
+from pop_node.engine.speculation import Speculation
 from pop_node.engine.stager import Stager
 from pop_node.engine.validate import Limits
 from pop_node.engine.watch import EngineWatch
@@ -151,6 +152,7 @@ class SimEngine:
             token_budget=shape.token_budget,
             max_sequences=shape.max_sequences,
             max_waiting=shape.max_waiting,
+            speculation=Speculation(),
         )
         self.model = FakeModel(shape.num_blocks)
         self.stager = SimStager(self.model, staging, self.pool.generations, self._wake)
@@ -303,8 +305,9 @@ class SimEngine:
             began = now if began is None else began
             queue_ms = (began - sequence.timings.added_at) * 1000
             self._say(em.PrefillDone(sequence.seq, queue_ms, (now - began) * 1000))
-        ids = [self.model.sample(schedule.rows[at], good[at]) for at in schedule.sampled]
-        self._rates.step(schedule.num_tokens - len(schedule.sampled), now - started)
+        drawn = [self.model.sample(schedule.rows[at], good[at]) for at in schedule.sampled]
+        ids = [token for tokens in drawn for token in tokens]
+        self._rates.step(schedule.prefill_tokens, now - started)
         effects = self.scheduler.complete(schedule, ids, now)
         self._tell([(e.seq, e.index, e.id, e.finish) for e in effects if isinstance(e, em.Token)])
         yield from self._carry_out(effects)
@@ -350,6 +353,8 @@ class SimEngine:
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_step_ms=self._rates.decode_step_ms,
                 pinned=load.pinned,
+                drafted=load.drafted,
+                accepted=load.accepted,
             )
         )
 

@@ -62,16 +62,28 @@ class Truth:
         self._count = 0
         self._value = 0
 
+    def guessed(self, drafts: Sequence[int]) -> Truth:
+        """What it would be if ``drafts`` came next; this one stays as it is."""
+        other = Truth()
+        other.rows = [[bytearray(row) for row in rows] for rows in self.rows]
+        other._count, other._value = self._count, self._value
+        other._append(drafts)
+        return other
+
     def grow(self, ids: Sequence[int]) -> None:
         """``ids`` are all tokens known now, those of before first."""
+        self._append(ids[self._count :])
+
+    def _append(self, ids: Sequence[int]) -> None:
         value = self._value
-        for at in range(self._count, len(ids)):
-            value = (value * 1_000_003 + ids[at] + 1) % (2**55 - 55)
+        for token in ids:
+            value = (value * 1_000_003 + token + 1) % (2**55 - 55)
             raw = value.to_bytes(7, "little")
             for rows, tags in zip(self.rows, _TAGS, strict=True):
                 for row, tag in zip(rows, tags, strict=True):
                     row += raw + tag
-        self._count, self._value = len(ids), value
+        self._count += len(ids)
+        self._value = value
 
     @property
     def next_token(self) -> int:
@@ -167,6 +179,7 @@ class FakeModel:
     def compute(self, row: Row, layer: int) -> bool:
         """Write the KV of a row's tokens in one layer; False when what is before it is wrong."""
         truth, blocks, good = self._truth(row), row.sequence.blocks, True
+        truth = truth.guessed(row.drafts) if row.drafts else truth
         start, end = row.start, row.end
         for memory, rows in zip(self.cache, truth.rows, strict=True):
             good &= memory.read(layer, blocks, 0, start) == rows[layer][: start * WIDTH]
@@ -175,7 +188,11 @@ class FakeModel:
             memory.write(layer, blocks, start, bytes(data) if good else WRONG * row.count)
         return good
 
-    def sample(self, row: Row, good: bool) -> int:
-        """The token after a row; another one when it was computed on wrong KV."""
-        token = self._truth(row).next_token
-        return token if good else (token + 1) % (VOCABULARY - 1)
+    def sample(self, row: Row, good: bool) -> list[int]:
+        """The token after a row, and after each of its drafts; others when it was computed on wrong
+        KV."""
+        truth = self._truth(row)
+        drafts = row.drafts
+        truths = [truth, *(truth.guessed(drafts[: n + 1]) for n in range(len(drafts)))]
+        tokens = [each.next_token for each in truths]
+        return tokens if good else [(token + 1) % (VOCABULARY - 1) for token in tokens]

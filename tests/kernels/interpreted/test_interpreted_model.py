@@ -33,6 +33,7 @@ def interpreted_ops(batch_invariant: bool) -> Ops:
     return Ops(
         name="interpreted",
         device=torch.device("cpu"),
+        batch_invariant=batch_invariant,
         rms_norm=ops.rms_norm,
         add_rms_norm=ops.add_rms_norm,
         linear=ops.linear,

@@ -7,6 +7,7 @@ from typing import Any
 from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.messages import Add
 from pop_node.engine.scheduler import Scheduler
+from pop_node.engine.speculation import Speculation
 from pop_node.engine.validate import Limits
 from tests.fakes.fake_model import VOCABULARY
 
@@ -36,6 +37,7 @@ def a_scheduler(
     max_sequences: int = 8,
     max_waiting: int = 16,
     context_tokens: int = 10_000,
+    speculation: Speculation | None = None,
 ) -> tuple[Scheduler, BlockPool]:
     """A scheduler for the fake model, with its pool."""
     pool = BlockPool(num_blocks, block_tokens)
@@ -46,5 +48,6 @@ def a_scheduler(
         token_budget=token_budget,
         max_sequences=max_sequences,
         max_waiting=max_waiting,
+        speculation=speculation,
     )
     return scheduler, pool

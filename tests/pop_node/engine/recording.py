@@ -12,6 +12,7 @@ from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.runner import Runner
 from pop_node.engine.schedule import Schedule
 from pop_node.engine.scheduler import Scheduler
+from pop_node.engine.speculation import Speculation
 from pop_node.engine.validate import Limits
 from pop_node.models.llama import Llama
 
@@ -39,7 +40,13 @@ class RecordingEngine:
     """Runs sequences to their ends, one step at a time."""
 
     def __init__(
-        self, model: Llama, *, budget: int = 512, num_blocks: int = 64, max_sequences: int = 8
+        self,
+        model: Llama,
+        *,
+        budget: int = 512,
+        num_blocks: int = 64,
+        max_sequences: int = 8,
+        speculation: Speculation | None = None,
     ) -> None:
         vocabulary = model.config.vocab_size
         self._pool = BlockPool(num_blocks, BLOCK_TOKENS)
@@ -49,6 +56,7 @@ class RecordingEngine:
             token_budget=budget,
             max_sequences=min(max_sequences, budget),
             max_waiting=64,
+            speculation=speculation,
         )
         self._forward = model.forward
         self._logits = torch.empty(0)
@@ -58,6 +66,7 @@ class RecordingEngine:
             component.fill_(float("nan"))
         self.answers: dict[int, Answer] = {}
         self.cached_tokens: dict[int, int] = {}
+        self.num_steps = 0
 
     def _heard(self, logits: torch.Tensor) -> None:
         self._logits = logits
@@ -79,6 +88,7 @@ class RecordingEngine:
             self.cached_tokens.setdefault(row.sequence.seq, row.start)
         ids = self._runner.run(schedule, lambda layer: None)
         self._remember(schedule, ids)
+        self.num_steps += 1
         self._scheduler.complete(schedule, ids, 0.0)
         self._scheduler.check()
 
@@ -87,15 +97,21 @@ class RecordingEngine:
             sequence = row.sequence
             answer = self.answers[sequence.seq]
             answer.recomputed |= row.start < answer.kv.shape[1]
+            known = row.end - len(row.drafts)
             blocks = torch.tensor(sequence.blocks, dtype=torch.int64)
             answer.kv = torch.cat(
-                [c[:, blocks].flatten(1, 2)[:, : row.end] for c in self._runner.cache]
+                [c[:, blocks].flatten(1, 2)[:, :known] for c in self._runner.cache]
             )
-        for number, (index, token) in enumerate(zip(schedule.sampled, ids, strict=True)):
-            sequence = schedule.rows[index].sequence
-            answer = self.answers[sequence.seq]
-            answer.ids[sequence.output_tokens] = token
-            answer.logits[sequence.output_tokens] = self._logits[number].clone()
+        drawn = zip(ids, self._logits, strict=True)
+        for index in schedule.sampled:
+            row = schedule.rows[index]
+            answer, at = self.answers[row.sequence.seq], row.sequence.output_tokens
+            right = True  # every token before was
+            for draft in (*row.drafts, None):
+                token, logits = next(drawn)
+                if right:
+                    answer.ids[at], answer.logits[at] = token, logits.clone()
+                at, right = at + 1, right and token == draft
 
     def run(self) -> None:
         """Step until every sequence has ended."""

@@ -25,7 +25,8 @@ from pop_node.engine.schedule import (
     TransferRenamed,
     TransferUnbound,
 )
-from tests.fakes.fake_model import FakeModel, answer
+from pop_node.engine.speculation import Speculation
+from tests.fakes.fake_model import VOCABULARY, FakeModel, answer
 
 BLOCKS, BLOCK_TOKENS = 12, 3
 STEPS_TO_REST = 2000
@@ -39,12 +40,23 @@ prompts = st.tuples(
 class Machine(RuleBasedStateMachine):
     """Keeps, besides the scheduler, only what an agent knows."""
 
+    vocabulary = VOCABULARY
+
+    @staticmethod
+    def speculation() -> Speculation | None:
+        """Nothing is guessed."""
+        return None
+
     def __init__(self) -> None:
         super().__init__()
         self.scheduler, self.pool = a_scheduler(
-            BLOCKS, BLOCK_TOKENS, token_budget=7, max_sequences=5, max_waiting=6
+            *(BLOCKS, BLOCK_TOKENS),
+            token_budget=7,
+            max_sequences=5,
+            max_waiting=6,
+            speculation=self.speculation(),
         )
-        self.model = FakeModel(BLOCKS, BLOCK_TOKENS)
+        self.model = FakeModel(BLOCKS, BLOCK_TOKENS, self.vocabulary)
         self.next_seq = 1
         self.live: dict[int, Add] = {}
         self.given: dict[int, list[int]] = {}  # all ids that a sequence starts from
@@ -127,7 +139,7 @@ class Machine(RuleBasedStateMachine):
             self.carry_out(self.scheduler.handle(Drop(seq), 0.0))
             return
         self.model.write(bound.blocks, given, bound.held_tokens, bound.total_tokens)
-        new = answer(given, ahead)
+        new = answer(given, ahead, self.vocabulary)
         self.given[seq] = given + new
         self.next_index[seq] += ahead
         self.carry_out(self.scheduler.handle(Commit(transfer, add.forced_ids + new), 0.0))
@@ -149,7 +161,7 @@ class Machine(RuleBasedStateMachine):
                     assert seq not in self.finish, "a token after the finish"
                     self.next_index[seq] += 1
                     self.given[seq] = [*self.given[seq], token]
-                    assert token == answer(self.given[seq][:-1], 1)[0], "wrong text"
+                    assert token == self.after(self.given[seq][:-1]), "wrong text"
                     assert finish == self.expected_finish(add, index, token)
                     if finish:
                         self.finish[seq] = finish
@@ -172,6 +184,10 @@ class Machine(RuleBasedStateMachine):
                     del self.exports[transfer]
                 case TransferClosed("import", transfer):
                     self.arriving.pop(transfer, None)
+
+    def after(self, ids: list[int]) -> int:
+        """The one right token after ``ids``."""
+        return answer(ids, 1, self.vocabulary)[0]
 
     @staticmethod
     def expected_finish(add: Add, index: int, token: int) -> str:
@@ -204,5 +220,18 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.check()
 
 
+class GuessingMachine(Machine):
+    """The same of a text of two words, in which many guesses are right and many wrong."""
+
+    vocabulary = 2
+
+    @staticmethod
+    def speculation() -> Speculation | None:
+        """A free row: everything that can be guessed is."""
+        return Speculation()
+
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestGuessingMachine = GuessingMachine.TestCase
+TestGuessingMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
