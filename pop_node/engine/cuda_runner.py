@@ -97,7 +97,7 @@ class CudaRunner:
 
     # ---- steps ---------------------------------------------------------------------------------
 
-    def launch(self, schedule: Schedule, on_layer: OnLayer) -> Callable[[], list[int]]:
+    def launch(self, schedule: Schedule, on_layer: OnLayer | None) -> Callable[[], list[int]]:
         """Queue a step; at most ``depth`` may be under way.
 
         ``on_layer(i)`` is called when what computes layer i's KV is queued, in a step that has
@@ -166,7 +166,9 @@ class CudaRunner:
     def _cut(self, shape: StepShape) -> Fields:
         return cut(self._numbers, shape, torch.int64, torch.int32, torch.Tensor.view)
 
-    def _forward(self, fields: Fields, meta: AttentionMeta, on_layer: OnLayer) -> torch.Tensor:
+    def _forward(
+        self, fields: Fields, meta: AttentionMeta, on_layer: OnLayer | None
+    ) -> torch.Tensor:
         given = fields.ids
         ids = torch.where(given < 0, self._last[(-1 - given).clamp_(min=0)], given)
         return self._model.forward(ids, meta, self.cache, fields.logit_rows, on_layer)

@@ -69,15 +69,15 @@ class EngineLoop:
             self._tell([])
             return False
         self._schedule = schedule
-        self._stager.begin_step(
-            [
-                (row.sequence.transfer, row.end)
-                for row in schedule.rows
-                if row.sequence.leg == "prefill"
-            ]
-        )
+        exported = [
+            (row.sequence.transfer, row.end)
+            for row in schedule.rows
+            if row.sequence.leg == "prefill"
+        ]
+        self._stager.begin_step(exported)
+        listener = self._layer_done if exported or schedule.completing else None
         started = time.monotonic()
-        ids = self._runner.launch(schedule, self._layer_done)()
+        ids = self._runner.launch(schedule, listener)()
         now = time.monotonic()
         self._rates.step(schedule.prefill_tokens, now - started)
         effects = self._scheduler.complete(schedule, ids, now)

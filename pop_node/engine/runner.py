@@ -9,7 +9,8 @@ import torch
 
 from kernels.meta import AttentionMeta
 from kernels.ops import Ops
-from pop_node.engine.batch import build_batch
+from pop_node.engine.batch import Batch, build_batch
+from pop_node.engine.decode_batch import DecodeBatches, decodes
 from pop_node.engine.sampler import sample
 from pop_node.engine.schedule import Schedule
 from pop_node.kv_stream.spec import KvSpec
@@ -43,7 +44,7 @@ class Model(Protocol):
         meta: AttentionMeta,
         cache: tuple[torch.Tensor, ...],
         logit_rows: torch.Tensor,
-        on_layer: OnLayer,
+        on_layer: OnLayer | None,
     ) -> torch.Tensor: ...
 
 
@@ -56,9 +57,9 @@ class StepRunner(Protocol):
     @property
     def cache(self) -> tuple[torch.Tensor, ...]: ...
 
-    def launch(self, schedule: Schedule, on_layer: OnLayer) -> Callable[[], list[int]]:
+    def launch(self, schedule: Schedule, on_layer: OnLayer | None) -> Callable[[], list[int]]:
         """Begin a step; what is returned waits for it and gives the token sampled for each of
-        ``schedule.sampled``."""
+        ``schedule.sampled``. Without ``on_layer`` the layers may be computed as one."""
 
     def prepare(self) -> bool:
         """Use a moment without work; False when there is nothing left to prepare."""
@@ -73,11 +74,12 @@ class Runner:
         self._ops = ops
         self._block_tokens = block_tokens
         self.cache = model.allocate_cache(num_blocks, block_tokens)
+        self._decode_batches = DecodeBatches(block_tokens)
 
     depth = 1
     """Steps under way: the processor that computes them is the one that would queue the next."""
 
-    def launch(self, schedule: Schedule, on_layer: OnLayer) -> Callable[[], list[int]]:
+    def launch(self, schedule: Schedule, on_layer: OnLayer | None) -> Callable[[], list[int]]:
         """``run`` in the form that all runners share: what it returns gives the tokens."""
         ids = self.run(schedule, on_layer)
         return lambda: ids
@@ -86,12 +88,12 @@ class Runner:
         """There is nothing to do in a moment without work."""
         return False
 
-    def run(self, schedule: Schedule, on_layer: OnLayer) -> list[int]:
+    def run(self, schedule: Schedule, on_layer: OnLayer | None) -> list[int]:
         """Compute all rows; returns the tokens drawn after each of ``schedule.sampled``, in order.
 
         ``on_layer(i)`` is called when the KV of these rows is in the cache for model layer i.
         """
-        batch = build_batch(schedule, self._block_tokens, self.cache[0].device)
+        batch = self._batch(schedule)
         with torch.inference_mode():
             logits = self._model.forward(
                 batch.ids, batch.meta, self.cache, batch.logit_rows, on_layer
@@ -99,3 +101,9 @@ class Runner:
             if not schedule.sampled:
                 return []
             return sample(self._ops, logits, [schedule.rows[i] for i in schedule.sampled])
+
+    def _batch(self, schedule: Schedule) -> Batch:
+        device = self.cache[0].device
+        if device.type == "cpu" and decodes(schedule):
+            return self._decode_batches.build(schedule)
+        return build_batch(schedule, self._block_tokens, device)

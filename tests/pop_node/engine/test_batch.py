@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 
 import torch
@@ -9,7 +10,8 @@ from engine_builders import an_add
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.engine.batch import build_batch
+from pop_node.engine.batch import Batch, build_batch
+from pop_node.engine.decode_batch import DecodeBatches, decodes
 from pop_node.engine.schedule import Row, Schedule
 from pop_node.engine.sequence import Sequence
 
@@ -60,3 +62,50 @@ def test_every_token_is_where_the_block_table_says(rows: list[Row]) -> None:
     assert meta.max_context == max(meta.context_lens_host)
     assert batch.ids.dtype == meta.positions.dtype == meta.slots.dtype == torch.int64
     assert meta.query_starts.dtype == meta.block_tables.dtype == torch.int32
+
+
+@given(steps=st.lists(rows(), min_size=1, max_size=4))
+def test_decode_batches_equal_what_is_built_anew(steps: list[list[Row]]) -> None:
+    """Steps of different sizes over the same memory leave nothing behind in each other."""
+    batches = DecodeBatches(SIZE)
+    for chosen in steps:
+        alone = tuple(Row(row.sequence, row.start, 1) for row in chosen)
+        sampled = tuple(i for i, row in enumerate(alone) if row.end == len(row.sequence.ids))
+        schedule = Schedule(alone, sampled, (), len(alone))
+        assert decodes(schedule)
+        batch, expected = batches.build(schedule), build_batch(schedule, SIZE, torch.device("cpu"))
+        assert torch.equal(batch.ids, expected.ids)
+        assert torch.equal(batch.logit_rows, expected.logit_rows)
+        for field in dataclasses.fields(expected.meta):
+            ours, theirs = (getattr(b.meta, field.name) for b in (batch, expected))
+            if isinstance(theirs, torch.Tensor):
+                assert ours.dtype == theirs.dtype
+                ours, theirs = ours.tolist(), theirs.tolist()
+            assert ours == theirs, field.name
+
+
+def test_decode_batches_grow_and_then_keep_their_memory() -> None:
+    batches = DecodeBatches(SIZE)
+
+    def build(count: int, tokens: int) -> Batch:
+        found = []
+        for seq in range(count):
+            sequence = Sequence.from_add(an_add(seq, prompt_ids=[7] * tokens), seq, 0.0)
+            sequence.blocks = array("i", range(seq, seq + -(-tokens // SIZE)))
+            found.append(Row(sequence, tokens - 1, 1))
+        schedule = Schedule(tuple(found), tuple(range(count)), (), count)
+        batch = batches.build(schedule)
+        fresh = build_batch(schedule, SIZE, torch.device("cpu"))
+        assert torch.equal(batch.meta.block_tables, fresh.meta.block_tables)
+        assert torch.equal(batch.meta.slots, fresh.meta.slots)
+        return batch
+
+    build(2, 5)
+    grown = build(40, 70 * SIZE)
+    assert build(40, 69 * SIZE).meta.slots.data_ptr() == grown.meta.slots.data_ptr()
+    assert build(3, 5).ids.data_ptr() == grown.ids.data_ptr()
+
+
+def test_a_step_with_a_chunk_is_no_decode_step() -> None:
+    sequence = Sequence.from_add(an_add(1, prompt_ids=[1, 2]), 1, 0.0)
+    assert not decodes(Schedule((Row(sequence, 0, 2),), (0,), (), 2))
