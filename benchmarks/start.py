@@ -1,31 +1,32 @@
 """From the start of a process to its first token: this project's engine and mesh, and its peers.
 
     python benchmarks/start.py --store .cache/store-2 --out benchmarks/results/start.json
-        [--rounds 3] [--huggingface DIR --transformers VENV --vllm VENV]
+        [--rounds 3] [--add] [--huggingface DIR --transformers VENV --vllm VENV]
         [--llama LLAMA_SERVER --gguf BF16.gguf]
 
 SmolLM2-135M in bfloat16, all cores, one contestant at a time, taking turns. ``engine``: one engine
 process as a node starts it, from its making to the first token of a 5-token prompt on its socket.
 ``popmesh``: ``popmesh up``, that is registry, router and node, to the first token over HTTP. The
 peers are servers, to the first token over HTTP as well, asked every 20 ms. ``running``: an engine
-process that was started ahead, from its set-up on (the model's files are cold); ``within`` is the
-time to the first token of its warm-up less one forward pass of a prompt of that length, over the
-time that the drive needs for the model's bytes: the best of direct reads by 1, 4 and 16 threads
-just before.
+process that was started ahead as a running node does, its kernels loaded and its memory touched,
+from its set-up on (the model's files are cold); ``within`` is the time to the first token of its
+warm-up less one forward pass of a prompt of that length, over the time that the drive needs for the
+model's bytes: the best of direct reads by 1, 4 and 16 threads just before. It is taken
+``RUNNING_SAMPLES`` times after each round, and contains neither the agent's part nor the room that
+another model may have to make.
 
 Conditions: *warm*, page cache as the turn before left it (the first turn of each contestant is not
 counted); *model*, the model's files were dropped and mincore(2) says that no page is left; *all*,
 the kernel was told to drop all caches, so Python's and torch's files too, of which what other
 processes use stays: ``library_pages_resident`` is the share of torch's libraries that did. vLLM is
-slow to start and runs in the first round only. Who is not installed is named in ``skipped``.
+slow to start and runs in the first round only. Who is not installed is named in ``skipped``. A
+round takes minutes: ``--add`` adds rounds to those that ``--out`` has from the same commit.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -35,19 +36,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engine import Engine, commit, drop_page_cache, engines, free_port, serving
-from warm_start import CEILINGS, drop_pages, read_direct, resident_share, touch
+from engine import Engine, drop_page_cache, engines, free_port, serving
+from report import command_line, commit, facts, save
+from warm_start import CEILINGS, drop_pages, read_direct, resident_share
 
 from pop_node.engine import messages as m
 from pop_node.engine.boundary import MessageReader, encode, send_setup
-from pop_node.engine.config import EngineConfig
+from pop_node.engine.config import Ahead, EngineConfig
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from pop_node.store.store import Store
 
@@ -57,6 +58,7 @@ PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is"
 KV_TOKENS = 16384
 TIMEOUT_S = 180.0
 SLOW = {"vllm"}
+RUNNING_SAMPLES = 5
 SETTLED_S = 0.3
 """An engine process started ahead that uses no processor for so long has imported everything."""
 
@@ -67,11 +69,12 @@ SETTLED_S = 0.3
 class EngineProcess:
     """Started like a node starts it; ``say`` and ``hear`` are its socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: Ahead | None = None) -> None:
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(TIMEOUT_S)
         self.began = time.monotonic()
         command = [sys.executable, "-m", "pop_node.engine", str(theirs.fileno())]
+        command += [ahead.to_argument()] if ahead is not None else []
         with theirs:
             self.process = psutil.Popen(command, pass_fds=(theirs.fileno(),))
         self._reader = MessageReader()
@@ -111,8 +114,8 @@ class EngineProcess:
 
 
 @contextmanager
-def engine_process() -> Iterator[EngineProcess]:
-    engine = EngineProcess()
+def engine_process(ahead: Ahead | None = None) -> Iterator[EngineProcess]:
+    engine = EngineProcess(ahead)
     try:
         yield engine
     finally:
@@ -139,7 +142,8 @@ def start_engine(bundle: Path) -> dict[str, Any]:
 def start_running(bundle: Path) -> dict[str, Any]:
     weights = bundle / "weights.bin"
     nbytes = weights.stat().st_size
-    with engine_process() as engine:
+    ahead = Ahead("auto", os.cpu_count() or 1, False, nbytes, nbytes)
+    with engine_process(ahead) as engine:
         engine.wait_imported()
         rates = {}
         for name, threads in CEILINGS.items():
@@ -148,12 +152,11 @@ def start_running(bundle: Path) -> dict[str, Any]:
             run()
             rates[name] = nbytes / (time.monotonic() - began) / 1e9
         resident = drop_pages([file for file in bundle.iterdir() if file.is_file()])
-        touch(2 * nbytes)
         engine.set_up(bundle)
         ready = engine.hear(lambda message: isinstance(message, m.Ready))
         spans = {name: (began, ended) for name, began, ended, _ in ready.phases}
-        for seq in range(1, 4):  # the last: nothing is used for the first time
-            forward_s = engine.answer(seq, [seq] * (ready.block_tokens + 1))
+        answers = [engine.answer(seq, [seq] * (ready.block_tokens + 1)) for seq in range(1, 7)]
+        forward_s = statistics.median(answers[1:])  # by then nothing is used for the first time
     seconds = spans["first_token"][1] - spans["standby"][1]
     drive_s = nbytes / max(rates.values()) / 1e9
     return {
@@ -221,11 +224,21 @@ def summary(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return found
 
 
+def earlier_samples(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Those of an earlier run. Exits if they are from another commit."""
+    report: dict[str, Any] = json.loads(out.read_text())
+    if report["commit"] != commit():
+        sys.exit(f"{out} is from commit {report['commit']}")
+    samples: dict[str, list[dict[str, Any]]] = report["samples"]
+    return samples
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--store", type=Path, required=True, help=f"store that holds {MODEL}")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--add", action="store_true", help="to the samples of an earlier run")
     parser.add_argument("--huggingface", type=Path, help="the model for transformers and vLLM")
     parser.add_argument("--transformers", help="venv with transformers[serving]")
     parser.add_argument("--vllm", help="venv with vllm")
@@ -233,6 +246,8 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="bf16 GGUF made by gguf_bf16.py")
     args = parser.parse_args()
     args.only = None
+    samples = earlier_samples(args.out) if args.add else {}
+    first = len(samples.get("running", [])) // RUNNING_SAMPLES
 
     bundle = Store(args.store).get(MODEL).path
     work = Path(tempfile.mkdtemp(prefix="popmesh-start-"))
@@ -263,15 +278,16 @@ def main() -> None:
             model,
             libraries,
         )
-    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in [*contestants, "running"]}
-    for number in range(args.rounds):
+    for name in [*contestants, "running"]:
+        samples.setdefault(name, [])
+    for number in range(first, first + args.rounds):
         names = [name for name in contestants if number == 0 or name not in SLOW]
         for condition in CONDITIONS:
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 start, model, libraries = contestants[name]
                 files = [f for f in (model.iterdir() if model.is_dir() else [model]) if f.is_file()]
                 try:
-                    if number == 0 and condition == "warm":
+                    if number == first and condition == "warm":
                         start()  # fills the page cache
                     found = turn(condition, start, files, libraries)
                 except (OSError, RuntimeError, subprocess.TimeoutExpired) as exc:
@@ -284,24 +300,17 @@ def main() -> None:
                     continue
                 samples[name].append(found)
                 print(f"{number} {condition:6} {name:13} {found['seconds']:.2f} s", flush=True)
-        samples["running"].append(start_running(bundle))
-        print(f"{number} within {samples['running'][-1]['within']:.2f} of the drive's time")
-    report = {
-        "what": (__doc__ or "").splitlines()[0],
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "numpy", "blake3")},
+        for _ in range(RUNNING_SAMPLES):
+            samples["running"].append(start_running(bundle))
+            print(f"{number} within {samples['running'][-1]['within']:.2f} of the drive's time")
+    report = facts(__doc__, ("torch", "numpy", "blake3")) | {
         "load_average": os.getloadavg(),
         "model_bytes": (bundle / "weights.bin").stat().st_size,
         "skipped": skipped,
         "summary": summary(samples),
         "samples": samples,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, args.out)
     print(json.dumps(report["summary"], indent=1))
     shutil.rmtree(work)
 

@@ -6,10 +6,12 @@ A process that was started ahead has imported everything when the set-up comes; 
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pop_node.engine.boundary import receive_setup
@@ -17,7 +19,9 @@ from pop_node.engine.config import Backend, EngineConfig
 from pop_node.engine.port import Port
 from pop_node.engine.start_clock import StartClock
 from pop_node.kv_stream.staging import Staging
+from pop_node.store.host_arena import HostArena
 from pop_node.store.reading import ReadBundle, is_bundle, read_bundle
+from pop_node.store.spare_memory import SpareMemory
 from wire.errors import PeerError
 
 CUDA_DRIVER = Path("/dev/nvidiactl")
@@ -39,9 +43,12 @@ class SetUp:
 class Beginning:
     """Two threads that end by themselves: one takes the set-up, one reads the model."""
 
-    def __init__(self, sock: socket.socket, port: Port, clock: StartClock) -> None:
+    def __init__(
+        self, sock: socket.socket, port: Port, clock: StartClock, spare: SpareMemory | None
+    ) -> None:
         """``port`` begins to read ``sock`` after the set-up: a start that takes long can be stopped
-        and notices an agent that is gone."""
+        and notices an agent that is gone. The model is read into ``spare``, if there is some."""
+        self._spare = spare
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="beginning")
         self._set_up = self._pool.submit(self._take, sock, port, clock)
 
@@ -58,16 +65,23 @@ class Beginning:
         config, layout, fd = receive_setup(sock)
         came_at = time.monotonic()
         port.start()
-        reading: Future[ReadBundle | None] = self._pool.submit(_read, config)
+        planned = threading.Event()
+        reading: Future[ReadBundle | None] = self._pool.submit(_read, config, self._spare, planned)
         with clock.phase("setup"):
             staging = Staging.attach(fd, layout)
+        planned.wait()  # what the main thread does next would keep the reads from beginning
         return SetUp(config, staging, came_at, reading.result)
 
 
-def _read(config: EngineConfig) -> ReadBundle | None:
-    if goes_to_device(config.backend) or not is_bundle(config.model_dir):
-        return None
-    return read_bundle(config.model_dir)
+def _read(
+    config: EngineConfig, spare: SpareMemory | None, planned: threading.Event
+) -> ReadBundle | None:
+    try:
+        if goes_to_device(config.backend) or not is_bundle(config.model_dir):
+            return None
+        return read_bundle(config.model_dir, partial(HostArena, spare=spare), planned.set)
+    finally:
+        planned.set()
 
 
 def goes_to_device(backend: Backend, driver: Path = CUDA_DRIVER) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 
 import torch
 
 from kernels.ops import Ops
 from pop_node.engine.beginning import SetUp
 from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.config import EngineConfig
+from pop_node.engine.config import Ahead, EngineConfig
 from pop_node.engine.cuda_device import CudaDevice
 from pop_node.engine.cuda_runner import CudaRunner
 from pop_node.engine.kv_mover import DeviceMover, HostMover, Mover
@@ -26,17 +27,41 @@ from pop_node.engine.start_clock import StartClock
 from pop_node.engine.validate import Limits
 from pop_node.kv_stream.staging import Staging
 from pop_node.models.registry import load, load_backend, prepare
-from pop_node.store.host_arena import HUGE_PAGE_BYTES, populate, prefer_huge
+from pop_node.store.host_arena import prefer_huge
+from pop_node.store.spare_memory import touch
+from wire.errors import ConfigError
 
-TOUCH_PAUSE = 3
-"""Between steps, in steps: touching the cache takes a quarter of a processor from the answers."""
+
+class Kernels:
+    """The operations of a process, loaded once."""
+
+    def __init__(self, clock: StartClock) -> None:
+        self._clock = clock
+        self._loaded: tuple[tuple[str, int, bool], Ops] | None = None
+
+    def load_ahead(self, wanted: Ahead) -> None:
+        """What is wrong with them, ``load`` will say."""
+        with suppress(ConfigError):
+            self.load(wanted)
+
+    def load(self, wanted: Ahead | EngineConfig) -> Ops:
+        """Raises ``ConfigError`` as ``load_backend`` does."""
+        key = (wanted.backend, wanted.threads, wanted.batch_invariant)
+        if self._loaded is None or self._loaded[0] != key:
+            with self._clock.phase("kernels"):
+                ops = load_backend(
+                    wanted.backend, wanted.threads, batch_invariant=wanted.batch_invariant
+                )
+            self._loaded = key, ops
+        return self._loaded[1]
 
 
-def build(port: Port, set_up: SetUp, clock: StartClock) -> tuple[EngineLoop, Ready]:
+def build(
+    port: Port, set_up: SetUp, kernels: Kernels, clock: StartClock
+) -> tuple[EngineLoop, Ready]:
     """Load and warm: afterwards a token was produced and nothing is held or cached."""
     config = set_up.config
-    with clock.phase("kernels"):
-        ops = load_backend(config.backend, config.threads, batch_invariant=config.batch_invariant)
+    ops = kernels.load(config)
     prepare(config.model_dir)
     read = set_up.bundle()
     began = time.monotonic()
@@ -142,15 +167,10 @@ def _mover(ops: Ops, staging: Staging) -> Mover:
 
 def _touch(cache: tuple[torch.Tensor, ...]) -> None:
     """Have the cache's memory before it is needed, but not before the engine is ready: it may be
-    far more than the model. In small steps: whoever maps memory waits for a step to end."""
+    far more than the model."""
     for component in cache:
-        base, nbytes = component.data_ptr(), component.nbytes
-        prefer_huge(base, nbytes)
-        for start in range(0, nbytes, HUGE_PAGE_BYTES):
-            began = time.monotonic()
-            if not populate(base + start, min(HUGE_PAGE_BYTES, nbytes - start)):
-                return
-            time.sleep(TOUCH_PAUSE * (time.monotonic() - began))
+        prefer_huge(component.data_ptr(), component.nbytes)
+        touch(component.data_ptr(), component.nbytes, threading.Event())
 
 
 def _warm(scheduler: Scheduler, runner: StepRunner, limits: Limits) -> float:

@@ -5,7 +5,8 @@ Values with their checks; imports neither torch nor msgspec.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,27 @@ DEFAULT_MAX_SEQUENCES = 64
 
 DEFAULT_MAX_WAITING = 256
 """Sequences that may queue. Guess: beyond it another node is quicker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What an engine process can have ready before it knows its model: operations, and memory for
+    weights, ``memory_bytes`` in one piece of which ``touched_bytes`` are used before."""
+
+    backend: Backend
+    threads: int
+    batch_invariant: bool
+    memory_bytes: int
+    touched_bytes: int
+
+    def to_argument(self) -> str:
+        """As an argument of the process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_argument(cls, text: str) -> Ahead:
+        """Counterpart of ``to_argument``."""
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True, slots=True)

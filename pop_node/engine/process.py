@@ -14,19 +14,22 @@ import socket
 import sys
 import time
 
-from pop_node.engine.beginning import Beginning
+from pop_node.engine.beginning import Beginning, goes_to_device
+from pop_node.engine.config import Ahead
 from pop_node.engine.port import EXIT_PARENT_GONE, EXIT_STOPPED, Port
 from pop_node.engine.start_clock import StartClock, made_at
+from pop_node.store.spare_memory import SpareMemory
 
 IMPORT_SWITCH_S = 0.0005
 """How long imports keep the interpreter while readers wait for it, a tenth of what is usual: each
 reader needs it a few times per chunk, for microseconds."""
 
 
-def serve(sock: socket.socket, started_at: float) -> int:
+def serve(sock: socket.socket, started_at: float, ahead: Ahead | None = None) -> int:
     """Be the engine at the other end of ``sock``; returns the exit code.
 
-    ``started_at`` is when the process began to import, on the monotonic clock.
+    ``started_at`` is when the process began to import, on the monotonic clock; ``ahead`` is what it
+    has ready when the set-up comes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the agent decides
     gc.disable()  # imports make little garbage and much that would be walked again and again
@@ -36,17 +39,24 @@ def serve(sock: socket.socket, started_at: float) -> int:
     port = Port(sock)
     usual_switch_s = sys.getswitchinterval()
     sys.setswitchinterval(IMPORT_SWITCH_S)
-    beginning = Beginning(sock, port, clock)
     try:
-        from pop_node.engine.building import build
+        spare: SpareMemory | None = None
+        if ahead is not None and not goes_to_device(ahead.backend):
+            spare = SpareMemory(ahead.memory_bytes, ahead.touched_bytes)
+        beginning = Beginning(sock, port, clock, spare)
+        from pop_node.engine.building import Kernels, build
 
         imported_at = time.monotonic()
         clock.add("imports", started_at, imported_at)
+        kernels = Kernels(clock)
+        if ahead is not None:
+            kernels.load_ahead(ahead)
+        readied_at = time.monotonic()
         set_up = beginning.set_up()
         if set_up is None:
             return EXIT_PARENT_GONE
-        clock.add("standby", imported_at, max(imported_at, set_up.came_at))
-        loop, ready = build(port, set_up, clock)
+        clock.add("standby", readied_at, max(readied_at, set_up.came_at))
+        loop, ready = build(port, set_up, kernels, clock)
         sys.setswitchinterval(usual_switch_s)
         gc.freeze()  # the model lives as long as the process: do not walk it again
         gc.enable()

@@ -2,7 +2,8 @@
 
 A process that was started imports what it needs and waits for its set-up on its socket. Most of an
 engine's start is importing (1.3 to 7 s of two cores, by what else they do), so a node whose models
-come and go keeps one process waiting: 145 to 160 MB (PSS; 135 to 155 of them private), measured.
+come and go keeps one process waiting: 145 to 160 MB (PSS; 135 to 155 of them private), measured,
+beside the memory for a model that it has ``Ahead``.
 Where all models are in memory only a crash would use it, and none waits.
 """
 
@@ -16,6 +17,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+
+from pop_node.engine.config import Ahead
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +71,9 @@ Launch = Callable[[], Awaitable[EngineProcess]]
 """Gets a process that was given no set-up yet. Raises ``OSError``."""
 
 
-async def launch_engine() -> EngineProcess:
-    """A new engine process. Raises ``OSError`` when none can be started."""
+async def launch_engine(ahead: Ahead | None = None) -> EngineProcess:
+    """A new engine process, with ``ahead`` ready when it gets its set-up. Raises ``OSError`` when
+    none can be started."""
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
     process = EngineProcess(ours)
@@ -78,6 +82,7 @@ async def launch_engine() -> EngineProcess:
             process.transport, _ = await loop.subprocess_exec(
                 lambda: process,
                 *(sys.executable, "-m", "pop_node.engine", str(theirs.fileno())),
+                *([ahead.to_argument()] if ahead is not None else []),
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,
                 stderr=None,
@@ -111,14 +116,15 @@ class Standby:
             await waiting.end()
         return await launch_engine()
 
-    async def fill(self) -> None:
-        """Have one wait from now on. A node that cannot start one does without."""
+    async def fill(self, ahead: Ahead | None = None) -> None:
+        """Have one wait from now on, unless one does already. A node that cannot start one does
+        without."""
         async with self._changing:
             waiting = self._waiting
             if self._is_closed or (waiting is not None and not waiting.gone.is_set()):
                 return
             try:
-                self._waiting = await launch_engine()
+                self._waiting = await launch_engine(ahead)
             except OSError as exc:
                 self._waiting = None
                 log.warning("no engine process can be started ahead: %s", exc)

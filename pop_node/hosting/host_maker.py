@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pop_node.agent_config import AgentConfig
 from pop_node.authorization import Authorization
-from pop_node.engine.config import EngineConfig
+from pop_node.engine.config import Ahead, EngineConfig
 from pop_node.engine.spawn import Launch
 from pop_node.hosting.generation import HostSettings
 from pop_node.hosting.model_host import ModelHost
@@ -72,6 +72,12 @@ class HostMaker:
         codec = TextCodec.load(bundle.path)
         memory_bytes = model_memory(bundle.manifest, self._config.node)
         return Opened(bundle, codec, memory_bytes, model_size(bundle.manifest).weights_bytes)
+
+    def ahead(self, memory_bytes: int, touched_bytes: int) -> Ahead:
+        """What an engine of any of the node's models can have ready."""
+        node = self._config.node
+        invariant = node.batch_invariant
+        return Ahead(node.backend, node.threads, invariant, memory_bytes, touched_bytes)
 
     def make(self, name: str, opened: Opened) -> ModelHost:
         """A host that was not started yet, with its offer."""

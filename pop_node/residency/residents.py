@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from pop_node.agent_config import AgentConfig
+from pop_node.engine.config import Ahead
 from pop_node.engine.spawn import Standby
 from pop_node.hosting.host_maker import HostMaker, Opened
 from pop_node.hosting.model_host import ModelHost
@@ -22,7 +23,9 @@ from pop_node.legs.leg import refusal
 from pop_node.legs.parking import PARKING_VERSION, Parking
 from pop_node.residency import events as ev
 from pop_node.residency.fetching import Fetching
+from pop_node.residency.reserve import Reserve
 from pop_node.residency.residency import Residency
+from pop_node.residency.room import memory_ahead
 from pop_node.residency.state import ModelState
 from pop_node.residency.supply import Supply, can_be_fetched
 from pop_node.router_link import RouterLink
@@ -32,10 +35,6 @@ from wire.errors import ConfigError, MeshError, OverloadError
 from wire.messages import EngineLoad, ModelOffer, Submit, Warm, Warmth
 
 log = logging.getLogger(__name__)
-
-FILL_AFTER_S = 2.0
-"""From a model's first token to the start of the next engine process. Guess: its imports do not
-slow down the answers that waited for the model."""
 
 MAX_HOLD_S = 3600.0
 """Longest lease that a router is given; it renews those it still wants. Guess."""
@@ -75,7 +74,7 @@ class Residents:
         self._budget = memory_budget(node)
         self._supply = supply
         self._maker = maker
-        self._standby = standby
+        self._reserve = Reserve(standby, tasks, self._ahead)
         self._tasks = tasks
         self._around = around
         self._models = node.models
@@ -90,7 +89,6 @@ class Residents:
         self._started_at: dict[str, float] = {}
         self._holds: dict[str, Hold] = {}
         self.fetching = Fetching(supply, maker, tasks, self.feed, self._install, self._is_asked_for)
-        self._filling: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
         self._is_closed = False
@@ -173,17 +171,15 @@ class Residents:
     async def close(self) -> None:
         """End everything; nothing starts again."""
         self._is_closed = True
-        for timer in (self._timer, self._filling):
-            if timer is not None:
-                timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self.drain()
         await self.fetching.close()
         for host in self.hosts.values():
             await host.stop()
         for model in list(self._holds):
             self._let_go_of(model)
-        if self._standby is not None:
-            await self._standby.close()
+        await self._reserve.close()
         await self._supply.close()
 
     # ---- from routers --------------------------------------------------------------------------
@@ -359,24 +355,15 @@ class Residents:
 
     async def drop_standby(self) -> None:
         """The next engine starts from nothing."""
-        if self._filling is not None:
-            self._filling.cancel()
-            self._filling = None
-        if self._standby is not None:
-            await self._standby.empty()
+        await self._reserve.empty()
 
     def _fill_standby(self) -> None:
         """Start an engine process ahead, unless all models are in memory."""
-        idle = all(self.state(name).is_committed for name in self._models)
-        if self._standby is None or idle or self._filling is not None:
-            return
-        loop, standby = asyncio.get_running_loop(), self._standby
+        if not all(self.state(name).is_committed for name in self._models):
+            self._reserve.fill_soon()
 
-        def fill() -> None:
-            self._filling = None
-            self._tasks.create_task(standby.fill())
-
-        self._filling = loop.call_later(FILL_AFTER_S, fill)
+    def _ahead(self) -> Ahead:
+        return self._maker.ahead(*memory_ahead(self.states().values(), self._budget))
 
     # ---- disk ----------------------------------------------------------------------------------
 

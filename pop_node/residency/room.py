@@ -42,6 +42,18 @@ def find_room(
     return victims
 
 
+def memory_ahead(models: Iterable[ModelState], budget: int | None) -> tuple[int, int]:
+    """(Bytes of the largest weights that may be loaded next, how much of them is free now).
+
+    A load that needs more than is free waits for others to leave, and takes what they had.
+    """
+    models = list(models)
+    coming = (m for m in models if m.disk == "here" and not m.is_committed)
+    largest = max((m.load_bytes for m in coming), default=0)
+    free = largest if budget is None else max(0, budget - committed_bytes(models))
+    return largest, min(largest, free)
+
+
 def why_not(
     models: Iterable[ModelState],
     model: ModelState,

@@ -16,6 +16,7 @@ from wire.errors import ConfigError
 
 if TYPE_CHECKING:  # models allocate here, where there may be nothing but torch
     from pop_node.store.load_plan import ChunkPlan, LoadPlan
+    from pop_node.store.spare_memory import SpareMemory
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 """x86-64 and arm64 with 4 KiB pages. First touch of memory in such pages costs a fraction of what
@@ -34,9 +35,12 @@ class HostArena:
 
     phase = "decode"
 
-    def __init__(self, plan: LoadPlan, workers: int, chunk_bytes: int) -> None:
-        """Raises ``ConfigError`` if there is no room for it."""
-        self.memory = aligned_memory(plan.arena_bytes)
+    def __init__(
+        self, plan: LoadPlan, workers: int, chunk_bytes: int, spare: SpareMemory | None = None
+    ) -> None:
+        """Takes memory from ``spare`` where there is any. Raises ``ConfigError`` without room."""
+        nbytes = plan.arena_bytes
+        self.memory = aligned_memory(nbytes) if spare is None else spare.take(nbytes)
         self._view = self.memory.data
         # The first reads touch their own memory before ``prepare`` could.
         self._prepare_from = workers * chunk_bytes
@@ -99,14 +103,15 @@ def aligned_memory(nbytes: int, *, huge: bool = True) -> NDArray[Any]:
 def populate(address: int, nbytes: int) -> bool:
     """Have pages from ``address`` on writable, with what is in them; False where that fails, and
     first use will say why. Through ctypes, which unlike ``mmap`` lets other threads run."""
-    return _advise(address, nbytes, _MADV_POPULATE_WRITE)
+    return advise(address, nbytes, _MADV_POPULATE_WRITE)
 
 
 def prefer_huge(address: int, nbytes: int) -> bool:
     """Let what is not touched yet take huge pages; False where there are none."""
-    return _advise(address, nbytes, mmap.MADV_HUGEPAGE)
+    return advise(address, nbytes, mmap.MADV_HUGEPAGE)
 
 
-def _advise(address: int, nbytes: int, advice: int) -> bool:
+def advise(address: int, nbytes: int, advice: int) -> bool:
+    """``madvise(2)`` of whole pages; False where it fails."""
     at, length = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
     return bool(_LIBC.madvise(at, length, advice) == 0)

@@ -16,7 +16,7 @@ from pop_node.store.bundle import read_texts
 from pop_node.store.holding import Hold
 from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import LoadPlan, plan_load
-from pop_node.store.loader import READERS, Arena, LoadReport, load_chunks
+from pop_node.store.loader import Arena, LoadReport, load_chunks, readers
 from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
 from pop_node.store.partial import published_as
 from wire.errors import ConfigError
@@ -47,36 +47,48 @@ def is_bundle(directory: Path) -> bool:
     return (directory / MANIFEST_FILE).exists() or published_as(directory) is not None
 
 
-def read_bundle(directory: Path, arena: MakeArena = HostArena) -> ReadBundle:
+def read_bundle(
+    directory: Path,
+    arena: MakeArena = HostArena,
+    on_planned: Callable[[], None] = lambda: None,
+) -> ReadBundle:
     """Read and verify everything. One that is still arriving is read meanwhile, wherever it goes.
 
     Args:
         arena: makes the memory that it is read to.
+        on_planned: from then on it waits for the drive most of the time, and leaves the
+            interpreter to others.
 
     Raises ``ConfigError`` as ``load_chunks`` does, holding nothing then.
     """
     try:
-        return _read(directory, arena)
+        return _read(directory, arena, on_planned)
     except ConfigError:
         published = published_as(directory)
         if published is None:
             raise
-        return _read(published, arena)  # it was completed just then; that happens only once
+        # It was completed just then, which happens only once.
+        return _read(published, arena, on_planned)
 
 
-def _read(directory: Path, arena: MakeArena) -> ReadBundle:
+def _read(directory: Path, arena: MakeArena, on_planned: Callable[[], None]) -> ReadBundle:
     began = time.monotonic()
     hold = Hold(directory)
     try:
         manifest = read_manifest(directory)
+        plan = plan_load(manifest)
+        workers = readers(plan)
+        place = arena(plan, workers, manifest.data.chunk_bytes)
+        on_planned()
         with ThreadPoolExecutor(1) as beside:
             reading_texts = beside.submit(read_texts, directory, manifest)
-            plan, memory, report = read_share(directory, manifest, arena=arena)
+            report = load_chunks(directory, manifest, plan, place, workers)
         texts = reading_texts.result()
     except BaseException:
         hold.close()
         raise
     ended = time.monotonic()
+    memory = place.memory
     return ReadBundle(directory, manifest, texts, plan, memory, report, hold, began, ended)
 
 
@@ -90,6 +102,7 @@ def read_share(
     """The weights of ``rank`` of ``ranks`` in the memory of an ``arena``; raises as
     ``load_chunks``."""
     plan = plan_load(manifest, rank, ranks)
-    place = arena(plan, READERS, manifest.data.chunk_bytes)
-    report = load_chunks(directory, manifest, plan, place)
+    workers = readers(plan)
+    place = arena(plan, workers, manifest.data.chunk_bytes)
+    report = load_chunks(directory, manifest, plan, place, workers)
     return plan, place.memory, report

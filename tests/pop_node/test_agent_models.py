@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pop_node.residency import events as ev
-from pop_node.residency import residents
+from pop_node.residency import reserve
 from pop_node.residency.residency import Residency
 from pop_node.store import layout
 from pop_node.store.store import Store
@@ -61,7 +61,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residents, "FILL_AFTER_S", 0.0)
+    monkeypatch.setattr(reserve, "FILL_AFTER_S", 0.0)
 
 
 def a_plan(memory_gb: float | None, *pinned: str, names: tuple[str, ...] = ("a",)) -> Topology:
@@ -123,7 +123,7 @@ async def test_a_model_that_is_asked_for_takes_the_place_of_an_idle_one(
             assert without_address(before) == without_address(now)
         assert all(offer.kv_address for offer in offers.models)
         # Back again, in the process that stands by; the pinned one never left.
-        standby = mesh.nodes["a"].agent._residents._standby
+        standby = mesh.nodes["a"].agent._residents._reserve._standby
         assert standby is not None
         await standby.fill()
         waiting, pinned = standby.pid, mesh.nodes["a"].status["engines"][1]["pid"]

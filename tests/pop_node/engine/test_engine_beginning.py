@@ -17,7 +17,7 @@ from tiny_llama import write_tiny_llama
 from pop_node.engine import messages as m
 from pop_node.engine.beginning import goes_to_device
 from pop_node.engine.boundary import MessageReader, encode, send_setup
-from pop_node.engine.config import EngineConfig
+from pop_node.engine.config import Ahead, EngineConfig
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from pop_node.store.store import Bundle, Store
 
@@ -35,13 +35,16 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 @contextmanager
-def engine_process() -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+def engine_process(
+    ahead: Ahead | None = None,
+) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """(our end of the socket, the process that waits for its set-up)."""
     ours, theirs = socket.socketpair()
     ours.settimeout(WAIT_S)
     with ours:
         with theirs:
             command = [sys.executable, "-m", "pop_node.engine", str(theirs.fileno())]
+            command += [ahead.to_argument()] if ahead is not None else []
             process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
         try:
             yield ours, process
@@ -88,6 +91,29 @@ def test_a_process_started_ahead_takes_its_set_up_later(bundle: Bundle) -> None:
             assert process.poll() is None
         set_up(ours, bundle.path)
         assert isinstance(first_word(ours), m.Ready)
+
+
+@pytest.mark.parametrize("mib", [0, 1024])
+def test_what_was_wanted_ahead_is_there_before_the_set_up(bundle: Bundle, mib: int) -> None:
+    ahead = Ahead("reference", 1, False, mib << 20, 4 << 20)
+    with engine_process(ahead) as (ours, process):
+        while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+        set_up(ours, bundle.path)
+        ready = first_word(ours)
+    assert isinstance(ready, m.Ready)
+    spans = {name: (began, ended) for name, began, ended, _ in ready.phases}
+    assert spans["imports"][1] <= spans["kernels"][0]
+    assert spans["kernels"][1] <= spans["standby"][0]
+
+
+def test_other_kernels_than_those_ahead_are_loaded_in_time(bundle: Bundle) -> None:
+    with engine_process(Ahead("reference", 2, True, 0, 0)) as (ours, _):
+        set_up(ours, bundle.path)
+        ready = first_word(ours)
+    assert isinstance(ready, m.Ready)
+    assert ready.backend == "reference"
+    assert [name for name, *_ in ready.phases].count("kernels") == 2
 
 
 def test_damage_is_told_before_a_token(bundle: Bundle) -> None:

@@ -20,11 +20,11 @@ from tiny_models import tensors, write_huggingface
 
 from kernels.ops import load_ops
 from pop_node.models.registry import load, load_model, load_weights
-from pop_node.store import host_arena, layout, reading
+from pop_node.store import host_arena, layout
 from pop_node.store.holding import Hold
 from pop_node.store.host_arena import HUGE_PAGE_BYTES, PREPARE_BYTES, HostArena, aligned_memory
 from pop_node.store.load_plan import LoadPlan, plan_load
-from pop_node.store.loader import load_chunks
+from pop_node.store.loader import load_chunks, readers
 from pop_node.store.store import Bundle, Store
 from wire.errors import ConfigError
 
@@ -259,7 +259,7 @@ def test_what_a_load_touches_is_the_model_and_the_pool(
     load_weights(bundle.path, bundle.manifest, CPU)
     arena = bundle.manifest.data.nbytes + HUGE_PAGE_BYTES
     buffer = bundle.manifest.data.chunk_bytes + HUGE_PAGE_BYTES
-    assert sorted(sizes) == sorted([4096, arena, *[buffer] * reading.READERS])
+    assert sorted(sizes) == sorted([4096, arena, *[buffer] * readers(plan_load(bundle.manifest))])
     gc.collect()
 
 
