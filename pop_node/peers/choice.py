@@ -37,23 +37,26 @@ def best_offer(
 
     A pinned model is known by its identity, another one by its name. One that was ``begun`` before
     comes first, then the one that most peers have (for a model that is not pinned: what most agree
-    on), then the nearest. ``refused`` bundles turned out to be something else. Of the holders,
-    given in order of ``peers``, the quickest complete one comes first, lest none is asked.
+    on), then the one with fewer bytes, which is the packed one. ``refused`` bundles turned out to
+    be something else. Of the holders, given in order of ``peers``, the quickest complete one comes
+    first, lest none is asked.
     """
     complete: dict[str, list[Peer]] = {}
     holders: dict[str, list[Peer]] = {}
+    nbytes: dict[str, int] = {}
     for peer in peers:
         for stocked in found[peer.name].bundles if peer.name in found else ():
             if not is_model(model, stocked) or stocked.bundle in refused:
                 continue
             holders.setdefault(stocked.bundle, []).append(peer)
+            nbytes[stocked.bundle] = stocked.nbytes
             if stocked.arrived == stocked.chunks:
                 complete.setdefault(stocked.bundle, []).append(peer)
     if not holders:
         return None
     bundle = min(
         holders,
-        key=lambda b: (b not in begun, -len(complete.get(b, ())), -len(holders[b]), b),
+        key=lambda b: (b not in begun, -len(complete.get(b, ())), -len(holders[b]), nbytes[b], b),
     )
     first = complete.get(bundle, [])[:1]
     rest = [peer for peer in holders[bundle] if peer not in first]

@@ -57,7 +57,8 @@ class Gathering:
         self._dialing = dialing
         self._report = report
         missing = partial.missing_chunks(unwatched)
-        self._swarm = Swarm(len(self._data.chunks), self._data.chunk_bytes, missing, rng)
+        self._longest = max(1, self._data.longest_chunk)
+        self._swarm = Swarm(len(self._data.chunks), self._longest, missing, rng)
         self._changed = threading.Condition()  # guards all below and the swarm
         self._working: dict[str, int] = {}  # threads by peer
         self._sources: dict[Line, PeerSource] = {}
@@ -117,7 +118,7 @@ class Gathering:
     def _engage(self, holders: Sequence[Peer]) -> list[threading.Thread]:
         """Have lines to the first peers that may still be asked."""
         started = []
-        most = min(MAX_PEERS, BUFFER_BYTES // (LINES_PER_PEER * self._data.chunk_bytes))
+        most = min(MAX_PEERS, BUFFER_BYTES // (LINES_PER_PEER * self._longest))
         for peer in holders:
             if len(self._working) >= most or self._over:
                 break
@@ -174,7 +175,9 @@ class Gathering:
     def _pull(self, line: Line, source: PeerSource, run: Run) -> None:
         start, stop = self._data.span(run.first)[0], sum(self._data.span(run.stop - 1))
         index, at = run.first, 0
-        chunk = memoryview(bytearray(self._data.span(index)[1]))
+        longest = max(self._data.span(i)[1] for i in range(run.first, run.stop))
+        buffer = memoryview(bytearray(longest))
+        chunk = buffer[: self._data.span(index)[1]]
         with (
             self._setbacks(line),
             closing(source.stream(self._data.name, start, stop)) as pieces,
@@ -189,7 +192,8 @@ class Gathering:
                         if not self._keep(line, index, chunk):
                             return
                         index, at = index + 1, 0
-                        chunk = chunk[: self._data.span(index)[1]] if index < run.stop else chunk
+                        if index < run.stop:
+                            chunk = buffer[: self._data.span(index)[1]]
                 with self._changed:
                     if index < run.stop and not self._swarm.wanted(line, index):
                         return

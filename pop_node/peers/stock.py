@@ -35,7 +35,7 @@ class Item:
             return False
         if self.marks is None:
             return True
-        return 0 not in self.marks[start // data.chunk_bytes : -(-stop // data.chunk_bytes)]
+        return all(self.marks[index] for index in data.chunks_of(start, stop))
 
     def files(self) -> frozenset[str]:
         """Names of its files."""

@@ -106,7 +106,8 @@ class _LineState:
 
 
 class Swarm:
-    """One bundle being brought. Chunks have ``chunk_bytes`` (the last one perhaps less)."""
+    """One bundle being brought. Chunks have ``chunk_bytes``, or less where they are packed, and
+    the last one."""
 
     def __init__(
         self, num_chunks: int, chunk_bytes: int, missing: Iterable[int], rng: random.Random

@@ -14,7 +14,7 @@ def model_size(manifest: Manifest) -> ModelSize:
     """Bytes of the model on the disk, of its weights, and of a token's KV over all layers."""
     kv = manifest.kv
     kv_bytes = 2 * kv.layers * kv.kv_heads * kv.head_dim * DTYPE_BYTES[manifest.dtype]
-    return ModelSize(manifest.total_bytes, manifest.data.nbytes, kv_bytes)
+    return ModelSize(manifest.total_bytes, manifest.data.decoded_bytes, kv_bytes)
 
 
 def model_memory(manifest: Manifest, node: Node) -> int:

@@ -13,10 +13,12 @@ from pop_node.store.dtypes import Dtype
 from pop_node.store.fetch import fetch_bundle, fetch_manifest
 from pop_node.store.files import locked, sync_directory, workspace
 from pop_node.store.gguf_source import open_gguf
+from pop_node.store.holding import Hold
 from pop_node.store.huggingface import open_huggingface
-from pop_node.store.manifest import MANIFEST_FILE, Manifest
+from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
 from pop_node.store.names import NameEntry, Names
 from pop_node.store.origin import Origin, is_url, open_origin
+from pop_node.store.packing import Packed, write_packed
 from pop_node.store.partial import Partial, partial_bundle
 from pop_node.store.pypi import PREFIX, fetch_package
 from pop_node.store.source import Progress, SourceModel
@@ -96,6 +98,36 @@ class Adding:
             renewed = msgspec.structs.replace(entry, bundle=manifest.bundle)
             self._publish(staged, name, renewed, work)
             return manifest
+
+    def pack(self, name: str, target: str, codec: str, progress: Progress) -> Packed:
+        """Let ``target`` mean the model ``name`` in another codec; the caller holds its lock.
+
+        A ``target`` that is there must be ``name`` itself. Raises ``ConfigError`` if the model is
+        damaged, or either name came to mean something else meanwhile; ``OSError``.
+        """
+        entry = self._names.need(name)
+        source = self._bundles / entry.bundle
+        with workspace(self._tmp, self._guard) as work:
+            hold = Hold(source)
+            try:
+                packed = write_packed(
+                    source, read_manifest(source), codec, work / "bundle", progress
+                )
+            finally:
+                hold.close()
+            bundle = packed.manifest.bundle
+            with locked(self._guard):
+                now = self._names.read(target)
+                expected = entry.bundle if target == name else None
+                if (now.bundle if now else None) != expected:
+                    raise ConfigError(f"{target} was changed while {name} was packed")
+                if not (self._bundles / bundle).exists():
+                    (work / "bundle").rename(self._bundles / bundle)
+                    sync_directory(self._bundles)
+                pinned = now is not None and now.pinned
+                renewed = msgspec.structs.replace(entry, bundle=bundle, pinned=pinned)
+                self._names.write(target, renewed, work)
+            return packed
 
     def _fetch(self, request: Request, origin: Origin, progress: Progress) -> Manifest:
         progress("read", 0, 0)

@@ -18,6 +18,7 @@ from blake3 import blake3
 from pop_node.models.storage_order import storage_order
 from pop_node.store.dtypes import Dtype
 from pop_node.store.files import sync_directory, write_durably
+from pop_node.store.image import ImageFile, UndecodableError
 from pop_node.store.layout import TensorEntry
 from pop_node.store.manifest import (
     FORMAT_VERSION,
@@ -130,7 +131,7 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
     try:
         if weights.stat().st_size != data.nbytes:
             raise ConfigError(f"does not have {data.nbytes} bytes", where=str(weights))
-        for index, digest in enumerate(chunk_digests(weights, data.nbytes, data.chunk_bytes)):
+        for index, digest in enumerate(chunk_digests(weights, data.spans())):
             if digest != data.chunks[index]:
                 raise ConfigError(f"chunk {index} does not match its digest", where=str(weights))
             done += data.span(index)[1]
@@ -143,27 +144,39 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
 def check_model(
     path: Path, manifest: Manifest, progress: Progress, checked: Collection[str] = ()
 ) -> None:
-    """Of a bundle whose chunks match their digests: it is the model that it claims to be.
+    """Of a bundle whose chunks match their digests: decoded, it is the model it claims to be.
 
     Reads every text file and every tensor but those ``checked`` before, phase ``verify``. Raises as
     ``check_claims`` does, naming what differs.
     """
     total, done = _tensor_bytes(manifest), 0
-    for entry in manifest.tensors:
-        if entry.name not in checked:
-            check_tensor(path, manifest, entry)
-        done += entry.nbytes
-        progress("verify", done, total)
+    with open_image(path, manifest) as image:
+        for entry in manifest.tensors:
+            if entry.name not in checked:
+                check_tensor(image, manifest, entry)
+            done += entry.nbytes
+            progress("verify", done, total)
     check_claims(path, manifest)
 
 
-def check_tensor(path: Path, manifest: Manifest, entry: TensorEntry) -> None:
-    """Raises ``FalseClaimError`` if it is not the one named, ``ConfigError`` if it is not there."""
+def open_image(path: Path, manifest: Manifest) -> ImageFile:
+    """The tensors of a bundle, to be checked; raises ``ConfigError`` if they are not there."""
     weights = path / manifest.data.name
+    try:
+        return ImageFile(weights, manifest.data)
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc}", where=str(weights)) from exc
+
+
+def check_tensor(image: ImageFile, manifest: Manifest, entry: TensorEntry) -> None:
+    """Raises ``FalseClaimError`` if it is not the one named, ``ConfigError`` if it is not there."""
+    weights = image.path
     whole = blake3()
     try:
-        for rows in read_rows(weights, entry, manifest.stripes):
+        for rows in read_rows(image, entry, manifest.stripes):
             whole.update(rows)
+    except UndecodableError as exc:  # its chunks match their digests: they were never good
+        raise FalseClaimError(str(exc)) from exc
     except OSError as exc:
         raise ConfigError(f"cannot be read: {exc}", where=str(weights)) from exc
     if whole.hexdigest() != entry.blake3:

@@ -1,8 +1,8 @@
 """Which bytes of a bundle go where in memory: pure arithmetic, for all of it or one rank's part.
 
 Memory is one arena with the tensors in file order, units back to back, so that fused matrices are
-views. For a whole model it is an image of the data file: a chunk without interleaved stripes is
-read to where it stays. Any other chunk is read into a buffer and moved.
+views. For a whole model it is the image of the data file: a chunk without interleaved stripes is
+read, or decoded, to where it stays. Any other chunk goes through a buffer and is moved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    """Bytes ``[offset, offset + nbytes)`` of the data file. ``in_place`` is where in the arena they
+    """Bytes ``[offset, offset + nbytes)`` of the image. ``in_place`` is where in the arena they
     may be read to as they are, else None."""
 
     index: int
@@ -70,7 +70,7 @@ def plan_load(manifest: Manifest, rank: int = 0, ranks: int = 1) -> LoadPlan:
         if share.nbytes:
             shares.append((share, at))
         tensors.append(Bound(entry.name, entry.dtype, share.shape, at))
-    arena_bytes = manifest.data.nbytes if ranks == 1 else aligned(end)
+    arena_bytes = manifest.data.decoded_bytes if ranks == 1 else aligned(end)
     return LoadPlan(arena_bytes, list(_chunks(manifest, shares, whole=ranks == 1)), tensors)
 
 
@@ -79,7 +79,7 @@ def _chunks(
 ) -> Iterator[ChunkPlan]:
     first = 0
     for index in range(len(manifest.data.chunks)):
-        offset, nbytes = manifest.data.span(index)
+        offset, nbytes = manifest.data.decoded_span(index)
         while first < len(shares) and shares[first][0].offset + shares[first][0].nbytes <= offset:
             first += 1
         moves: list[Move] = []

@@ -1,9 +1,10 @@
-"""The way from the drive to where a model is computed: read, verify, place, on several threads.
+"""The way from the drive to where a model is computed: read, verify, decode what is packed, place,
+on several threads.
 
 Each worker takes the next chunk and carries it through all steps, so that some always wait for the
 drive while others compute, a chunk is hashed while it is in the processor's cache, and no queue
 lies between the steps. At most one chunk per worker is under way: memory beyond the arena is
-bounded by ``READERS`` buffers.
+bounded by ``READERS`` buffers, of packed bundles by twice as many.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from blake3 import blake3
 
 from pop_node.store.arrivals import Arrivals
 from pop_node.store.direct_file import DirectFile
+from pop_node.store.host_arena import aligned_memory
+from pop_node.store.image import decode_chunk
 from pop_node.store.load_plan import ChunkPlan, LoadPlan
-from pop_node.store.manifest import Manifest
+from pop_node.store.manifest import DataFile, Manifest
 from wire.errors import ConfigError
 
 READERS = 24
@@ -48,7 +51,7 @@ class Arena(Protocol):
         """Runs beside the workers in a thread of its own; ends soon after ``stop`` is set."""
 
     def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
-        """Where to read the chunk to: ``chunk.nbytes``, aligned for direct reads."""
+        """Where to read or decode the chunk to: ``chunk.nbytes``, aligned for direct reads."""
 
     def place(self, worker: int, chunk: ChunkPlan) -> int:
         """Bring the verified bytes where they belong; returns how many were moved."""
@@ -87,7 +90,8 @@ def readers(plan: LoadPlan) -> int:
 def load_chunks(
     directory: Path, manifest: Manifest, plan: LoadPlan, arena: Arena, workers: int = READERS
 ) -> LoadReport:
-    """Bring all chunks of ``plan`` into ``arena``, none of them unverified.
+    """Bring all chunks of ``plan`` into ``arena``, none of them unverified. A packed one is
+    verified as it is stored, then decoded straight to its place; the codec checks the result.
 
     Of a bundle that is still arriving, chunks are loaded as they come, and this returns when its
     tensors were checked too. Raises ``ConfigError`` at the first chunk that cannot be read, does
@@ -99,6 +103,9 @@ def load_chunks(
     drawing = threading.Lock()
     stop = threading.Event()
     arrivals = Arrivals.of(directory, manifest)
+    data = manifest.data
+    longest = data.longest_chunk if data.packing else 0
+    packed = [aligned_memory(longest, huge=False).data for _ in range(workers if longest else 0)]
     todo = iter(plan.chunks) if arrivals is None else arrivals.as_they_come(plan.chunks, stop)
 
     def work(worker: int) -> None:
@@ -108,14 +115,15 @@ def load_chunks(
                     chunk = next(todo, None)
                 if chunk is None:
                     return
-                _carry(chunk, worker, file, manifest.data.chunks[chunk.index], arena, clock)
+                buffer = packed[worker] if packed else None
+                _carry(chunk, worker, file, data, buffer, arena, clock)
         except BaseException:
             stop.set()  # the others need not finish
             raise
 
     # What has just arrived is in the page cache: a direct read would first write it to the drive.
     direct = arrivals is None
-    with arrivals or nullcontext(), DirectFile(directory / manifest.data.name, direct) as file:
+    with arrivals or nullcontext(), DirectFile(directory / data.name, direct) as file:
         with ThreadPoolExecutor(workers + 1, thread_name_prefix="load") as pool:
             futures = [pool.submit(arena.prepare, stop)]
             futures += [pool.submit(work, worker) for worker in range(workers)]
@@ -132,20 +140,31 @@ def load_chunks(
 
 
 def _carry(
-    chunk: ChunkPlan, worker: int, file: DirectFile, digest: str, arena: Arena, clock: _Clock
+    chunk: ChunkPlan,
+    worker: int,
+    file: DirectFile,
+    data: DataFile,
+    packed: memoryview | None,
+    arena: Arena,
+    clock: _Clock,
 ) -> None:
-    view = arena.landing(worker, chunk)
-    with clock.phase("read", chunk.nbytes):
-        file.read(view, chunk.offset)
-    with clock.phase("verify", chunk.nbytes):
+    """``packed``: the worker's buffer for what is stored of a chunk; None if nothing is packed."""
+    landing = arena.landing(worker, chunk)
+    offset, nbytes = data.span(chunk.index)
+    view = landing if packed is None or nbytes == chunk.nbytes else packed[:nbytes]
+    with clock.phase("read", nbytes):
+        file.read(view, offset)
+    with clock.phase("verify", nbytes):
         found = blake3(view).hexdigest()
-    if found != digest:
+    if found != data.chunks[chunk.index]:
         raise ConfigError(
-            f"chunk {chunk.index} (bytes {chunk.offset} to {chunk.offset + chunk.nbytes}) does not "
-            "match its digest",
+            f"chunk {chunk.index} (bytes {offset} to {offset + nbytes}) does not match its digest",
             where=file.where,
             suggestion="the disk or the copy is damaged: remove the model and add it again",
         )
+    if view is not landing:
+        with clock.phase("decode", chunk.nbytes):
+            decode_chunk(view, landing, chunk.index, file.where)
     began = time.monotonic()
     if moved := arena.place(worker, chunk):
         clock.add(arena.phase, began, moved)

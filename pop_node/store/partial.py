@@ -18,7 +18,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from pop_node.store.arrivals import CHECKED, REFUSED, Marks
-from pop_node.store.bundle import check_claims, check_model, check_tensor
+from pop_node.store.bundle import check_claims, check_model, check_tensor, open_image
 from pop_node.store.files import (
     begin_writing,
     lock_patiently,
@@ -82,7 +82,7 @@ class Partial:
         if self._empty:
             yield from range(len(data.chunks))
             return
-        digests = chunk_digests(self.path / data.name, data.nbytes, data.chunk_bytes)
+        digests = chunk_digests(self.path / data.name, data.spans())
         for index, digest in enumerate(digests):
             if digest == data.chunks[index]:
                 self._marks.mark(index)
@@ -154,14 +154,14 @@ class Partial:
     def _check_ahead(self, stop: threading.Event) -> None:
         """What is wrong is left for ``check`` to find again and say."""
         left = list(self.manifest.tensors)
-        with suppress(ConfigError):
+        with suppress(ConfigError), open_image(self.path, self.manifest) as image:
             while left and not stop.wait(CHECK_S):
                 here, left = left, []
                 for entry in here:
                     if stop.is_set() or not self._is_here(entry):
                         left.append(entry)
                         continue
-                    check_tensor(self.path, self.manifest, entry)
+                    check_tensor(image, self.manifest, entry)
                     self._checked.add(entry.name)
 
     def _is_here(self, entry: TensorEntry) -> bool:

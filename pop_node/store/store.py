@@ -30,9 +30,10 @@ from pop_node.store.dtypes import Dtype
 from pop_node.store.facts import Bundle, Collected, Row
 from pop_node.store.files import locked, tree_bytes, workspace
 from pop_node.store.holding import Hold, claimed, last_used_ns
-from pop_node.store.manifest import Manifest, OutdatedBundleError, read_manifest
+from pop_node.store.manifest import CODECS, Manifest, OutdatedBundleError, read_manifest
 from pop_node.store.names import NameEntry, Names, check_name
 from pop_node.store.origin import is_url
+from pop_node.store.packing import Packed
 from pop_node.store.partial import Partial, abandoned_partials
 from pop_node.store.pypi import PREFIX
 from pop_node.store.source import Progress, unwatched
@@ -110,6 +111,34 @@ class Store:
             progress,
             lambda: self._adding().receive(request, manifest, fill, progress),
         )
+
+    def pack(
+        self, name: str, codec: str = "exponent", *, target: str | None = None, progress: Progress
+    ) -> Packed:
+        """Store a model in another codec, of ``CODECS``; phases ``wait`` and ``pack``.
+
+        It stays the same model, with the same identity. ``target``: a new name for it; None: the
+        name itself means it from then on, and its former bundle goes unless it is still used.
+        Raises ``ConfigError`` as ``add`` does, or if there is no such model or it is damaged.
+        """
+        target = target or name
+        check_name(name)
+        check_name(target)
+        if codec not in CODECS:
+            raise ConfigError(f"unknown codec {codec!r}", suggestion=f"use {' or '.join(CODECS)}")
+        self._read(name)
+        with self._writing():
+            waiting = locked(self._locks / f"{target}.name", on_wait=lambda: progress("wait", 0, 0))
+            with waiting:
+                if target != name and (present := self._names.read(target)):
+                    raise ConfigError(
+                        f"{target} is already in the store, from {present.source}",
+                        suggestion="remove it first or choose another name",
+                    )
+                packed = self._adding().pack(name, target, codec, progress)
+                with workspace(self._tmp, self._guard) as work, locked(self._guard):
+                    self._sweep(work)
+                return packed
 
     def _get_or(
         self,

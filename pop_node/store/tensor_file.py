@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,6 +18,7 @@ from blake3 import blake3
 from pop_node.models.storage_order import StorageOrder
 from pop_node.store import layout
 from pop_node.store.dtypes import Array, Dtype, convert, storage, stored_dtype
+from pop_node.store.image import ImageFile, read_all
 from pop_node.store.layout import Described, TensorEntry, aligned, lay_out
 from pop_node.store.manifest import WEIGHTS_FILE, DataFile
 from pop_node.store.source import Progress, SourceTensor
@@ -66,42 +67,46 @@ def write_tensors(
         os.fsync(file.fileno())
     chunk_bytes = layout.CHUNK_BYTES
     chunks = []
-    for digest_text in chunk_digests(path, nbytes, chunk_bytes):
+    spans = [
+        (offset, min(chunk_bytes, nbytes - offset)) for offset in range(0, nbytes, chunk_bytes)
+    ]
+    for digest_text in chunk_digests(path, spans):
         chunks.append(digest_text)
-        progress("digest", min(len(chunks) * chunk_bytes, nbytes), nbytes)
+        progress("digest", sum(spans[len(chunks) - 1]), nbytes)
     return finished, DataFile(WEIGHTS_FILE, nbytes, "raw", chunk_bytes, chunks)
 
 
-def chunk_digests(path: Path, nbytes: int, chunk_bytes: int) -> Iterator[str]:
-    """Digest of each chunk in the first ``nbytes`` of a file; raises ``OSError``."""
+def chunk_digests(path: Path, spans: Iterable[tuple[int, int]]) -> Iterator[str]:
+    """Digest of each (offset, length) of a file; raises ``OSError``."""
     with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(min(chunk_bytes, nbytes)))
-        for offset in range(0, nbytes, chunk_bytes):
-            part = buffer[: min(chunk_bytes, nbytes - offset)]
-            _read_all(file.fileno(), part, offset)
+        buffer = memoryview(b"")
+        for offset, nbytes in spans:
+            if len(buffer) < nbytes:
+                buffer = memoryview(bytearray(nbytes))
+            part = buffer[:nbytes]
+            read_all(file.fileno(), part, offset)
             yield blake3(part).hexdigest()
 
 
-def read_rows(path: Path, entry: TensorEntry, stripes: int) -> Iterator[memoryview]:
-    """A tensor's bytes in row-major order, a band at a time; raises ``OSError``."""
-    with path.open("rb", buffering=0) as file:
-        if entry.axis != 1:
-            for at in range(0, entry.nbytes, BAND_BYTES):
-                buffer = memoryview(bytearray(min(BAND_BYTES, entry.nbytes - at)))
-                _read_all(file.fileno(), buffer, entry.offset + at)
-                yield buffer
-            return
-        rows = entry.shape[0]
-        width = entry.nbytes // rows // stripes if rows else 0
-        height = max(1, BAND_BYTES // (width * stripes or 1))
-        for first in range(0, rows, height):
-            band = np.empty((min(height, rows - first), stripes, width), np.uint8)
-            for stripe in range(stripes):
-                part = np.empty((len(band), width), np.uint8)
-                offset = entry.offset + (stripe * rows + first) * width
-                _read_all(file.fileno(), part.data.cast("B"), offset)
-                band[:, stripe] = part
-            yield band.data.cast("B")
+def read_rows(image: ImageFile, entry: TensorEntry, stripes: int) -> Iterator[memoryview]:
+    """A tensor's bytes in row-major order, a band at a time; raises as ``ImageFile.read``."""
+    if entry.axis != 1:
+        for at in range(0, entry.nbytes, BAND_BYTES):
+            buffer = memoryview(bytearray(min(BAND_BYTES, entry.nbytes - at)))
+            image.read(buffer, entry.offset + at)
+            yield buffer
+        return
+    rows = entry.shape[0]
+    width = entry.nbytes // rows // stripes if rows else 0
+    height = max(1, BAND_BYTES // (width * stripes or 1))
+    for first in range(0, rows, height):
+        band = np.empty((min(height, rows - first), stripes, width), np.uint8)
+        for stripe in range(stripes):
+            part = np.empty((len(band), width), np.uint8)
+            offset = entry.offset + (stripe * rows + first) * width
+            image.read(part.data.cast("B"), offset)
+            band[:, stripe] = part
+        yield band.data.cast("B")
 
 
 def _bands(tensor: SourceTensor, entry: TensorEntry) -> Iterator[Array]:
@@ -151,11 +156,3 @@ def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _read_all(fd: int, view: memoryview, offset: int) -> None:
-    while view:
-        read = os.preadv(fd, [view], offset)
-        if not read:
-            raise OSError(f"ends at byte {offset}")
-        view, offset = view[read:], offset + read

@@ -43,6 +43,16 @@ def state(row: Row) -> str:
     return ", ".join(word for word, is_so in facts.items() if is_so) or "on disk"
 
 
+def stored_as(row: Row) -> str:
+    """``raw``, or ``packed from`` the bytes that it decodes to."""
+    if row.manifest is None:
+        return "-"
+    data = row.manifest.data
+    if data.packing is None:
+        return "raw"
+    return f"packed from {size(data.decoded_bytes)}"
+
+
 def models_table(rows: Sequence[Row], now_s: float) -> Table:
     """One line per model, with a bar of its share of the store."""
     stored = sum({row.entry.bundle: row.nbytes for row in rows}.values())
@@ -51,6 +61,7 @@ def models_table(rows: Sequence[Row], now_s: float) -> Table:
         Column("Size", justify="right", no_wrap=True),
         Column("", no_wrap=True),
         Column("Dtype", no_wrap=True),
+        Column("Stored", no_wrap=True),
         Column("State", no_wrap=True),
         Column("Used", no_wrap=True),
         Column("Digest", no_wrap=True),
@@ -64,6 +75,7 @@ def models_table(rows: Sequence[Row], now_s: float) -> Table:
             size(row.nbytes),
             "█" * max(1, round(row.nbytes / largest * BAR_CELLS)),
             row.entry.dtype,
+            stored_as(row),
             state(row),
             age(row.used_ns, now_s),
             row.manifest.identity[:12] if row.manifest else "-",
@@ -107,6 +119,9 @@ def _facts(row: Row) -> Iterable[tuple[str, str]]:
     yield "digest to pin", manifest.identity
     yield "bundle", manifest.bundle
     yield "dtype, codec", f"{manifest.dtype}, {manifest.data.codec}"
+    if manifest.data.packing is not None:
+        decoded = manifest.data.decoded_bytes
+        yield "packed", f"{size(manifest.data.nbytes)} of weights that decode to {size(decoded)}"
     yield "licence", manifest.licence or "not stated"
     yield "origin", manifest.source
     yield "context", f"{manifest.context_tokens} tokens"
@@ -146,6 +161,8 @@ def row_json(row: Row, *, full: bool) -> dict[str, Any]:
         "bundle": row.entry.bundle,
         "source": row.entry.source,
         "nbytes": row.nbytes,
+        "codec": row.manifest.data.codec if row.manifest else None,
+        "decoded_bytes": row.manifest.data.decoded_bytes if row.manifest else None,
         "pinned": row.entry.pinned,
         "loaded": row.loaded,
         "used_s": row.used_ns / 1e9,
@@ -154,7 +171,6 @@ def row_json(row: Row, *, full: bool) -> dict[str, Any]:
     if full and (manifest := row.manifest):
         facts |= {
             "format_version": manifest.format_version,
-            "codec": manifest.data.codec,
             "stripes": manifest.stripes,
             "num_tensors": len(manifest.tensors),
             "num_chunks": len(manifest.data.chunks),

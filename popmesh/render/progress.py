@@ -27,6 +27,7 @@ WORDS = {
     "unpack": "Unpacking it",
     "read": "Reading it",
     "convert": "Converting it for the store",
+    "pack": "Packing it",
     "digest": "Writing down its digests",
     "resume": "Checking what has arrived before",
     "fetch": "Fetching the bundle",

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from pop_node.store.holding import Hold
 from pop_node.store.store import Store
 from popmesh.cli import main
 from popmesh.render.models import age, models_table, size
+from popmesh.render.packing import pack_table
 
 
 def popmesh(*arguments: str) -> Result:
@@ -159,6 +161,38 @@ def test_verify_checks_all_and_names_the_broken_one(store: str, source: Path) ->
     assert machine.exit_code == 2
     (found,) = json.loads(machine.stdout)
     assert "chunk 0" in found["problem"]
+
+
+def test_pack_shows_what_became_of_each_class(store: str, source: Path) -> None:
+    import numpy as np
+
+    wide = {"model.layers.0.mlp.up_proj.weight": np.ones((4096, 16), np.float32)}
+    save_file(wide, source / "model.safetensors")
+    popmesh("add", str(source), "--name", "wide", "--store", store)
+    found = as_json("pack", "wide", "--as", "thin", "--store", store)
+    (row,) = found["classes"]
+    assert (row["name"], row["num_weights"], row["raw_bytes"]) == ("mlp", 65536, {})
+    assert 8 <= row["limit_bits_per_weight"] < row["bits_per_weight"] < 10
+    assert found["stored_bytes"] == row["stored_bytes"] < 131_072 == found["decoded_bytes"]
+    text = popmesh("pack", "wide", "--store", store).stdout
+    assert text.startswith("mlp\t131072\t")
+    assert "wide is packed: 131 kB of weights in" in text
+    models = {model["name"]: model for model in as_json("list", "--store", store)}
+    assert models["wide"]["bundle"] == models["thin"]["bundle"] == found["bundle"]
+    assert (models["wide"]["codec"], models["wide"]["decoded_bytes"]) == ("exponent", 131_072)
+    assert "weights that decode to 131 kB" in popmesh("show", "thin", "--store", store).stdout
+    assert popmesh("verify", "thin", "--store", store).stdout == "thin is intact\n"
+    packed = Store(Path(store)).pack("tiny", progress=lambda *_: None)
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, no_color=True)
+    console.print(pack_table(packed))
+    assert isinstance(console.file, io.StringIO)
+    for part in ("1 norm", "100.0 %"):
+        assert part in console.file.getvalue()
+    text = popmesh("pack", "tiny", "--store", store).stdout
+    assert "norm: 16 B raw, saves less than a page" in text
+    assert "tiny is stored raw" in text
+    popmesh("pack", "wide", "--codec", "raw", "--store", store)
+    assert as_json("show", "wide", "--store", store)["codec"] == "raw"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
+
 from pop_node.peers import choice
 from pop_node.peers.choice import best_offer, origin_wait_s
 from pop_node.peers.inventory import Inventory, Stocked
@@ -69,6 +71,18 @@ def test_a_pinned_model_is_known_by_its_identity_alone() -> None:
     offer = best_offer(PINNED, [peer("n2"), peer("n3")], found, (), ())
     assert offer is not None
     assert (offer.bundle, [p.name for p in offer.holders]) == ("c" * 64, ["n3"])
+
+
+def test_of_two_bundles_that_as_many_have_the_smaller_travels() -> None:
+    raw = stocked("a" * 64)
+    packed = msgspec.structs.replace(stocked("c" * 64), nbytes=6000)
+    found = has("n2", raw) | has("n3", packed)
+    offer = best_offer(PINNED, [peer("n2"), peer("n3")], found, (), ())
+    assert offer is not None
+    assert offer.bundle == packed.bundle
+    offer = best_offer(PINNED, [peer("n2"), peer("n3"), peer("n4")], found | has("n4", raw), (), ())
+    assert offer is not None
+    assert offer.bundle == raw.bundle, "more peers give it at once"
 
 
 def test_another_model_is_known_by_what_most_call_so() -> None:

@@ -1,6 +1,6 @@
 """Processes that are killed in the middle of an act on a store. Run by the crash tests as
 
-    python crash_acts.py add|fetch|peer|arrive|gc|load STORE SOURCE
+    python crash_acts.py add|pack|fetch|peer|arrive|gc|load STORE SOURCE
 
 Each line on standard input is a number of seconds: a child begins the act, does it over and over,
 is killed after that time, and a line says by which signal it died (0: it ended by itself). Forking
@@ -37,6 +37,11 @@ def act(kind: str, store: Store, source: str) -> None:
     while True:
         if kind == "load":
             load(store.get("kept").path, "float32", load_ops("reference", 1))
+        elif kind == "pack":
+            layout.CHUNK_BYTES = 4 * 4096  # the least of which packing saves a page
+            store.add(source, "a", "bfloat16", unwatched)
+            for codec in ("exponent", "raw"):
+                store.pack("a", codec, progress=unwatched)
         elif kind == "gc":
             store.add(source, "a", "float32", unwatched)
             store.gc(0)

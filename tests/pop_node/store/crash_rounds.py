@@ -22,15 +22,21 @@ from pathlib import Path
 
 from pop_node.peers.giver import Giver
 from pop_node.store import layout
+from pop_node.store.dtypes import Dtype
 from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from tests.pop_node.store.crash_acts import bring
 from tests.pop_node.store.tiny_models import tensors, write_huggingface
 
 CRASH_ACTS = Path(__file__).with_name("crash_acts.py")
-KINDS = ("add", "fetch", "peer", "arrive", "gc", "load")
-LONGEST_S = {"peer": 0.3, "arrive": 0.8} | dict.fromkeys(("add", "fetch", "gc", "load"), 0.08)
+KINDS = ("add", "pack", "fetch", "peer", "arrive", "gc", "load")
+LONGEST_S = {"peer": 0.3, "arrive": 0.8, "pack": 0.15} | dict.fromkeys(
+    ("add", "fetch", "gc", "load"), 0.08
+)
 """Several rounds of each act: a kill may hit any step of any of them."""
+
+DTYPES: dict[str, Dtype | None] = {"fetch": None, "pack": "bfloat16"}
+"""What ``a`` is added as; float32 by the others."""
 
 
 def settled(store: Store, kept: str) -> None:
@@ -106,7 +112,7 @@ def crash(kind: str, kills: int, folder: Path, rng: random.Random) -> set[tuple[
         if kind in ("peer", "arrive"):
             asyncio.run(bring(store, source, and_load=kind == "arrive"))
         else:
-            store.add(source, "a", None if kind == "fetch" else "float32", unwatched)
+            store.add(source, "a", DTYPES.get(kind, "float32"), unwatched)
     settled(store, kept.identity)
     store.remove("a")
     clean(store)

@@ -22,6 +22,7 @@ from pop_node.store import partial as partial_module
 from pop_node.store.arrivals import CHECKED, REFUSED, Arrivals, Marks
 from pop_node.store.bundle import check_tensor
 from pop_node.store.holding import Hold, claimed
+from pop_node.store.image import ImageFile
 from pop_node.store.layout import TensorEntry
 from pop_node.store.manifest import Manifest, bundle_digest
 from pop_node.store.partial import Partial, partial_bundle
@@ -276,9 +277,9 @@ def test_tensors_are_checked_as_soon_as_they_are_whole(
     seen: list[str] = []
     some = threading.Event()
 
-    def check(path: Path, manifest: Manifest, entry: TensorEntry) -> None:
+    def check(image: ImageFile, manifest: Manifest, entry: TensorEntry) -> None:
         seen.append(entry.name)
-        check_tensor(path, manifest, entry)
+        check_tensor(image, manifest, entry)
         some.set()
 
     monkeypatch.setattr(partial_module, "check_tensor", check)
