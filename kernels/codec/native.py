@@ -70,6 +70,8 @@ class NativeCodec:
         size = self._lib.pm_codec_encode(
             self._isa, _address(data), len(data), code, _address(out), threads
         )
+        if size < 0:
+            raise MemoryError("no memory or threads to encode a block")
         return out[:size].tobytes()
 
     def check(self, block: Bytes) -> int:

@@ -162,7 +162,7 @@ static long encode_raw(const pm_codec_kernels *kernels, const uint8_t *data, lon
     return head + CHECKSUM + bytes;
 }
 
-/* The bytes of a coded block, or -1: it is too long, or there was no memory. */
+/* The bytes of a coded block; 0 where it would be too long; or an error below 0. */
 static long encode_rans(const pm_codec_kernels *kernels, const uint8_t *data, long bytes, int dtype,
                         uint8_t *out, int threads)
 {
@@ -174,7 +174,7 @@ static long encode_rans(const pm_codec_kernels *kernels, const uint8_t *data, lo
     uint32_t *section_bytes = malloc((size_t)tiles * sizeof *section_bytes);
     pm_encode_job job = {kernels, encoder, type, values, tiles, data, out + HEADER + TABLE,
                          out + head + CHECKSUM, NULL, counts, section_bytes};
-    long end = -1;
+    long end = PM_CODEC_NO_MEMORY;
     if (encoder == NULL || section_bytes == NULL || run(count_item, &job, tiles, threads) != 0)
         goto done;
     pm_codec_choose_table(encoder, counts, (uint64_t)values);
@@ -189,7 +189,7 @@ static long encode_rans(const pm_codec_kernels *kernels, const uint8_t *data, lo
     }
     end = at - out;
     if (end > bytes - bytes / MIN_SAVING) {
-        end = -1;
+        end = 0;
         goto done;
     }
     const pm_codec_table *table = &encoder->table;
@@ -219,7 +219,7 @@ PM_API long pm_codec_encode(const char *isa, const uint8_t *data, long bytes, in
         return PM_CODEC_NO_ISA;
     if (dtype > 0 && bytes > 0) {
         const long end = encode_rans(kernels, data, bytes, dtype, out, threads);
-        if (end > 0)
+        if (end != 0)
             return end;
     }
     const int reason = bytes == 0 ? REASON_EMPTY : dtype == 0 ? REASON_DTYPE : REASON_SAVING;

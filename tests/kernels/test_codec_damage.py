@@ -9,8 +9,17 @@ import pytest
 from codec_cases import DTYPES, Codec, as_bytes, codecs, weights
 
 from kernels import codec
-from kernels.codec.layout import CHECKSUM_BYTES, HEADER, RANS, TABLE, CodecError, header_bytes
-from kernels.reference.exponent_codec import checksum
+from kernels.codec.layout import (
+    CHECKSUM_BYTES,
+    FLOAT_TYPES,
+    HEADER,
+    LANES,
+    RANS,
+    TABLE,
+    CodecError,
+    header_bytes,
+)
+from kernels.reference.exponent_codec import checksum, directory, planes_bytes
 
 CODECS = codecs()
 
@@ -110,6 +119,43 @@ def test_a_header_that_lies_is_noticed(which: Codec) -> None:
         if block[place : place + len(content)] != content:
             lie = forged(block, place, content, size)
             refuses(which, lie, size)
+
+
+@pytest.mark.parametrize("which", CODECS, ids=lambda which: which.isa)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_holds_zeros_alone(which: Codec, dtype: str) -> None:
+    """What fills up planes and sections says nothing, but is no place to hide anything either."""
+    kind, count = FLOAT_TYPES[dtype], 3001
+    block, size = sound_block(dtype, count)
+    head = header_bytes(RANS, size, kind.bytes)
+    at = end = head + CHECKSUM_BYTES
+    padding = []
+    for width in kind.plane_widths:
+        at += -(-count * width // 8)
+        padding += [8 * at - 1 - bit for bit in range(-count * width % 8)]
+    end += planes_bytes(count, kind)
+    words, escapes, _ = directory(as_bytes(block), head)[0]
+    used = end + 4 * LANES + 2 * words + escapes
+    padding += [*range(8 * at, 8 * end, 3), *range(8 * used, 8 * len(block), 3)]
+    for bit in padding:
+        damaged = bytearray(block)
+        assert not damaged[bit // 8] >> bit % 8 & 1
+        damaged[bit // 8] ^= 1 << bit % 8
+        refuses(which, bytes(damaged), size)
+
+
+@pytest.mark.parametrize("which", CODECS, ids=lambda which: which.isa)
+def test_a_word_too_many_is_noticed(which: Codec) -> None:
+    """Made of padding, so that nothing but the count of words is wrong."""
+    for count in range(3000, 3100):
+        block = which.encode(weights(count), "bfloat16", 1)
+        head = header_bytes(RANS, 2 * count, 2)
+        words, escapes, _ = directory(as_bytes(block), head)[0]
+        if escapes == 0 and words % 2 == 1:
+            lie = forged(block, head - 12, (words + 1).to_bytes(4, "little"), 2 * count)
+            refuses(which, lie, 2 * count)
+            return
+    pytest.fail("no block with an odd number of words and no escapes")
 
 
 @pytest.mark.parametrize("which", CODECS, ids=lambda which: which.isa)
