@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from warm_start import shapes, write_source
+from warm_start_model import shapes, write_source
 
 from pop_node.store.store import Store
 from popmesh.links.plan import EmulatedLink, LinkMap, LinkPlan, ShapedPort, write_json

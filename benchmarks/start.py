@@ -42,9 +42,9 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cold_pages import CEILINGS, drop_pages, read_direct, resident_share
 from engine import Engine, drop_page_cache, engines, free_port, serving
 from report import command_line, commit, facts, save
-from warm_start import CEILINGS, drop_pages, read_direct, resident_share
 
 from pop_node.engine import messages as m
 from pop_node.engine.boundary import MessageReader, encode, send_setup
