@@ -34,7 +34,7 @@ def give_back(pool: BlockPool, sequence: Sequence) -> None:
     """Let go of all blocks; what was registered may still be hit."""
     pool.release(sequence.blocks)
     del sequence.blocks[:]
-    sequence.registered = 0
+    sequence.computed = sequence.registered = 0
 
 
 def register_full(pool: BlockPool, sequence: Sequence) -> None:

@@ -6,6 +6,8 @@ A thin shell: the scheduler decides, the runner computes, the stager copies. Kno
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import assert_never
 
 from pop_node.engine.messages import (
@@ -40,8 +42,18 @@ from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.stager import Stager
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was begun; ``collect`` waits for it and gives the tokens drawn."""
+
+    schedule: Schedule
+    started: float
+    collect: Callable[[], list[int]]
+
+
 class EngineLoop:
-    """Runs steps until told to stop. ``last_layer`` is the number of the model's last layer."""
+    """Runs steps until told to stop, with as many under way as the runner has depth: one, which
+    ends before the next is scheduled, or two. ``last_layer``: number of the model's last layer."""
 
     def __init__(
         self, scheduler: Scheduler, runner: StepRunner, stager: Stager, port: Port, last_layer: int
@@ -53,6 +65,8 @@ class EngineLoop:
         self._last_layer = last_layer
         self._rates = StepRates()
         self._told: Load | None = None
+        self._under_way: _Step | None = None
+        self._ended_at = 0.0
         self._schedule = Schedule((), (), (), 0)
 
     def run(self) -> None:
@@ -62,12 +76,26 @@ class EngineLoop:
             idle = not self.step() and not self._runner.prepare()
 
     def step(self) -> bool:
-        """One engine step; False when there was nothing to compute."""
+        """Begin a step, if there is something to compute, and end the oldest that has to end now;
+        False when there was neither."""
+        before = self._under_way
+        if before is not None:
+            self._scheduler.ahead(before.schedule)
         schedule, effects = self._scheduler.schedule(time.monotonic())
         self._carry_out(effects)
-        if not schedule.rows:
+        begun = self._begin(schedule) if schedule.rows else None
+        self._under_way = begun
+        if before is not None:
+            self._end(before)
+        if begun is not None and self._runner.depth == 1:
+            self._under_way = None
+            self._end(begun)
+        if before is None and begun is None:
             self._tell([])
             return False
+        return True
+
+    def _begin(self, schedule: Schedule) -> _Step:
         self._schedule = schedule
         exported = [
             (row.sequence.transfer, row.end)
@@ -77,14 +105,20 @@ class EngineLoop:
         self._stager.begin_step(exported)
         listener = self._layer_done if exported or schedule.completing else None
         started = time.monotonic()
-        ids = self._runner.launch(schedule, listener)()
+        return _Step(schedule, started, self._runner.launch(schedule, listener))
+
+    def _end(self, step: _Step) -> None:
+        ids = step.collect()
         now = time.monotonic()
-        self._rates.step(schedule.prefill_tokens, now - started)
-        effects = self._scheduler.complete(schedule, ids, now)
+        # With two under way, a step has the device to itself from the end of the one before.
+        self._rates.step(step.schedule.prefill_tokens, now - max(step.started, self._ended_at))
+        self._ended_at = now
+        if self._runner.depth > 1:
+            self._prefills_done(step.schedule, now)
+        effects = self._scheduler.complete(step.schedule, ids, now)
         tokens = [(e.seq, e.index, e.id, e.finish) for e in effects if isinstance(e, Token)]
         self._tell(tokens)
         self._carry_out(effects)
-        return True
 
     # ---- commands ------------------------------------------------------------------------------
 
@@ -134,13 +168,18 @@ class EngineLoop:
 
     def _layer_done(self, layer: int) -> None:
         self._stager.layer_done(layer)
-        if layer == self._last_layer and self._schedule.completing:
-            now = time.monotonic()
-            for sequence in self._schedule.completing:
-                timings = sequence.timings
-                started = now if timings.started_at is None else timings.started_at
-                queue_ms = (started - timings.added_at) * 1000
-                self._port.send(PrefillDone(sequence.seq, queue_ms, (now - started) * 1000))
+        # A runner that goes on at once has only queued it.
+        if layer == self._last_layer and self._runner.depth == 1:
+            self._prefills_done(self._schedule, time.monotonic())
+
+    def _prefills_done(self, schedule: Schedule, now: float) -> None:
+        for sequence in schedule.completing:
+            if sequence.phase == "ended":
+                continue
+            timings = sequence.timings
+            started = now if timings.started_at is None else timings.started_at
+            queue_ms = (started - timings.added_at) * 1000
+            self._port.send(PrefillDone(sequence.seq, queue_ms, (now - started) * 1000))
 
     def _tell(self, tokens: list[tuple[int, int, int, str]]) -> None:
         """Send tokens and load; nothing when neither is new."""

@@ -64,7 +64,8 @@ class Schedule:
             num_drafts += len(row.drafts)
             if row.end >= len(sequence.ids):
                 sampled.append(index)
-                if sequence.timings.computed_at is None and sequence.leg != "decode":
+                given = sequence.leg != "decode" and row.start < sequence.given_tokens
+                if given and sequence.timings.computed_at is None:
                     completing.append(sequence)
         return cls(tuple(rows), tuple(sampled), tuple(completing), num_tokens, num_drafts)
 

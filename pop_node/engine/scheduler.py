@@ -18,8 +18,10 @@ from __future__ import annotations
 from bisect import insort
 from typing import assert_never
 
+from pop_node.engine.ahead import Ahead
 from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.block_table import fit, give_back, hold, register_full
+from pop_node.engine.books import check_books
 from pop_node.engine.messages import (
     Add,
     Allocated,
@@ -77,6 +79,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._speculation = speculation
         self._scheduled_at = 0.0
+        self._ahead = Ahead()
         self._arrivals = 0
         self._sequences: dict[int, Sequence] = {}
         self._waiting = Waiting()
@@ -182,7 +185,7 @@ class Scheduler:
         effects: list[Effect] = []
         rows: list[Row] = []
         for sequence in tuple(self._running):
-            if sequence.remaining > 1 or sequence.phase != "running":
+            if sequence.remaining > 1 or sequence.phase != "running" or sequence.ending:
                 continue  # a prefill, or it has just given way to an older one
             if self._grow(sequence, effects):
                 rows.append(Row(sequence, sequence.computed, 1))
@@ -204,10 +207,15 @@ class Scheduler:
             row.sequence.timings.start(now)
         return Schedule.of(rows), effects
 
+    def ahead(self, schedule: Schedule) -> None:
+        """Let ``schedule`` be called once before this step, which has no drafts, is complete."""
+        self._ahead.begin(schedule)
+
     def complete(self, schedule: Schedule, ids: list[int], now: float) -> list[Effect]:
-        """Book the step: ``ids`` are the tokens drawn, ``schedule.num_drawn`` of them in order."""
+        """Book the step: ``ids`` are the tokens drawn, ``schedule.num_drawn`` of them in order.
+        Those of a sequence that has ended meanwhile are dropped."""
+        self._ahead.settle(schedule)
         for row in schedule.rows:
-            row.sequence.computed = row.end - len(row.drafts)
             register_full(self._pool, row.sequence)
         for sequence in schedule.completing:
             sequence.timings.computed_at = now
@@ -221,7 +229,8 @@ class Scheduler:
         for index in schedule.sampled:
             row = schedule.rows[index]
             end = at + 1 + len(row.drafts)
-            self._book(row, ids[at:end], effects)
+            if row.sequence.phase != "ended":
+                self._book(row, ids[at:end], effects)
             at = end
         return effects
 
@@ -269,10 +278,12 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, effects: list[Effect]) -> bool:
         """Make room for the next token; False when the sequence itself had to give way."""
-        if len(sequence.blocks) * self._pool.block_tokens >= len(sequence.ids):
+        if len(sequence.blocks) * self._pool.block_tokens >= sequence.length:
             return True
         while self._pool.available == 0:
             victim = self._running[-1]
+            if victim.ending:
+                return False  # its blocks come free when the step under way is complete
             self._preempt(victim, effects)
             if victim is sequence:
                 return False
@@ -288,7 +299,6 @@ class Scheduler:
     def _wait_again(self, sequence: Sequence) -> None:
         give_back(self._pool, sequence)
         sequence.phase = "waiting"
-        sequence.computed = 0
         self._waiting.put_back(sequence)
 
     # ---- admission -----------------------------------------------------------------------------
@@ -299,7 +309,7 @@ class Scheduler:
         reserved = 0  # blocks that older sequences, which wait only for budget, will take
         admitted: list[Sequence] = []
         for sequence in self._waiting:
-            if seats == 0 or (budget == 0 and self._waiting.decode_legs == 0):
+            if seats == 0 or sequence.pending or (budget == 0 and not self._waiting.decode_legs):
                 break
             hits, new = fit(self._pool, sequence)
             idle = self._pool.unheld(hits)
@@ -385,16 +395,5 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise ``AssertionError`` if the books disagree with each other. Linear in everything."""
-        self._pool.check(s.blocks for s in self._sequences.values())
-        self._waiting.check()
-        by_phase: dict[str, set[int]] = {"waiting": {s.seq for s in self._waiting}}
-        by_phase["running"] = {s.seq for s in self._running}
-        by_phase["receiving"] = {s.seq for s in self._receiving.values()}
-        for sequence in self._sequences.values():
-            if sequence.phase != "pinned":
-                assert sequence.seq in by_phase[sequence.phase], f"{sequence.seq} is in no queue"
-            holds = sequence.phase != "waiting"
-            assert holds == bool(sequence.blocks), f"{sequence.phase} with {sequence.blocks}"
-        ages = [age(s) for s in self._running]
-        assert ages == sorted(ages), "running sequences are out of order"
-        assert self._num_pinned == sum(s.phase == "pinned" for s in self._sequences.values())
+        every, receiving = self._sequences.values(), self._receiving.values()
+        check_books(self._pool, every, self._waiting, self._running, receiving, self._num_pinned)

@@ -42,8 +42,8 @@ class Sequence:
 
     ``computed`` tokens have their KV in ``blocks``, the block table. ``kv_source`` says where the
     KV of the given tokens comes from: a decode leg's from its transfer until ``Commit``, else from
-    computing. ``emitted_from`` is the output index of the first token that was not given to us.
-    ``drafter`` guesses what comes next, once it was asked to.
+    computing. ``pending``: 1 while a token is drawn that nobody has been told yet (``ahead``).
+    ``emitted_from`` is the output index of the first token that was not given to us.
     """
 
     seq: int
@@ -64,6 +64,7 @@ class Sequence:
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
     registered: int = 0
+    pending: int = 0
     drafter: Drafter | None = None
     _root: bytes = b""
     _hashes: list[bytes] = field(default_factory=list)
@@ -95,9 +96,21 @@ class Sequence:
         return len(self.ids) - self.prompt_tokens
 
     @property
+    def length(self) -> int:
+        """Tokens known so far, and the one that is drawn but not told yet."""
+        return len(self.ids) + self.pending
+
+    @property
     def remaining(self) -> int:
-        """Known tokens whose KV is not computed yet; 1 for a sequence that decodes."""
-        return len(self.ids) - self.computed
+        """Tokens whose KV is not computed yet; 1 for a sequence that decodes."""
+        return self.length - self.computed
+
+    @property
+    def ending(self) -> bool:
+        """Is it certain that the token on its way is the last one here?"""
+        return self.pending > 0 and (
+            self.leg == "prefill" or self.output_tokens + self.pending >= self.max_tokens
+        )
 
     @property
     def given_tokens(self) -> int:

@@ -23,6 +23,7 @@ from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.cuda_runner import MISSES_BEFORE_CAPTURE, CudaRunner
 from pop_node.engine.messages import Add, Token
 from pop_node.engine.runner import Runner
+from pop_node.engine.schedule import Schedule
 from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.validate import Limits
 from pop_node.models.registry import Model, load_model
@@ -82,7 +83,10 @@ def a_scheduler() -> Scheduler:
     )
 
 
-def answers(runner: Any, adds: list[tuple[int, Add]]) -> dict[int, list[int]]:
+Answers = dict[int, list[int]]
+
+
+def answers(runner: Any, adds: list[tuple[int, Add]]) -> Answers:
     """Tokens of each sequence, added before the step that is named."""
     scheduler, found = a_scheduler(), {}
     queue = sorted(adds, key=lambda pair: pair[0])
@@ -96,11 +100,37 @@ def answers(runner: Any, adds: list[tuple[int, Add]]) -> dict[int, list[int]]:
         step += 1
         if not schedule.rows:
             continue
-        ids = runner.launch(schedule, lambda layer: None)()
-        for effect in scheduler.complete(schedule, ids, 0.0):
-            if isinstance(effect, Token):
-                found[effect.seq].append(effect.id)
-        scheduler.check()
+        tell(scheduler, schedule, runner.launch(schedule, lambda layer: None), found)
+    return found
+
+
+def tell(scheduler: Scheduler, schedule: Schedule, collect: Any, found: Answers) -> None:
+    """End a step."""
+    for effect in scheduler.complete(schedule, collect(), 0.0):
+        if isinstance(effect, Token):
+            found[effect.seq].append(effect.id)
+    scheduler.check()
+
+
+def answers_ahead(runner: CudaRunner, adds: list[tuple[int, Add]]) -> Answers:
+    """The same with two steps under way, as the engine's loop has them."""
+    scheduler, found = a_scheduler(), {add.seq: [] for _, add in adds}
+    queue = sorted(adds, key=lambda pair: pair[0])
+    before: tuple[Schedule, Any] | None = None
+    step = 0
+    while queue or scheduler.num_sequences or before:
+        while queue and queue[0][0] <= step:
+            assert scheduler.handle(queue.pop(0)[1], 0.0) == []
+        if before:
+            scheduler.ahead(before[0])
+        schedule, _ = scheduler.schedule(0.0)
+        step += 1
+        begun = None
+        if schedule.rows:
+            begun = schedule, runner.launch(schedule, lambda layer: None)
+        if before:
+            tell(scheduler, *before, found)
+        before = begun
     return found
 
 
@@ -146,6 +176,18 @@ def test_tokens_and_cache_are_those_of_the_host(
     for mine, theirs in zip(runner.cache, host.cache, strict=True):
         assert torch.equal(mine[:, :BLOCKS].isnan(), theirs.isnan())
         assert torch.equal(mine[:, :BLOCKS].nan_to_num(), theirs.nan_to_num())
+
+
+@settings(max_examples=12, deadline=None)
+@given(adds=arrivals, captured=st.booleans())
+def test_tokens_are_the_same_with_two_steps_under_way(
+    model: Model, adds: list[tuple[int, Add]], captured: bool
+) -> None:
+    host = Runner(model, model._ops, BLOCKS, BLOCK_TOKENS)
+    runner, _ = a_cuda_runner(model)
+    while captured and runner.prepare():
+        pass
+    assert answers_ahead(runner, adds) == answers(host, adds)
 
 
 def test_what_only_decodes_is_replayed_and_the_rest_is_not(model: Model) -> None:
