@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,7 @@ class Engine:
             context_tokens=context,
         )
         self._sequences = 0
+        self._under_way: tuple[Schedule, Callable[[], list[int]]] | None = None
 
     def add(self, prompt: list[int], more: int, *, leg: str = "both", **changes: Any) -> int:
         """Queue a sequence of ``more`` tokens after ``prompt``; its number."""
@@ -251,12 +253,18 @@ class Engine:
         return found
 
     def step(self) -> list[Token]:
-        """Compute once and wait for it."""
+        """Queue a step and wait for the one before, as the engine's loop does."""
+        before = self._under_way
+        if before is not None:
+            self.scheduler.ahead(before[0])
         schedule, _ = self.scheduler.schedule(0.0)
-        if not schedule.rows:
+        self._under_way = None
+        if schedule.rows:
+            self._under_way = schedule, self.runner.launch(schedule, lambda layer: None)
+        if before is None:
             return []
-        ids = self.runner.launch(schedule, lambda layer: None)()
-        effects = self.scheduler.complete(schedule, ids, 0.0)
+        done, collect = before
+        effects = self.scheduler.complete(done, collect(), 0.0)
         return [effect for effect in effects if isinstance(effect, Token)]
 
     def steps(self, count: int) -> None:
@@ -267,7 +275,7 @@ class Engine:
     def run(self) -> dict[int, list[int]]:
         """Until every sequence has ended: their tokens."""
         found: dict[int, list[int]] = {}
-        while self.scheduler.num_sequences:
+        while self.scheduler.num_sequences or self._under_way:
             for token in self.step():
                 found.setdefault(token.seq, []).append(token.id)
         return found
@@ -276,6 +284,7 @@ class Engine:
         """End them; nothing of them stays known."""
         for seq in sequences:
             self.scheduler.handle(Drop(seq), 0.0)
+        self.run()  # the step that is under way
         self.pool.forget()
 
 
