@@ -89,7 +89,7 @@ class ScriptedEngine:
         return False
 
     def launch(
-        self, schedule: Schedule, on_layer: Callable[[int], None]
+        self, schedule: Schedule, on_layer: Callable[[int], None] | None
     ) -> Callable[[], list[int]]:
         for row in schedule.rows:
             values = chain(list(row.sequence.ids)[: row.end])
@@ -99,7 +99,8 @@ class ScriptedEngine:
                 if position >= row.start:
                     self._memory[at] = values[position]
                 assert self._memory[at] == values[position], "computed on another one's KV"
-        on_layer(0)
+        if on_layer is not None:
+            on_layer(0)
         self._steps += 1
         if self._steps % self._stage_every == 0:
             self._stage()
