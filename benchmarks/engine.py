@@ -1,7 +1,8 @@
 """Engines side by side: popmesh, transformers, llama.cpp and vLLM on the same weights and prompts.
 
     python benchmarks/engine.py --store .cache/store-2 --out benchmarks/results/engine.json \\
-        [--transformers VENV] [--vllm VENV] [--llama LLAMA_SERVER --gguf BF16.gguf] [--rounds 2]
+        [--transformers VENV] [--vllm VENV] [--llama LLAMA_SERVER --gguf BF16.gguf] [--rounds 2] \\
+        [--only popmesh vllm] [--add]
 
 Every engine gets all cores, bfloat16, and is alone on the machine while it runs. Within a round
 the engines take turns, and rounds repeat, so that a slow minute of a shared machine hits all of
@@ -11,7 +12,10 @@ at 1, 4 and 16 clients (200-token prompts, 64 tokens of answer), with CPU second
 peak memory of the whole process tree.
 
 ``start_s``: process start -> first streamed token of a 5-token prompt. ``decode_tok_s``:
-1000 / TPOT of one stream. A peer that is not given is left out of the report.
+1000 / TPOT of one greedy stream, where popmesh's guesses from the text so far often come true;
+``decode_drawn_tok_s``: at temperature 1, where they hardly do. ``memory``: what popmesh may take,
+all processes: 1.5 times the weights, the KV cache and a process that has imported torch. A peer
+that is not given is left out of the report. ``--add`` adds turns to the report that is there.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -41,11 +44,15 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 from load import Load, run
+from report import command_line, facts, save
 
 TTFT_PROMPTS = {32: 9, 512: 5, 2048: 3}
 """Prompt tokens -> requests: short ones are cheap, and noisier."""
 
 CLIENTS = (1, 4, 16)
+KV_TOKENS = 16384
+KV_TOKEN_BYTES = 2 * 30 * 3 * 64 * 2
+"""K and V of 30 layers, 3 heads of 64, bfloat16."""
 START_TIMEOUT_S = 180.0
 
 TOPOLOGY = """
@@ -55,7 +62,7 @@ models:
 sites:
   here: {{lat: 0, lon: 0, region: none}}
 nodes:
-  node-1: {{site: here, threads: {threads}, kv_tokens: 16384}}
+  node-1: {{site: here, threads: {threads}, kv_tokens: {kv_tokens}}}
 routers:
   router-1: {{site: here, listen: "127.0.0.1:{port}"}}
 """
@@ -82,7 +89,7 @@ def engines(args: argparse.Namespace, bundle: Path, work: Path, port: int) -> li
     """The servers to compare; each command listens on ``port``."""
     cores = os.cpu_count() or 1
     topology = work / "bench.yaml"
-    topology.write_text(TOPOLOGY.format(threads=cores, port=port))
+    topology.write_text(TOPOLOGY.format(threads=cores, port=port, kv_tokens=KV_TOKENS))
     more = {"ignore_eos": True}
     up = [sys.executable, "-m", "popmesh", "up", str(topology), "--store", str(args.store)]
     up += ["--port", str(port), "--no-emulate-links"]
@@ -139,6 +146,32 @@ def rss_mb(process: subprocess.Popen[bytes]) -> float:
         except psutil.NoSuchProcess:
             continue
     return round(total / 2**20, 1)
+
+
+def memory_allowed(bundle: Path) -> dict[str, float]:
+    """What a server of this model may take, in MB, and of what it is made up."""
+    from pop_node.store.manifest import read_manifest
+
+    code = "import torch, psutil; print(psutil.Process().memory_full_info().pss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    parts = {
+        "weights": float(read_manifest(bundle).data.nbytes),
+        "kv": float(KV_TOKENS * KV_TOKEN_BYTES),
+        "torch": float(done.stdout),
+    }
+    parts["allowed"] = 1.5 * parts["weights"] + parts["kv"] + parts["torch"]
+    return {f"{name}_mb": round(value / 2**20, 1) for name, value in parts.items()}
+
+
+def pss_of_each(process: subprocess.Popen[bytes]) -> list[tuple[str, float]]:
+    """(end of the command line, PSS in MB) of each process of a tree."""
+    found = []
+    for each in tree(process):
+        try:
+            found.append((each.cmdline(), each.memory_full_info().pss))
+        except psutil.NoSuchProcess:
+            continue
+    return [(" ".join(words)[-60:], round(pss / 2**20, 1)) for words, pss in found]
 
 
 def first_token(url: str, engine: Engine) -> bool:
@@ -203,6 +236,8 @@ def measure(engine: Engine, url: str, tokenizer: Path, log: Path, seed: int) -> 
         }
         one = replace(base, prompt_tokens=16, output_tokens=128, requests=3, seed=seed + 1)
         report["decode"] = asyncio.run(run(one))
+        drawn = {**engine.extra, "temperature": 1.0}
+        report["decode_drawn"] = asyncio.run(run(replace(one, extra=drawn)))
         report["load"] = {}
         for clients in CLIENTS:
             before = cpu_s(process)
@@ -222,6 +257,7 @@ def measure(engine: Engine, url: str, tokenizer: Path, log: Path, seed: int) -> 
             figures["cpu_ms_per_token"] = round(1e3 * spent / figures["output_tokens"], 2)
             report["load"][str(clients)] = figures
         report["pss_mb"] = rss_mb(process)
+        report["pss_of_each"] = pss_of_each(process)
     return report
 
 
@@ -238,11 +274,15 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
                 values.append(value)
         return round(statistics.median(values), 2) if values else None
 
-    tpot = median("decode", "tpot_ms", "p50")
+    def speed(name: str) -> float | None:
+        tpot = median(name, "tpot_ms", "p50")
+        return round(1000 / tpot, 1) if tpot else None
+
     return {
         "start_s": median("start_s"),
         "ttft_ms": {str(n): median("ttft", str(n), "ttft_ms", "p50") for n in TTFT_PROMPTS},
-        "decode_tok_s": round(1000 / tpot, 1) if tpot else None,
+        "decode_tok_s": speed("decode"),
+        "decode_drawn_tok_s": speed("decode_drawn"),
         "load_tok_s": {str(c): median("load", str(c), "output_tok_s") for c in CLIENTS},
         "cpu_ms_per_token": {str(c): median("load", str(c), "cpu_ms_per_token") for c in CLIENTS},
         "pss_mb": median("pss_mb"),
@@ -252,7 +292,8 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 def ratios(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """How many times better popmesh is; above 1 is better, whatever the figure."""
-    out = {"decode_tok_s": mine["decode_tok_s"] / theirs["decode_tok_s"]}
+    speeds = ("decode_tok_s", "decode_drawn_tok_s")
+    out = {name: mine[name] / theirs[name] for name in speeds}
     out["start_s"] = theirs["start_s"] / mine["start_s"]
     for n in TTFT_PROMPTS:
         out[f"ttft_{n}"] = theirs["ttft_ms"][str(n)] / mine["ttft_ms"][str(n)]
@@ -261,14 +302,9 @@ def ratios(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in out.items()}
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--store", type=Path, required=True, help="store that holds smollm2-135m")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--transformers", help="venv with transformers[serving]")
@@ -277,6 +313,7 @@ def main() -> None:
     parser.add_argument("--gguf", help="bf16 GGUF made by gguf_bf16.py")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="+")
+    parser.add_argument("--add", action="store_true", help="to the report that is at --out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -287,22 +324,17 @@ def main() -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     turns: dict[str, list[dict[str, Any]]] = {}
-    report: dict[str, Any] = {
-        "what": (__doc__ or "").splitlines()[0],
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "seed": args.seed,
-    }
-    for number in range(args.rounds):
+    if args.add and args.out.exists():
+        turns = json.loads(args.out.read_text())["turns"]
+    report = facts(__doc__, ["torch"])
+    report |= {"seed": args.seed, "memory": memory_allowed(bundle)}
+    for _ in range(args.rounds):
         for engine in engines(args, bundle, work, port):
             log = work / f"{engine.name}.log"
-            seed = args.seed + 1000 * number
-            turn = measure(engine, url, bundle / "tokenizer.json", log, seed)
-            turns.setdefault(engine.name, []).append(turn)
-            print(number, engine.name, json.dumps(summary([turn])), flush=True)
+            done = turns.setdefault(engine.name, [])
+            seed = args.seed + 1000 * len(done)  # the same prompts for all in a round
+            done.append(measure(engine, url, bundle / "tokenizer.json", log, seed))
+            print(len(done), engine.name, json.dumps(summary(done[-1:])), flush=True)
             report["summary"] = {name: summary(each) for name, each in turns.items()}
             report["popmesh_over"] = {
                 name: ratios(report["summary"]["popmesh"], report["summary"][name])
@@ -310,8 +342,7 @@ def main() -> None:
                 if name != "popmesh" and "popmesh" in turns
             }
             report["turns"] = turns
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+            save(report, args.out)
     shutil.rmtree(work)
 
 
