@@ -37,6 +37,8 @@ LIBRARIES = ("-lm",)
 # A build takes about 10 s on one slow core; ten times that means a compiler that hangs.
 COMPILE_TIMEOUT_S = 120.0
 MESSAGE_LINES = 8
+PREBUILT = "prebuilt.so"
+"""Beside the sources where a wheel was built with a compiler; never in a checkout."""
 
 
 class NativeUnavailableError(RuntimeError):
@@ -91,8 +93,18 @@ def library_digest(compiler: str) -> str:
     return digest.hexdigest()
 
 
+def compile_library(target: Path) -> None:
+    """Compile the sources of this folder into ``target``.
+
+    Raises:
+        NativeUnavailableError: no compiler, or it failed.
+    """
+    sources = [str(path) for path in sorted(SOURCE_FOLDER.glob("*.c"))]
+    _run_compiler([find_compiler(), *FLAGS, *sources, "-o", str(target), *LIBRARIES])
+
+
 def ensure_library(folder: Path | None = None) -> Path:
-    """Path of the compiled library, building it first where needed.
+    """Path of the compiled library: the prebuilt one, or one that is built first where needed.
 
     Several processes may do this at once: each compiles into a file of its own and renames it into
     place, so a reader sees either nothing or a whole library.
@@ -103,6 +115,9 @@ def ensure_library(folder: Path | None = None) -> Path:
     Raises:
         NativeUnavailableError: no compiler, it failed, or the folder cannot be written.
     """
+    prebuilt = SOURCE_FOLDER / PREBUILT
+    if prebuilt.exists():
+        return prebuilt
     compiler = find_compiler()
     folder = folder or cache_folder()
     target = folder / f"{library_digest(compiler)}.so"
@@ -116,8 +131,7 @@ def ensure_library(folder: Path | None = None) -> Path:
         raise NativeUnavailableError(f"cannot write to {folder}: {exc}") from exc
     scratch = Path(name)
     try:
-        sources = [str(path) for path in sorted(SOURCE_FOLDER.glob("*.c"))]
-        _run_compiler([compiler, *FLAGS, *sources, "-o", name, *LIBRARIES])
+        compile_library(scratch)
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)

@@ -66,6 +66,17 @@ def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_
     assert build.library_digest(compiler) != before
 
 
+def test_a_library_that_came_with_the_wheel_needs_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = tmp_path / build.PREBUILT
+    build.compile_library(built)
+    monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert ensure_library(tmp_path / "cache") == built
+    assert load_ops("native", 1).name.startswith("native/")
+
+
 def test_without_a_compiler_auto_falls_back_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
