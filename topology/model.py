@@ -73,6 +73,8 @@ class Site:
 class Node:
     """One agent at a site. ``mesh`` is its listener for routers, ``kv`` the one for KV streams.
 
+    ``threads`` of each engine: all cores where the node has the machine to itself, its share where
+    several do; nodes do not know of each other, so nobody guesses.
     ``batch_invariant`` asks its engines for the same bits in any batch. ``models`` may be more than
     fit ``memory_gb`` (10^9 bytes, for weights and KV caches; None: all are kept in memory): then
     ``pinned`` ones stay and the others come and go. ``disk_gb`` bounds its store (None: the disk
