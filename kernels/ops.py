@@ -27,6 +27,7 @@ from kernels.reference.activation import silu_mul
 from kernels.reference.attention import attention
 from kernels.reference.linear import linear, logits
 from kernels.reference.norm import add_rms_norm, rms_norm
+from kernels.reference.penalties import penalize
 from kernels.reference.rope import rope_kv_write
 from kernels.reference.sampling import gumbel_sample
 from kernels.triton.available import TritonUnavailableError, find_device
@@ -72,9 +73,12 @@ class Ops:
             Sequence[int],
             Sequence[int],
             Sequence[int],
+            Sequence[int] | None,
+            Sequence[float] | None,
         ],
         list[int],
     ]
+    penalize: Callable[[_Tensor, _Tensor, _Tensor, float, float, float], None]
     decoder: Callable[[DecoderWeights], Decoder] | None = None
     """Computes a decoder as a whole, like ``kernels.reference.decoder`` does operation by
     operation; None where there is no quicker way than that."""
@@ -99,6 +103,7 @@ def reference_ops(*, batch_invariant: bool = False) -> Ops:
             silu_mul=invariant.silu_mul,
             logits=invariant.product,
             gumbel_sample=gumbel_sample,
+            penalize=penalize,
         )
     return Ops(
         name="reference",
@@ -112,6 +117,7 @@ def reference_ops(*, batch_invariant: bool = False) -> Ops:
         silu_mul=silu_mul,
         logits=logits,
         gumbel_sample=gumbel_sample,
+        penalize=penalize,
     )
 
 
@@ -141,6 +147,7 @@ def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = 
         silu_mul=native.silu_mul,
         logits=native.logits,
         gumbel_sample=native.gumbel_sample,
+        penalize=native.penalize,
         decoder=native.decoder,
     )
 
@@ -171,6 +178,7 @@ def triton_ops(*, batch_invariant: bool = False) -> Ops:
         silu_mul=ops.silu_mul,
         logits=ops.logits,
         gumbel_sample=ops.gumbel_sample,
+        penalize=ops.penalize,
     )
 
 

@@ -47,9 +47,11 @@ _OPERATIONS: dict[str, list[Any]] = {
         *[_POINTER, _LONG, _LONG],
         *[POINTER(c_float)] * 2,
         POINTER(c_uint64),
-        *[POINTER(c_uint32)] * 2,
+        *[POINTER(c_uint32)] * 3,
+        POINTER(c_float),
         POINTER(c_int64),
     ],
+    "pm_penalize": [*[_POINTER] * 3, _LONG, *[_FLOAT] * 3],
 }
 
 

@@ -66,6 +66,8 @@ typedef struct {
 typedef struct {
     const float *logits; /* [S, V] */
     const float *temperature, *top_p; /* [S] */
+    const uint32_t *top_k; /* [S], 0: all; or NULL */
+    const float *min_z; /* [S]; or NULL */
     const uint64_t *seed; /* [S] */
     const uint32_t *choice, *index; /* [S] */
     int64_t *out; /* [S]; -1 where a row has a NaN or no finite maximum */

@@ -17,6 +17,7 @@ from kernels.meta import AttentionMeta
 from kernels.native.binding import NativeContext
 from kernels.native.checks import dtype_code, require
 from kernels.native.decoder import NativeDecoder
+from kernels.reference.sampling import min_p_limit
 
 _U64 = (1 << 64) - 1
 
@@ -46,6 +47,7 @@ class NativeOps:
         self._rope_kv_write = lib.pm_rope_kv_write
         self._attention = lib.pm_attention
         self._sample = lib.pm_sample
+        self._penalize = lib.pm_penalize
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See ``kernels.reference.norm.rms_norm``."""
@@ -215,12 +217,15 @@ class NativeOps:
         seed: Sequence[int],
         choice: Sequence[int],
         index: Sequence[int],
+        top_k: Sequence[int] | None = None,
+        min_p: Sequence[float] | None = None,
     ) -> list[int]:
         """See ``kernels.reference.sampling.gumbel_sample``."""
         rows, vocab = logits.shape
+        wanted = temperature, top_p, seed, choice, index
+        asked = [each for each in (top_k, min_p) if each is not None]
         require(
-            {len(temperature), len(top_p), len(seed), len(choice), len(index)} == {rows}
-            and logits.dtype is torch.float32,
+            {len(each) for each in (*wanted, *asked)} == {rows} and logits.dtype is torch.float32,
             "gumbel_sample",
             logits,
         )
@@ -231,10 +236,42 @@ class NativeOps:
                 *(self._handle, logits.data_ptr(), rows, vocab),
                 *((c_float * rows)(*temperature), (c_float * rows)(*top_p)),
                 (c_uint64 * rows)(*(value & _U64 for value in seed)),
-                *((c_uint32 * rows)(*choice), (c_uint32 * rows)(*index), out),
+                *((c_uint32 * rows)(*choice), (c_uint32 * rows)(*index)),
+                None if top_k is None else (c_uint32 * rows)(*top_k),
+                None if min_p is None else (c_float * rows)(*map(min_p_limit, min_p)),
+                out,
             )
         )
         tokens = list(out)
         if -1 in tokens:
             raise ValueError(f"row {tokens.index(-1)} of the logits has no finite maximum")
         return tokens
+
+    def penalize(
+        self,
+        logits: torch.Tensor,
+        ids: torch.Tensor,
+        counts: torch.Tensor,
+        repetition: float,
+        frequency: float,
+        presence: float,
+    ) -> None:
+        """See ``kernels.reference.penalties.penalize``."""
+        require(
+            logits.dim() == 1
+            and logits.is_contiguous()
+            and logits.dtype is torch.float32
+            and ids.shape == counts.shape == (len(ids),)
+            and ids.dtype is counts.dtype is torch.int32
+            and ids.is_contiguous()
+            and counts.is_contiguous()
+            and (len(ids) == 0 or (int(ids.min()) >= 0 and int(ids.max()) < len(logits))),
+            "penalize",
+            *(logits, ids, counts),
+        )
+        _done(
+            self._penalize(
+                *(self._handle, logits.data_ptr(), ids.data_ptr(), counts.data_ptr(), len(ids)),
+                *(repetition, frequency, presence),
+            )
+        )

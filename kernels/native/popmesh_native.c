@@ -112,10 +112,28 @@ PM_API int pm_attention(pm_context *context, int dtype, const void *q, long q_st
 
 PM_API int pm_sample(pm_context *context, const float *logits, long S, long V,
                      const float *temperature, const float *top_p, const uint64_t *seed,
-                     const uint32_t *choice, const uint32_t *index, int64_t *out)
+                     const uint32_t *choice, const uint32_t *index, const uint32_t *top_k,
+                     const float *min_z, int64_t *out)
 {
     pm_sample_job job = {.logits = logits, .temperature = temperature, .top_p = top_p, .seed = seed,
-                         .choice = choice, .index = index, .out = out, .V = V};
+                         .choice = choice, .index = index, .top_k = top_k, .min_z = min_z,
+                         .out = out, .V = V};
     return pm_pool_run(context->pool, context->kernels->sample, &job, S,
-                       2 * pm_round64((size_t)V * sizeof(float)) + 512);
+                       (top_k ? 3 : 2) * pm_round64((size_t)V * sizeof(float)) + 512);
+}
+
+/* kernels/reference/penalties.py, on one row. Products of float32 numbers are exact in double, so it
+ * makes no difference whether the compiler fuses them with the subtraction. */
+PM_API int pm_penalize(pm_context *context, float *logits, const int32_t *ids,
+                       const int32_t *counts, long n, float repetition, float frequency,
+                       float presence)
+{
+    (void)context;
+    const double factor = repetition, per_count = frequency, once = presence;
+    for (long i = 0; i < n; i++) {
+        double l = logits[ids[i]];
+        l = l > 0.0 ? l / factor : l * factor;
+        logits[ids[i]] = (float)(l - (per_count * counts[i] + (counts[i] > 0 ? once : 0.0)));
+    }
+    return 0;
 }

@@ -1,6 +1,8 @@
 /* Gumbel-max sampling of one row of logits. kernels/reference/sampling.py defines every term; the
  * nucleus is found without sorting: the best token overall is the answer if it lies inside, and
- * otherwise it and all that rank behind it are out, so the search repeats among those before it. */
+ * otherwise it and all that rank behind it are out, so the search repeats among those before it.
+ * Top-k and min-p are limits of z: what is below has no score, and all before a token that is above
+ * are above as well. */
 
 enum { PHILOX_ROUNDS = 10, LANES_PER_COUNTER = 4 };
 
@@ -83,6 +85,31 @@ PM_TARGET static int has_nan(const float *x, long n)
     return found;
 }
 
+/* The k-th largest of x, by a heap of the k largest so far whose root is the smallest. */
+PM_TARGET static float kth_largest(const float *x, long n, long k, float *heap)
+{
+    for (long i = 0; i < n; i++) {
+        long at;
+        if (i < k) {
+            for (at = i; at > 0 && heap[(at - 1) / 2] > x[i]; at = (at - 1) / 2)
+                heap[at] = heap[(at - 1) / 2];
+        } else {
+            if (!(x[i] > heap[0]))
+                continue;
+            long child;
+            for (at = 0; (child = 2 * at + 1) < k; at = child) {
+                if (child + 1 < k && heap[child + 1] < heap[child])
+                    child++;
+                if (heap[child] >= x[i])
+                    break;
+                heap[at] = heap[child];
+            }
+        }
+        heap[at] = x[i];
+    }
+    return heap[0];
+}
+
 PM_TARGET static void sample(const void *argument, long row, void *scratch)
 {
     const pm_sample_job *job = argument;
@@ -114,6 +141,19 @@ PM_TARGET static void sample(const void *argument, long row, void *scratch)
     for (long i = V / VW * VW; i < V; i++)
         total += exp((double)z[i]);
 
+    const long k = job->top_k ? job->top_k[row] : 0;
+    float limit = job->min_z ? job->min_z[row] : -INFINITY;
+    if (k > 0 && k < V) {
+        const float kth = kth_largest(z, V, k, scores + (V + 63) / 64 * 64);
+        total = 0.0;
+        for (long i = 0; i < V; i++)
+            if (z[i] >= kth)
+                total += exp((double)z[i]);
+        limit = kth > limit ? kth : limit;
+    }
+    if (limit > -INFINITY)
+        for (long i = 0; i < V; i++)
+            scores[i] = z[i] >= limit ? scores[i] : -INFINITY;
     token = highest(scores, V);
     while (top_p < 1.0f) {
         double before = 0.0;

@@ -5,7 +5,7 @@ The token at output ``index`` of ``choice`` is a pure function of the logits and
 
     z_j = (logit_j - max logit) / temperature                                    float32
     g_j = -log(-log1p(-v_j)),  v_j = min((float32(r_j) + 0.5) 2^-32, 1 - 2^-24)  float32
-    token = the j in the nucleus that maximises z_j + g_j; the smallest j wins a tie
+    token = the allowed j that maximises z_j + g_j; the smallest j wins a tie
 
 ``r_j`` is lane ``j % 4`` of Philox-4x32-10 with the counter words (j // 4, index, choice, 0) and
 the key words (seed mod 2^32, seed / 2^32). Both additions round to nearest. The largest noise comes
@@ -13,19 +13,30 @@ from ``v`` near 0, where float32 is finest, so all 32 random bits count there: g
 Logarithms are taken in float64 and g is rounded once: libraries disagree about their last bits, and
 rounding hides all but one such difference in 10^8.
 
-The nucleus holds token j if the probability (softmax of z) of all tokens that rank before j is
-below ``top_p``, and always the first. Tokens rank by z, downwards, equal ones by id, upwards.
+A token is allowed if it passes, in this order:
+
+- top-k: its z is at least the k-th largest; tokens that are equal to that one all stay.
+- top-p: the probability (softmax of z over what top-k left) of all tokens that rank before it is
+  below ``top_p``; the first always passes. Tokens rank by z, downwards, equal ones by id, upwards.
+- min-p: its probability is at least ``min_p`` times the largest one, that is, its z is at least
+  ``min_p_limit(min_p)``.
+
+Penalties come before all of it, on the logits (``penalties``).
 
 Temperature 0 is greedy: the largest logit, the smallest id wins a tie.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Holtzman et al.,
-"The curious case of neural text degeneration" (2020) for the nucleus.
+"The curious case of neural text degeneration" (2020) for the nucleus; Nguyen et al., "Turning up
+the heat: min-p sampling" (2024). The order, and that ties of top-k stay, are those of transformers
+(its logits processors; penalties, temperature, top-k, top-p, min-p).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -78,6 +89,21 @@ def nucleus(z: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(inside).scatter(0, order, inside)
 
 
+def min_p_limit(min_p: float) -> float:
+    """The smallest z that ``min_p`` allows: its logarithm as a float32; -inf for 0."""
+    return float(np.float32(math.log(min_p))) if min_p > 0 else -math.inf
+
+
+def allowed(z: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """Which tokens of ``z`` [V] may be drawn: [V] bool. ``top_k`` 0: all."""
+    kept = torch.ones_like(z, dtype=torch.bool)
+    if 0 < top_k < len(z):
+        kept = z >= z.topk(top_k).values[-1]
+    if top_p < 1:
+        kept = kept & nucleus(z.masked_fill(~kept, float("-inf")), top_p)
+    return kept & (z >= min_p_limit(min_p))
+
+
 def gumbel_sample(
     logits: torch.Tensor,
     temperature: Sequence[float],
@@ -85,6 +111,8 @@ def gumbel_sample(
     seed: Sequence[int],
     choice: Sequence[int],
     index: Sequence[int],
+    top_k: Sequence[int] | None = None,
+    min_p: Sequence[float] | None = None,
 ) -> list[int]:
     """One token id per row of ``logits`` [S, V] float32; every list has S entries.
 
@@ -94,6 +122,8 @@ def gumbel_sample(
         seed: taken modulo 2^64.
         choice: number of the answer among the request's ``n``.
         index: output position of the token to draw.
+        top_k: 0 keeps every token; None: 0 in all rows.
+        min_p: in [0, 1]; 0 keeps every token; None: 0 in all rows.
 
     Raises:
         ValueError: a row has no finite maximum.
@@ -108,8 +138,9 @@ def gumbel_sample(
         else:
             z = (line - peak) / temperature[row]
             scores = z + gumbel_noise(line.shape[0], seed[row], choice[row], index[row])
-            if top_p[row] < 1:
-                scores = scores.masked_fill(~nucleus(z, top_p[row]), float("-inf"))
+            k = 0 if top_k is None else top_k[row]
+            least = 0.0 if min_p is None else min_p[row]
+            scores = scores.masked_fill(~allowed(z, k, top_p[row], least), float("-inf"))
         # argmax may return any of equal maxima; the first is wanted.
         tokens.append(int((scores == scores.max()).nonzero()[0]))
     return tokens

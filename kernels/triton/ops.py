@@ -9,6 +9,7 @@ from kernels.triton import linear as linear_kernels
 from kernels.triton.activation import silu_mul
 from kernels.triton.attention import attention
 from kernels.triton.norm import add_rms_norm, rms_norm
+from kernels.triton.penalties import penalize
 from kernels.triton.rope import rope_kv_write
 from kernels.triton.sampling import gumbel_sample
 
@@ -21,6 +22,7 @@ class TritonOps:
     rope_kv_write = staticmethod(rope_kv_write)
     silu_mul = staticmethod(silu_mul)
     gumbel_sample = staticmethod(gumbel_sample)
+    penalize = staticmethod(penalize)
 
     def __init__(self, multiprocessors: int, *, batch_invariant: bool = False) -> None:
         self._multiprocessors = multiprocessors

@@ -1,9 +1,14 @@
 """Gumbel-max sampling with counter-based noise; every term is defined in
 ``kernels.reference.sampling``.
 
-Three kernels over blocks of the vocabulary, without a word to the host between them: the largest
-logit, NaN or infinity found on the way; noise and scores, with each block's best token and its
-part of the softmax's mass; and one program per row that picks the winner.
+Four kernels, without a word to the host between them: the largest logit of each block of the
+vocabulary, NaN or infinity found on the way; one program per row that finds the limits of top-k;
+noise and scores of each block, with its best token and its part of the softmax's mass; and one
+program per row that picks the winner.
+
+Top-k and min-p are limits of z: a token below has no score, and all tokens before one that is above
+are above as well. The k-th largest z is found bit by bit: z is at most 0, so the bits of -z are a
+number that grows as z falls, and 31 times the tokens up to a number are counted.
 
 The nucleus is found without sorting: the best token overall is the answer if it lies inside.
 Otherwise it and all that rank behind it are out, and the search goes on among those before it. A
@@ -15,12 +20,14 @@ bits everywhere. z is float32 with a division that rounds to nearest.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
-Roofline: 4 V bytes per row read twice, 4 V written and read again where there is a nucleus; about
-30 integer and 40 float64 operations per token of the vocabulary. Not measured on a device yet.
+Roofline: 4 V bytes per row read twice, 4 V written and read again where there is a nucleus, read 31
+times more (from the cache) where there is a top-k; about 30 integer and 40 float64 operations per
+token of the vocabulary. Not measured on a device yet.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.reference.sampling import min_p_limit
 from kernels.triton.launch import Launch, ceil_div, power_of_2, require
 
 BLOCK = 1024
@@ -40,8 +48,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SQRT_HALF_BITS = tl.constexpr(0x3FE6A09E667F3BCD)
 """The square root of 1/2 as the bits of a float64."""
 
-PARAMETERS = 5
-"""Words of 64 bits per row: temperature, top_p (both as bits of a float64), seed, choice, index."""
+PARAMETERS = 7
+"""Words of 64 bits per row: temperature, top_p (both as bits of a float64), seed, choice, index,
+top_k (0: all), the smallest z that min_p allows (bits of a float64)."""
+
+INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
 @triton.jit
@@ -78,7 +89,7 @@ def gumbel_noise(block, seed, choice, index, BLOCK: tl.constexpr):
 @triton.jit
 def row_settings(parameters_ptr, row):
     """(temperature float32, top_p float64, seed int64, choice int32, index int32) of a row."""
-    at = parameters_ptr + row * 5
+    at = parameters_ptr + row * 7
     temperature = tl.load(at).to(tl.float64, bitcast=True).to(tl.float32)
     top_p = tl.load(at + 1).to(tl.float64, bitcast=True)
     return (
@@ -102,9 +113,45 @@ def peaks_kernel(logits_ptr, peaks_ptr, vocab, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scores_kernel(
-    logits_ptr, parameters_ptr, peaks_ptr, scores_ptr, best_ptr, winners_ptr, masses_ptr,
+def limits_kernel(
+    logits_ptr, parameters_ptr, peaks_ptr, limits_ptr,
     vocab, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """(k-th largest z, smallest z that may be drawn) of one row; -inf: no limit."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature, _top_p, _seed, _choice, _index = row_settings(parameters_ptr, row)
+    top_k = tl.load(parameters_ptr + row * 7 + 5)
+    least = tl.load(parameters_ptr + row * 7 + 6).to(tl.float64, bitcast=True).to(tl.float32)
+    number = tl.arange(0, BLOCKS)
+    peaks = tl.load(peaks_ptr + row * blocks + number, mask=number < blocks, other=float("-inf"))
+    peak = tl.max(peaks, axis=0)
+    kth = tl.full((), float("-inf"), tl.float32)
+    sound = (peak > float("-inf")) & (peak < float("inf"))
+    if sound & (temperature > 0.0) & (top_k > 0) & (top_k < vocab):
+        lane = tl.arange(0, BLOCK)
+        # The smallest number that at least k tokens do not exceed; infinity is one.
+        found = tl.full((), INFINITY_BITS, tl.int32)
+        for bit in range(31):
+            tried = found - (1 << (30 - bit))
+            count = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, vocab, BLOCK):
+                held = start + lane < vocab
+                at = logits_ptr + row * vocab + start + lane
+                x = tl.load(at, mask=held, other=float("-inf"))  # [BLOCK]
+                z = tl.div_rn(x - peak, tl.zeros((BLOCK,), tl.float32) + temperature)
+                depth = (0.0 - z).to(tl.int32, bitcast=True)
+                count += ((depth <= tried) & held).to(tl.int32)
+            enough = (tried >= 0) & (tl.sum(count, axis=0) >= top_k)
+            found = tl.where(enough, tried, found)
+        kth = 0.0 - found.to(tl.float32, bitcast=True)
+    tl.store(limits_ptr + row * 2, kth)
+    tl.store(limits_ptr + row * 2 + 1, tl.maximum(kth, least))
+
+
+@triton.jit
+def scores_kernel(
+    logits_ptr, parameters_ptr, peaks_ptr, limits_ptr, scores_ptr, best_ptr, winners_ptr,
+    masses_ptr, vocab, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Scores of a block, its best token, and its sum of e^z."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -118,9 +165,12 @@ def scores_kernel(
     sound = (peak > float("-inf")) & (peak < float("inf"))
     if sound & (temperature > 0.0):
         z = tl.div_rn(score - peak, tl.zeros((BLOCK,), tl.float32) + temperature)
+        kth = tl.load(limits_ptr + row * 2)
+        limit = tl.load(limits_ptr + row * 2 + 1)
         score = z + gumbel_noise(block, seed, choice, index, BLOCK)
+        score = tl.where(z >= limit, score, float("-inf"))
         if top_p < 1.0:
-            mass = tl.sum(tl.exp(z.to(tl.float64)), axis=0)
+            mass = tl.sum(tl.where(z >= kth, tl.exp(z.to(tl.float64)), 0.0), axis=0)
             tl.store(masses_ptr + row * blocks + block, mass)
             tl.store(scores_ptr + row * vocab + token, score, mask=held)
     if sound:
@@ -185,6 +235,8 @@ def pack_parameters(
     seed: Sequence[int],
     choice: Sequence[int],
     index: Sequence[int],
+    top_k: Sequence[int] | None = None,
+    min_p: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """What differs between rows, for one copy to the device: [S, PARAMETERS] int64 on the host."""
     words = np.empty((len(temperature), PARAMETERS), dtype=np.int64)
@@ -193,12 +245,15 @@ def pack_parameters(
     for column, numbers in ((2, seed), (3, choice), (4, index)):
         unsigned = [number & 0xFFFFFFFFFFFFFFFF for number in numbers]
         words[:, column] = np.array(unsigned, dtype=np.uint64).view(np.int64)
+    words[:, 5] = 0 if top_k is None else top_k
+    limits = [-math.inf] if min_p is None else [min_p_limit(each) for each in min_p]
+    words[:, 6] = np.array(limits, dtype=np.float64).view(np.int64)
     return torch.from_numpy(words)
 
 
 def plan_sample(
     logits: torch.Tensor, parameters: torch.Tensor, out: torch.Tensor
-) -> tuple[Launch, Launch, Launch]:
+) -> tuple[Launch, ...]:
     """One token of each row of ``logits`` [S, V] float32 into ``out`` [S] int64; -1: a row without
     a finite maximum.
 
@@ -223,26 +278,27 @@ def plan_sample(
     peaks, best = logits.new_empty(rows, blocks), logits.new_empty(rows, blocks)
     winners = logits.new_empty(rows, blocks, dtype=torch.int32)
     masses = logits.new_empty(rows, blocks, dtype=torch.float64)
-    shared: dict[str, torch.Tensor | int | float] = {
+    rows_of: dict[str, torch.Tensor | int | float] = {
         "logits_ptr": logits,
         "peaks_ptr": peaks,
         "vocab": vocab,
         "blocks": blocks,
     }
-    more = shared | {
-        "parameters_ptr": parameters,
+    limited = rows_of | {"parameters_ptr": parameters, "limits_ptr": logits.new_empty(rows, 2)}
+    more = {
         "scores_ptr": torch.empty_like(logits),
         "best_ptr": best,
         "winners_ptr": winners,
         "masses_ptr": masses,
     }
+    drawn = rows_of | more | {"parameters_ptr": parameters, "out_ptr": out}
     tiles = {"BLOCK": BLOCK, "BLOCKS": power_of_2(blocks)}
+    walk = tiles | {"BLOCK": DRAW_BLOCK}
     return (
-        Launch(peaks_kernel, (rows, blocks), shared, {"BLOCK": BLOCK}),
-        Launch(scores_kernel, (rows, blocks), more, tiles),
-        Launch(
-            draw_kernel, (rows,), more | {"out_ptr": out}, tiles | {"BLOCK": DRAW_BLOCK}, warps=8
-        ),
+        Launch(peaks_kernel, (rows, blocks), rows_of, {"BLOCK": BLOCK}),
+        Launch(limits_kernel, (rows,), limited, walk, warps=8),
+        Launch(scores_kernel, (rows, blocks), limited | more, tiles),
+        Launch(draw_kernel, (rows,), drawn, walk, warps=8),
     )
 
 
@@ -261,9 +317,12 @@ def gumbel_sample(
     seed: Sequence[int],
     choice: Sequence[int],
     index: Sequence[int],
+    top_k: Sequence[int] | None = None,
+    min_p: Sequence[float] | None = None,
 ) -> list[int]:
     """See ``kernels.reference.sampling.gumbel_sample``."""
-    parameters = pack_parameters(temperature, top_p, seed, choice, index).to(logits.device)
+    settings = temperature, top_p, seed, choice, index, top_k, min_p
+    parameters = pack_parameters(*settings).to(logits.device)
     tokens: list[int] = sample_on_device(logits, parameters).tolist()
     if -1 in tokens:
         raise ValueError(f"row {tokens.index(-1)} of the logits has no finite maximum")

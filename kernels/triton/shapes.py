@@ -19,6 +19,7 @@ from kernels.triton.kv_pack import plan_kv_move
 from kernels.triton.launch import Launch
 from kernels.triton.linear import plan_matmul
 from kernels.triton.norm import plan_norm
+from kernels.triton.penalties import plan_penalize
 from kernels.triton.rope import plan_rope_kv_write
 from kernels.triton.sampling import PARAMETERS, plan_sample
 
@@ -144,6 +145,8 @@ def _of_one_model(model: ModelShape) -> Iterator[Shape]:
     for launch in plan_sample(logits, parameters, _meta(rows, dtype=torch.int64)):
         name = launch.kernel.__name__.removesuffix("_kernel")
         yield Shape(f"sample, {name}", launch)
+    entries = _meta(4096, dtype=torch.int32)
+    yield Shape("penalize", plan_penalize(logits[0], entries, entries, 1.2, 0.5, 0.5))
     component = _meta(32, 1024, BLOCK_TOKENS, model.kv_heads, model.head_dim)
     piece = _meta(4, 64, model.kv_heads, model.head_dim)
     slots = _meta(64, dtype=torch.int64)

@@ -28,6 +28,8 @@ class DeviceSampler:
             [row.sequence.seed for row in rows],
             [0] * len(rows),
             [row.end - row.sequence.prompt_tokens for row in rows],
+            [row.sequence.top_k for row in rows],
+            [row.sequence.min_p for row in rows],
         ).numpy()
         return packed
 

@@ -27,6 +27,7 @@ class Add:
     then keeps its blocks pinned until ``Release``. A decode leg allocates blocks, answers
     ``Allocated`` and waits for its KV (``Import`` .. ``Commit``). ``max_tokens`` counts forced ids
     too and is already capped to the context. ``salt`` separates tenants in the prefix cache.
+    ``top_k`` 0 keeps every token, like ``min_p`` 0; penalties that do nothing are 0, 0 and 1.
     """
 
     seq: int
@@ -40,6 +41,11 @@ class Add:
     stop_ids: list[int]
     salt: bytes
     transfer: bytes
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from kernels.ops import Ops
 from pop_node.engine.schedule import Row
 from pop_node.engine.sequence import Sequence
+from pop_node.engine.tally import Tally
 
 
 def sample(ops: Ops, logits: torch.Tensor, rows: list[Row]) -> list[int]:
@@ -24,6 +26,9 @@ def sample(ops: Ops, logits: torch.Tensor, rows: list[Row]) -> list[int]:
         for ahead in range(1 + len(row.drafts)):
             sequences.append(row.sequence)
             indices.append(index + ahead)
+    for line, sequence in enumerate(sequences):
+        if sequence.tally is not None:
+            _penalize(ops, logits[line], sequence, sequence.tally)
     return ops.gumbel_sample(
         logits,
         [s.temperature for s in sequences],
@@ -31,4 +36,15 @@ def sample(ops: Ops, logits: torch.Tensor, rows: list[Row]) -> list[int]:
         [s.seed for s in sequences],
         [0] * len(sequences),
         indices,
+        [s.top_k for s in sequences] if any(s.top_k for s in sequences) else None,
+        [s.min_p for s in sequences] if any(s.min_p for s in sequences) else None,
     )
+
+
+def _penalize(ops: Ops, line: torch.Tensor, sequence: Sequence, tally: Tally) -> None:
+    """Change a row of logits [vocab] by what its sequence holds already."""
+    tally.catch_up(sequence.ids, sequence.prompt_tokens)
+    ids, counts = (
+        torch.from_numpy(np.array(of, dtype=np.int32)) for of in (tally.ids, tally.counts)
+    )
+    ops.penalize(line, ids, counts, *tally.penalties)

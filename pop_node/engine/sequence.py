@@ -12,6 +12,7 @@ from typing import Literal
 
 from pop_node.engine.drafter import Drafter
 from pop_node.engine.messages import Add, Leg
+from pop_node.engine.tally import NO_PENALTIES, Tally
 
 Phase = Literal["waiting", "receiving", "running", "pinned", "ended"]
 """waiting: queued, holds nothing. receiving: a decode leg whose blocks wait for their KV. running:
@@ -43,7 +44,8 @@ class Sequence:
     ``computed`` tokens have their KV in ``blocks``, the block table. ``kv_source`` says where the
     KV of the given tokens comes from: a decode leg's from its transfer until ``Commit``, else from
     computing. ``pending``: 1 while a token is drawn that nobody has been told yet (``ahead``).
-    ``emitted_from`` is the output index of the first token that was not given to us.
+    ``emitted_from`` is the output index of the first token that was not given to us. ``drafter``
+    guesses what comes next, once it was asked to; ``tally`` is there for penalties.
     """
 
     seq: int
@@ -66,12 +68,16 @@ class Sequence:
     registered: int = 0
     pending: int = 0
     drafter: Drafter | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    tally: Tally | None = None
     _root: bytes = b""
     _hashes: list[bytes] = field(default_factory=list)
 
     @classmethod
     def from_add(cls, add: Add, arrival: int, now: float) -> Sequence:
         """A waiting sequence for a validated ``add``; ``arrival`` orders sequences by age."""
+        penalties = add.repetition_penalty, add.frequency_penalty, add.presence_penalty
         return cls(
             seq=add.seq,
             leg=add.leg,
@@ -87,6 +93,9 @@ class Sequence:
             transfer=add.transfer,
             timings=Timings(now),
             kv_source="transfer" if add.leg == "decode" else "compute",
+            top_k=add.top_k,
+            min_p=add.min_p,
+            tally=None if penalties == NO_PENALTIES else Tally(*penalties),
             _root=hashlib.blake2b(add.salt, digest_size=HASH_BYTES).digest(),
         )
 

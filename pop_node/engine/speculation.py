@@ -79,7 +79,8 @@ class Speculation:
 
     def _draft(self, sequence: Sequence, threshold: float, room: int) -> tuple[int, ...]:
         room = min(room, sequence.max_tokens - sequence.output_tokens - 1)
-        if room < 1 or sequence.leg == "prefill":
+        # Who is penalised for repeating does not repeat, and each guess would need its own tally.
+        if room < 1 or sequence.leg == "prefill" or sequence.tally is not None:
             return ()
         drafter = sequence.drafter
         if drafter is None:

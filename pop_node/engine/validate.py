@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from pop_node.engine.messages import Add
 from pop_node.engine.sequence import Sequence
+from pop_node.engine.tally import NO_PENALTIES
 
 SEED_LIMIT = 2**64
+TOP_K_LIMIT = 2**31
 TRANSFER_ID_BYTES = 16
 
 
@@ -20,6 +22,8 @@ class Limits:
     context_tokens: int
     block_tokens: int
     num_blocks: int
+    penalties: bool = True
+    """Whether what computes knows all tokens of a sequence when the next one is drawn."""
 
 
 def problem_with_add(add: Add, limits: Limits) -> tuple[str, str] | None:
@@ -46,6 +50,9 @@ def problem_with_add(add: Add, limits: Limits) -> tuple[str, str] | None:
         return "invalid_request", f"temperature {add.temperature} is not a number from 0 up"
     if not 0 < add.top_p <= 1:
         return "invalid_request", f"top_p {add.top_p} is not above 0 and at most 1"
+    problem = _problem_with_limits(add, limits)
+    if problem is not None:
+        return problem
     if not 0 <= add.seed < SEED_LIMIT:
         return "invalid_request", f"seed {add.seed} is not an unsigned 64-bit number"
     if add.leg != "both" and len(add.transfer) != TRANSFER_ID_BYTES:
@@ -64,6 +71,22 @@ def problem_with_add(add: Add, limits: Limits) -> tuple[str, str] | None:
     blocks = -(-computed // limits.block_tokens)
     if blocks > limits.num_blocks:
         return "out_of_blocks", f"{blocks} KV blocks needed, the engine has {limits.num_blocks}"
+    return None
+
+
+def _problem_with_limits(add: Add, limits: Limits) -> tuple[str, str] | None:
+    if not 0 <= add.top_k < TOP_K_LIMIT:
+        return "invalid_request", f"top_k {add.top_k} is not an unsigned 31-bit number"
+    if not 0 <= add.min_p <= 1:
+        return "invalid_request", f"min_p {add.min_p} is not from 0 to 1"
+    penalties = add.repetition_penalty, add.frequency_penalty, add.presence_penalty
+    if not (all(map(math.isfinite, penalties)) and add.repetition_penalty > 0):
+        return (
+            "invalid_request",
+            f"penalties {penalties} are no numbers, or the first is not above 0",
+        )
+    if penalties != NO_PENALTIES and not limits.penalties:
+        return "unsupported_parameter", "this node's accelerator computes no penalties"
     return None
 
 

@@ -58,4 +58,6 @@ class ModelFacts:
             transfers_in=kv.incoming_now if kv is not None else 0,
             transfers_out=kv.outgoing_now if kv is not None else 0,
             streams=streams,
+            drafted_tokens=last.drafted,
+            accepted_tokens=last.accepted,
         )

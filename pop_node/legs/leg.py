@@ -158,6 +158,11 @@ class Leg:
             stop_ids=[] if sampling.ignore_eos else sorted(self._stop_ids),
             salt=submit.tenant.encode(),
             transfer=self.transfer_id,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
         )
         effects: list[ev.Effect] = [ev.ToEngine(add)]
         if submit.leg != "both":

@@ -28,8 +28,6 @@ COMPLETION_MAX_TOKENS = 16
 
 _NEUTRAL_BOTH: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "logit_bias": ({},),
 }
 # Values of unsupported parameters that ask for nothing. Source: defaults of the OpenAI API
@@ -193,4 +191,9 @@ def _parsed(
         ignore_eos=body.ignore_eos,
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        top_k=max(0, body.top_k),
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
     )

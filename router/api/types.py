@@ -25,9 +25,16 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
 """Longest stop string, in characters. Guess: nodes hold back that much text of every stream."""
 
+MAX_REPETITION_PENALTY = 10.0
+"""Guess: far above what leaves a text readable."""
+
 Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
 Temperature = Annotated[float, msgspec.Meta(ge=0.0, le=2.0)]
 TopP = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+TopK = Annotated[int, msgspec.Meta(ge=-1, le=MAX_COUNT)]
+MinP = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+RepetitionPenalty = Annotated[float, msgspec.Meta(gt=0.0, le=MAX_REPETITION_PENALTY)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 StopList = Annotated[list[StopString], msgspec.Meta(max_length=MAX_STOP_STRINGS)]
@@ -60,7 +67,11 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Parameters that both endpoints share."""
+    """Parameters that both endpoints share.
+
+    ``top_k`` (0 or -1: all tokens), ``min_p`` and ``repetition_penalty`` are extensions that vLLM
+    and others have under these names; the other ranges are those of the OpenAI API reference.
+    """
 
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     max_tokens: Count | None = None
@@ -71,6 +82,11 @@ class GenerationBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
 
 
 class ChatBody(GenerationBody, kw_only=True, forbid_unknown_fields=True):
@@ -104,6 +120,11 @@ class ParsedRequest:
     ignore_eos: bool
     stream: bool
     include_usage: bool
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     def sampling(self, drawn_seed: int) -> Sampling:
         """The wire form, with ``drawn_seed`` where the client gave none."""
@@ -114,4 +135,9 @@ class ParsedRequest:
             seed=drawn_seed if self.seed is None else self.seed,
             stop=list(self.stop),
             ignore_eos=self.ignore_eos,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
         )

@@ -111,7 +111,11 @@ class ModelApi:
             parsed.model, caller.tenant, parsed.input, parsed.max_tokens
         )
         self._check_max_tokens(parsed)
-        routing = RouteRequest(work, place.position, caller.regions, pin, deadline=self._deadline())
+        routing = RouteRequest(
+            *(work, place.position, caller.regions, pin),
+            deadline=self._deadline(),
+            wire_version=parsed.sampling(0).needed_version,
+        )
         return Prepared(parsed, caller, place, routing, chain, prompt_bytes)
 
     # ---- generating ---------------------------------------------------------------------------
@@ -190,7 +194,9 @@ class ModelApi:
                 model, caller.tenant, spec.input, spec.sampling.max_tokens
             )
             routing = RouteRequest(
-                work, place.position, caller.regions, pin, deadline=spec.deadline
+                *(work, place.position, caller.regions, pin),
+                deadline=spec.deadline,
+                wire_version=spec.sampling.needed_version,
             )
             record = self._record(spec, place, resumed_from=event.upto)
             spec = replace(spec, chain=chain)

@@ -17,6 +17,7 @@ from router.routing.loading import LoadWait, is_cold, load_wait, needless_loads
 from router.routing.refusals import MAX_EXCUSE, REFUSED_S, check_model, check_pin, no_route
 from router.routing.view import NodeView, View
 from topology.model import Position
+from wire.messages import MIN_VERSION
 
 MAX_ROUTES = 4
 """Ranked routes that a plan can show: the choice and three fallbacks, as many as a request has
@@ -41,7 +42,8 @@ class RouteRequest:
     """What routing needs to know of a request.
 
     ``regions`` limits both sites (empty: anywhere). ``avoid_nodes`` and ``avoid_pairs`` failed this
-    very request before. ``deadline`` is on the router's clock, seconds.
+    very request before. ``deadline`` is on the router's clock, seconds. ``wire_version`` of the
+    mesh wire is the first that says all that is asked.
     """
 
     work: Work
@@ -51,6 +53,7 @@ class RouteRequest:
     deadline: float = math.inf
     avoid_nodes: frozenset[str] = frozenset()
     avoid_pairs: frozenset[tuple[str, str]] = frozenset()
+    wire_version: int = MIN_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,8 @@ def obstacle(node: NodeView, request: RouteRequest, view: View) -> str | None:
         return "no link"
     if node.draining:
         return "draining"
+    if node.version < request.wire_version:
+        return f"speaks version {node.version} of the mesh wire, which cannot say what is asked"
     offer, engine = node.offers.get(model), node.engines.get(model)
     cold = (engine is None or not engine.ready) and is_cold(node, model)
     if offer is None and not cold:

@@ -158,7 +158,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"n": 2}, "unsupported_parameter", "n"),
     ({"n": 0}, "unsupported_parameter", "n"),
     ({"n": True}, "unsupported_parameter", "n"),
-    ({"frequency_penalty": 0.5}, "unsupported_parameter", "frequency_penalty"),
+    ({"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
     ({"logprobs": True}, "unsupported_parameter", "logprobs"),
     ({"logprobs": 0}, "unsupported_parameter", "logprobs"),
     ({"tools": [{}]}, "unsupported_parameter", "tools"),

@@ -45,6 +45,7 @@ from wire.messages import (
 )
 
 SAMPLING = Sampling(48, 0.7, 0.95, 2**64 - 1, ["\n\n", "Ende"], False)
+LIMITED = Sampling(48, 0.7, 0.95, 1, [], True, 40, 0.05, -0.5, 0.25, 1.1)
 OFFER = ModelOffer("smollm2-135m", "ab" * 32, 8192, 46080, 16, 1024, "bfloat16", "127.0.0.1:7101")
 
 
@@ -111,6 +112,17 @@ NODE_SAYS: dict[str, Message] = {
         4_000_000_000,
         1_250_000_000,
     ),
+    "load-of-an-engine-that-guesses": Load(
+        [
+            EngineLoad(
+                *("smollm2-135m", True, 0, 3, 1, 900, 60, 1024, 1100.5, 28.25, 1, 2, 4),
+                drafted_tokens=700,
+                accepted_tokens=350,
+            )
+        ],
+        [],
+        False,
+    ),
     "load-of-a-node-that-gives": Load([], [], False, 0, 0, Giving(7_000_000_000, 3, 2, 48e6)),
     "cache-delta": CacheDelta("smollm2-135m", True, [(b"\x03" * 16, 64)], [b"\x04" * 16]),
     "draining": Draining(3),
@@ -133,6 +145,7 @@ ROUTER_SAYS: dict[str, Message] = {
     ),
     "submit-text": submit(TextInput("Once"), leg="both", transfer=None, forced_ids=[], chain=[]),
     "submit-tokens": submit(TokensInput([0, 5, 49151]), leg="decode", attempt=1),
+    "submit-limits": submit(TextInput("Once"), sampling=LIMITED),
     "cancel": Cancel(7),
     "retarget": Retarget(7, 3, Transfer(bytes(range(16)), "iad-1", "127.0.0.1:7102")),
     "attach": Attach(9, "req-0123", "acme", 2),

@@ -18,7 +18,8 @@ class EngineLoad(WireStruct, frozen=True):
     From ``warmth`` on version 3: ``eta_ms`` is the estimated time until it could answer if it were
     wanted now (0: it can, or nobody knows), ``memory_bytes`` what it takes in memory while it is
     warm, ``warm_refused`` why it cannot be loaded at the moment (empty: it can), ``last_load_ms``
-    how long its last load took until the first token (0: never).
+    how long its last load took until the first token (0: never). ``drafted_tokens`` were
+    guessed ahead since its engine began, ``accepted_tokens`` of them rightly (version 4).
     """
 
     model: str
@@ -39,6 +40,8 @@ class EngineLoad(WireStruct, frozen=True):
     memory_bytes: int = 0
     warm_refused: str = ""
     last_load_ms: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class LinkRate(WireStruct, frozen=True):

@@ -42,6 +42,7 @@ def interpreted_ops(batch_invariant: bool) -> Ops:
         silu_mul=ops.silu_mul,
         logits=ops.logits,
         gumbel_sample=ops.gumbel_sample,
+        penalize=ops.penalize,
     )
 
 
