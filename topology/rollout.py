@@ -15,7 +15,8 @@ from topology.geography import link_between
 from topology.model import Node, Topology
 
 PEERS_AT_ONCE = 6
-"""Peers that a node fetches one model from at the same time."""
+"""Peers that a node fetches one model from at the same time: more than fill any port, few enough to
+stay near. Guess."""
 
 BITS_PER_MB = 8.0
 """Megabits in 10^6 bytes."""

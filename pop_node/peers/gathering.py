@@ -18,9 +18,7 @@ from pop_node.peers.swarm import LOOK_S, Leave, Line, Look, Run, Swarm, Wait
 from pop_node.store.origin import InterruptedReadError
 from pop_node.store.partial import Partial
 from pop_node.store.source import unwatched
-
-MAX_PEERS = 6
-"""Asked at once: more than fill any port, few enough to stay near. Guess."""
+from topology.rollout import PEERS_AT_ONCE
 
 LINES_PER_PEER = 2
 """While one waits a round trip for its next run, the other one's data flows."""
@@ -118,7 +116,7 @@ class Gathering:
     def _engage(self, holders: Sequence[Peer]) -> list[threading.Thread]:
         """Have lines to the first peers that may still be asked."""
         started = []
-        most = min(MAX_PEERS, BUFFER_BYTES // (LINES_PER_PEER * self._longest))
+        most = min(PEERS_AT_ONCE, BUFFER_BYTES // (LINES_PER_PEER * self._longest))
         for peer in holders:
             if len(self._working) >= most or self._over:
                 break

@@ -7,13 +7,11 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.peers import gathering
 from pop_node.residency import events as ev
 from pop_node.residency.residency import Residency
 from topology.budget import GB, ModelSize, memory_budget
 from topology.load import parse_topology
 from topology.planner import plan_mesh
-from topology.rollout import PEERS_AT_ONCE
 
 TEXT = "mesh: m\nmodels: {a: {}, b: {}, c: {}, d: {}}\n"
 TEXT += "sites: {fra: {lat: 50, lon: 8, region: eu}}\nnodes: {n: {site: fra, kv_tokens: 1000}}\n"
@@ -48,7 +46,3 @@ def test_a_node_loads_what_the_plan_says(
     if not any(problem.keys[-1] == "pinned" for problem in plan.problems):
         never = {problem.message.split("'")[1] for problem in plan.problems}
         assert never <= refused
-
-
-def test_a_plan_counts_on_as_many_peers_as_a_node_asks() -> None:
-    assert PEERS_AT_ONCE == gathering.MAX_PEERS
