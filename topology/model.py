@@ -17,6 +17,9 @@ Backend = Literal["auto", "reference", "native", "triton"]
 
 TRUSTED_BY_DEFAULT = ("127.0.0.0/8", "::1/128")
 
+BYTES_PER_MBIT = 1e6 / 8
+"""Bytes of a megabit: turns an ``_mbps`` of a topology, 10^6 bits a second, into bytes a second."""
+
 GIVE_MBPS = 400.0
 """Guess: 40 % of a 1 Gbit/s port, so that answers and KV streams keep the larger part."""
 

@@ -12,14 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from topology.geography import link_between
-from topology.model import Node, Topology
+from topology.model import BYTES_PER_MBIT, Node, Topology
 
 PEERS_AT_ONCE = 6
 """Peers that a node fetches one model from at the same time: more than fill any port, few enough to
 stay near. Guess."""
-
-BITS_PER_MB = 8.0
-"""Megabits in 10^6 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +112,7 @@ def _fetch(paths: Paths, model: str, nbytes: int, taker: Node, holders: Sequence
         rtt_ms = paths.rtt_ms(taker.site, giver.site)
         shares.append(Share(giver.name, giver.site, upto - done, mbps, rtt_ms))
         done = upto
-    seconds = shares[0].rtt_ms / 1e3 + nbytes / 1e6 * BITS_PER_MB / total
+    seconds = shares[0].rtt_ms / 1e3 + nbytes / BYTES_PER_MBIT / total
     return Fetch(model, taker.name, nbytes, tuple(shares), seconds)
 
 
@@ -143,5 +140,5 @@ def link_use(paths: Paths, fetches: Iterable[Fetch]) -> list[LinkUse]:
     uses = []
     for (giver, taker), nbytes in total.items():
         mbps = paths.bandwidth_mbps(giver, taker)
-        uses.append(LinkUse(giver, taker, nbytes, nbytes / 1e6 * BITS_PER_MB / mbps))
+        uses.append(LinkUse(giver, taker, nbytes, nbytes / BYTES_PER_MBIT / mbps))
     return sorted(uses, key=lambda use: -use.seconds)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from registry.entries import ServiceEntry
 from topology.geography import link_between
-from topology.model import Node, Topology
+from topology.model import BYTES_PER_MBIT, Node, Topology
 from wire.address import parse_address
 from wire.errors import ConfigError
 
@@ -63,7 +63,7 @@ def peers_of(
         link = link_between(topology, node.site, known.site)
         assert link.rtt_ms is not None
         assert link.bandwidth_mbps is not None
-        rate = rates.get(name, link.bandwidth_mbps * 1e6 / 8)
+        rate = rates.get(name, link.bandwidth_mbps * BYTES_PER_MBIT)
         peers.append(Peer(name, known.site, address, link.rtt_ms / 1000 + TYPICAL_BYTES / rate))
     return sorted(peers, key=lambda peer: (peer.typical_s, peer.name))
 

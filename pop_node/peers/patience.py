@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from topology.geography import link_between
-from topology.model import Node, Topology
+from topology.model import BYTES_PER_MBIT, Node, Topology
 
 PATIENCE_S = 30.0
 """Guess: how long too little may come, since all who have it are busy, before others are asked."""
@@ -13,8 +13,6 @@ PATIENCE_S = 30.0
 SLOW_SHARE = 0.02
 """Of what peers could give: less is slow. Guess: an eighth of what a node gives that also answers
 is three times as much."""
-
-BYTES_PER_MBIT = 1e6 / 8
 
 
 def least_bytes_per_s(topology: Topology, node: Node, givers: Iterable[str]) -> float:

@@ -24,14 +24,12 @@ from registry.client import Registry
 from registry.entries import ServiceEntry
 from registry.keeper import Keeper
 from topology.budget import disk_budget
-from topology.model import Node
+from topology.model import BYTES_PER_MBIT, Node
 from wire.address import is_loopback, parse_address
 from wire.errors import ConfigError
 from wire.messages import Giving
 
 log = logging.getLogger(__name__)
-
-BYTES_PER_MBIT = 1e6 / 8
 
 
 def gives_bundles(node: Node) -> bool:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
+from topology.model import BYTES_PER_MBIT
 from wire.address import parse_address
 from wire.errors import ConfigError
 
@@ -101,7 +102,7 @@ class LinkPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
         one_way_s = self._one_way_s(link, fault)
         mbps = link.bandwidth_mbps if fault.bandwidth_mbps is None else fault.bandwidth_mbps
         return Figures(
-            rate_bytes_per_s=mbps * 1e6 / 8,
+            rate_bytes_per_s=mbps * BYTES_PER_MBIT,
             one_way_s=one_way_s,
             rtt_s=one_way_s + self._one_way_s(link, self._fault(to_site, from_site)),
             jitter_s=fault.jitter_ms / 1e3,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from router.routing.speeds import BATCH_DOUBLING, base_step_s, prefill_rate
 from router.routing.view import NodeView, Pending, Speed, View
 from topology.geography import estimate_rtt_ms, great_circle_km, link_between
-from topology.model import Position
+from topology.model import BYTES_PER_MBIT, Position
 
 EXPECTED_OUTPUT_TOKENS = 128
 """Length of an answer for which the decode node's speed is priced. Guess: a chat turn."""
@@ -136,7 +136,7 @@ def kv_tail_s(
     link = link_between(view.topology, prefill.site, decode.site)
     measured = prefill.links.get(decode.name)
     rtt = (link.rtt_ms or 0.0) / 1e3
-    bandwidth = (link.bandwidth_mbps or 1.0) * 1e6 / 8
+    bandwidth = (link.bandwidth_mbps or 1.0) * BYTES_PER_MBIT
     if measured is not None and measured.rtt_ms > 0:
         rtt = measured.rtt_ms / 1e3
     if measured is not None and measured.bytes_per_s > 0:
