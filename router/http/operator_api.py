@@ -15,7 +15,7 @@ from router.giving_metrics import giving_metrics
 from router.http.auth import Authenticator
 from router.http.completions import ModelApi, peer_of
 from router.http.drill import hold_drill
-from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, render
+from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, ToldCounter, render
 from router.model_metrics import model_gauges
 from router.placement.placer import Placer
 from router.placement.words import Decision
@@ -218,6 +218,20 @@ class OperatorApi:
                 ("node",),
             ),
             Gauge("popmesh_link_rtt_seconds", "Smoothed round trip to the node.", rtts, ("node",)),
+            ToldCounter(
+                "popmesh_link_reconnects_total",
+                "Times the link to the node ended or could not be opened, and was tried again.",
+                lambda: {(link.node.name,): link.reconnects for link in dispatch.pool.all()},
+                ("node",),
+            ),
+            ToldCounter(
+                "popmesh_link_unknown_stream_messages_total",
+                "Tokens and messages of the node for streams that were over here.",
+                lambda: {
+                    (link.node.name,): link.unknown_stream_messages for link in dispatch.pool.all()
+                },
+                ("node",),
+            ),
             Gauge(
                 "popmesh_resumable_answers",
                 "Streamed answers that could be asked for again, those being sent included.",

@@ -15,7 +15,7 @@ from tests.fakes.fake_answer import answer_text
 from tests.fakes.fake_connection import Faults
 from tests.fakes.fake_node import cache_delta
 from tests.router.router_mesh import MODEL, RouterMesh, make_topology, running_mesh
-from wire.messages import ChatInput, ChatTurn, Failed, TextInput, TokensInput
+from wire.messages import ChatInput, ChatTurn, Failed, Loading, TextInput, TokensInput
 
 HELLO = ChatInput([ChatTurn("user", "hello")])
 
@@ -286,6 +286,19 @@ async def test_metrics_and_status(mesh: RouterMesh) -> None:
     status = await mesh.get_json("/popmesh/status")
     assert status["routable"] == [MODEL]
     assert {node["name"] for node in status["nodes"]} == set(mesh.nodes)
+
+
+async def test_metrics_count_lost_links_and_what_came_for_nobody(mesh: RouterMesh) -> None:
+    node = mesh.nodes["iad-1"]
+    node.tell(Loading(99, 2000))  # of a stream that nobody knows
+    await node.wait_until(lambda: node.cancels == [99])
+    first = node.connections[0]
+    first.drop()
+    await node.wait_until(lambda: any(one is not first for one in node.connections))
+    text = await (await mesh.http.get("/metrics")).text()
+    assert 'popmesh_link_unknown_stream_messages_total{node="iad-1"} 1\n' in text
+    assert 'popmesh_link_reconnects_total{node="iad-1"} 1\n' in text
+    assert 'popmesh_link_reconnects_total{node="fra-1"} 0\n' in text
 
 
 async def test_stop_lets_running_streams_finish(monkeypatch: pytest.MonkeyPatch) -> None:
