@@ -12,10 +12,11 @@ from pop_node.peers.meter import MEMORY_S, RateMeter
 @given(st.floats(1e3, 1e9), st.floats(0.001, 0.1))
 def test_a_steady_stream_is_known_after_some_seconds(rate: float, every_s: float) -> None:
     meter, now = RateMeter(), 0.0
+    nbytes = round(rate * every_s)
     while now < 8 * MEMORY_S:
         now += every_s
-        meter.add(round(rate * every_s), now)
-    assert meter.rate(now) == pytest.approx(rate, rel=0.1)
+        meter.add(nbytes, now)
+    assert meter.rate(now) == pytest.approx(nbytes / every_s, rel=0.1)
 
 
 @given(st.integers(1, 10**9), st.floats(0.0, 1e6))
