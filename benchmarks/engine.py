@@ -319,6 +319,8 @@ def main() -> None:
 
     from pop_node.store.store import Store
 
+    # Whoever ends a run that takes too long wants its servers to end too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
     bundle = Store(args.store).get("smollm2-135m").path
     work = Path(tempfile.mkdtemp(prefix="popmesh-bench-"))
     port = free_port()
