@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from kernels.meta import AttentionMeta
+from kernels.resident import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +17,11 @@ class DecoderLayer:
     """Weights of one layer, ``[out, in]``; projections that share an input are one matrix."""
 
     attention_norm: torch.Tensor  # [H]
-    qkv: torch.Tensor  # [(heads + 2 kv_heads) D, H]
-    output: torch.Tensor  # [H, heads D]
+    qkv: Weight  # [(heads + 2 kv_heads) D, H]
+    output: Weight  # [H, heads D]
     mlp_norm: torch.Tensor  # [H]
-    gate_up: torch.Tensor  # [2 I, H]
-    down: torch.Tensor  # [H, I]
+    gate_up: Weight  # [2 I, H]
+    down: Weight  # [H, I]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,10 @@ class DecoderWeights:
     ``scale`` multiplies the attention's scores.
     """
 
-    embedding: torch.Tensor  # [vocab, H]
+    embedding: Weight  # [vocab, H]
     layers: tuple[DecoderLayer, ...]
     final_norm: torch.Tensor  # [H]
-    head: torch.Tensor  # [vocab, H]
+    head: Weight  # [vocab, H]
     cos_sin: torch.Tensor  # [positions, D] float32: cosines of a position's angles, then sines
     heads: int
     kv_heads: int

@@ -43,6 +43,7 @@ _OPERATIONS: dict[str, list[Any]] = {
         _FLOAT,
     ],
     "pm_forward": [_INT, *[_POINTER] * 2, *[_LONG] * 2],
+    "pm_resident_linear": [*[_POINTER] * 4, *[_LONG] * 3, _INT],
     "pm_sample": [
         *[_POINTER, _LONG, _LONG],
         *[POINTER(c_float)] * 2,
@@ -86,6 +87,15 @@ class NativeContext:
             operation.restype = c_int
         self.lib.pm_workspace_bytes.argtypes = [_INT, _POINTER, _LONG]
         self.lib.pm_workspace_bytes.restype = c_size_t
+        self.lib.pm_resident_count.argtypes = [_POINTER, *[_LONG] * 4, POINTER(c_int64)]
+        self.lib.pm_resident_count.restype = None
+        self.lib.pm_resident_pack.argtypes = [
+            *[_POINTER] * 2,
+            *[_LONG] * 3,
+            *[_POINTER] * 4,
+            _LONG,
+        ]
+        self.lib.pm_resident_pack.restype = _LONG
         self.lib.pm_best_isa.restype = c_char_p
         self.lib.pm_open.argtypes, self.lib.pm_open.restype = [c_int, c_char_p], c_void_p
         self.lib.pm_close.argtypes, self.lib.pm_close.restype = [c_void_p], None

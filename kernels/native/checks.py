@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from kernels.resident import Weight
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def dtype_code(*tensors: torch.Tensor) -> int:
+def dtype_code(*tensors: Weight) -> int:
     """The C code of the tensors' one dtype.
 
     Raises:

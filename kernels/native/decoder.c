@@ -73,8 +73,12 @@ static int embed(const pm_run *run)
         if (step->ids[t] < 0 || step->ids[t] >= model->V || step->positions[t] < 0 ||
             step->positions[t] >= model->num_positions)
             return PM_OUT_OF_RANGE;
-        memcpy(row(run, run->x, t, model->H), row(run, model->embedding, step->ids[t], model->H),
-               (size_t)model->H * run->element);
+        char *const x = row(run, run->x, t, model->H);
+        if (model->embedding.rows == NULL)
+            pm_resident_row(model->embedding.resident, model->H, step->ids[t], (uint16_t *)x);
+        else
+            memcpy(x, row(run, model->embedding.rows, step->ids[t], model->H),
+                   (size_t)model->H * run->element);
     }
     for (long r = 0; r < step->R; r++)
         if (step->logit_rows[r] < 0 || step->logit_rows[r] >= step->T || step->R > step->T)

@@ -13,7 +13,7 @@ typedef struct {
 } pm_layer;
 
 typedef struct {
-    const void *embedding; /* [V, H] */
+    pm_matrix embedding; /* [V, H] */
     const pm_layer *layers;
     const void *final_norm;
     pm_matrix head; /* [V, H] */

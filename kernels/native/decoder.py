@@ -14,6 +14,8 @@ from kernels.decoder import DecoderLayer, DecoderWeights
 from kernels.meta import AttentionMeta
 from kernels.native.binding import NativeContext
 from kernels.native.checks import dtype_code, require
+from kernels.native.resident import Matrix, Resident, matrix_of
+from kernels.resident import Weight
 
 ROOM_TOKENS = 64
 """The workspace grows by so many rows at a time: decode batches of changing size share one."""
@@ -23,27 +25,23 @@ ROOM_ROWS = 16
 _OUT_OF_RANGE = -2
 
 
-class _Matrix(Structure):
-    _fields_ = (("rows", c_void_p),)
-
-
 class _Layer(Structure):
     _fields_ = (
         ("attention_norm", c_void_p),
         ("mlp_norm", c_void_p),
-        ("qkv", _Matrix),
-        ("output", _Matrix),
-        ("gate_up", _Matrix),
-        ("down", _Matrix),
+        ("qkv", Matrix),
+        ("output", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
     )
 
 
 class _Decoder(Structure):
     _fields_ = (
-        ("embedding", c_void_p),
+        ("embedding", Matrix),
         ("layers", c_void_p),
         ("final_norm", c_void_p),
-        ("head", _Matrix),
+        ("head", Matrix),
         ("cos_sin", c_void_p),
         *((name, c_long) for name in ("num_layers", "num_positions", "H", "I", "V")),
         *((name, c_long) for name in ("Hq", "Hk", "D")),
@@ -62,10 +60,11 @@ class _Step(Structure):
     )
 
 
-def _layer(layer: DecoderLayer) -> _Layer:
+def _layer(layer: DecoderLayer, kept: list[Resident]) -> _Layer:
+    weights = (layer.qkv, layer.output, layer.gate_up, layer.down)
     return _Layer(
         *(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()),
-        *(_Matrix(w.data_ptr()) for w in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+        *(matrix_of(weight, kept) for weight in weights),
     )
 
 
@@ -73,6 +72,7 @@ def _check(weights: DecoderWeights) -> int:
     """The C code of the weights' dtype. Raises ValueError where shapes or dtypes disagree."""
     w = weights
     vocab, hidden = w.embedding.shape
+    shapes: list[tuple[Weight, tuple[int, ...]]]
     shapes = [(w.embedding, (vocab, hidden)), (w.head, (vocab, hidden)), (w.final_norm, (hidden,))]
     query, kv = w.heads * w.head_dim, w.kv_heads * w.head_dim
     for layer in w.layers:
@@ -85,9 +85,12 @@ def _check(weights: DecoderWeights) -> int:
             (layer.gate_up, (2 * inner, hidden)),
             (layer.down, (hidden, inner)),
         ]
-        require(inner == w.layers[0].down.shape[1], "decoder", layer.down)
-    for tensor, shape in shapes:
-        require(tensor.shape == shape and tensor.is_contiguous(), "decoder", tensor)
+        require(inner == w.layers[0].down.shape[1], "decoder")
+    for weight, shape in shapes:
+        if isinstance(weight, torch.Tensor):
+            require(weight.shape == shape and weight.is_contiguous(), "decoder", weight)
+        else:
+            require(weight.shape == shape, "decoder", weight.tiles)
     require(
         w.cos_sin.shape[1] == w.head_dim
         and w.head_dim % 2 == 0
@@ -96,7 +99,7 @@ def _check(weights: DecoderWeights) -> int:
         and w.heads % w.kv_heads == 0,
         *("decoder", w.cos_sin),
     )
-    return dtype_code(*(tensor for tensor, _ in shapes))
+    return dtype_code(*(weight for weight, _ in shapes))
 
 
 class NativeDecoder:
@@ -107,13 +110,16 @@ class NativeDecoder:
         self._dtype = _check(weights)
         self._context = context  # as ``_weights`` and ``_layers``: keeps what addresses point to
         self._weights = weights
-        self._layers = (_Layer * len(weights.layers))(*map(_layer, weights.layers))
+        self._kept: list[Resident] = []  # as the above
+        self._layers = (_Layer * len(weights.layers))(
+            *(_layer(layer, self._kept) for layer in weights.layers)
+        )
         vocab, hidden = weights.embedding.shape
         self._decoder = _Decoder(
-            embedding=weights.embedding.data_ptr(),
+            embedding=matrix_of(weights.embedding, self._kept),
             layers=addressof(self._layers),
             final_norm=weights.final_norm.data_ptr(),
-            head=_Matrix(weights.head.data_ptr()),
+            head=matrix_of(weights.head, self._kept),
             cos_sin=weights.cos_sin.data_ptr(),
             num_layers=len(weights.layers),
             num_positions=len(weights.cos_sin),

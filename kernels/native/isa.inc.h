@@ -3,6 +3,8 @@
  *   PM_HAVE_DPBF16    1 where the processor multiplies bf16 pairs
  *   PM_TABLE, PM_NAME the table, and its name for people
  *   PM_SIMD           the header to use
+ *   PM_RESIDENT       likewise, for the resident form
+ *   PM_FUSED          1 where it is decoded in registers
  *   PM_PLAIN_C        1 where vectors are arrays that the compiler vectorises
  *   PM_GEMM_MR, PM_DOT_T
  *                     equal to the header's tiles: the preprocessor chooses their cases
@@ -12,6 +14,7 @@
 
 #include "kernels.h"
 #include PM_SIMD
+#include PM_RESIDENT
 #include "vmath.h"
 
 _Static_assert(PM_GEMM_MR == GEMM_MR && PM_DOT_T == DOT_T, "tile sizes disagree");
@@ -27,6 +30,7 @@ _Static_assert(PM_GEMM_MR == GEMM_MR && PM_DOT_T == DOT_T, "tile sizes disagree"
 #define PM_BF16 1
 #include "element.h"
 #include "gemm.inc.h"
+#include "resident.inc.h"
 #include "linear.inc.h"
 #include "pointwise.inc.h"
 #include "attention.inc.h"
@@ -38,6 +42,7 @@ _Static_assert(PM_GEMM_MR == GEMM_MR && PM_DOT_T == DOT_T, "tile sizes disagree"
 const pm_kernels PM_TABLE = {
     .name = PM_NAME,
     .tile_rows = DOT_T,
+    .fuses = PM_FUSED,
     .block_element = {sizeof(float), PAIR_DOT ? sizeof(uint16_t) : sizeof(float)},
     .linear = BOTH(linear),
     .linear_scratch = BOTH(linear_scratch),

@@ -5,11 +5,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "resident.h"
+
 enum { PM_F32 = 0, PM_BF16 = 1, PM_DTYPES = 2 };
 
-/* The weights of a linear: N rows of K elements, as they are stored. */
+/* The weights of a linear, N rows of K elements: as they are, or where `rows` is NULL in the resident
+ * form, for x in bfloat16. */
 typedef struct {
     const void *rows;
+    const pm_resident *resident;
 } pm_matrix;
 
 /* y[T, N] = x[T, K] w[N, K]^T + bias[N]; y in the dtype of x, or float32 where `y_f32`. */
@@ -23,6 +27,7 @@ typedef struct {
     long columns; /* of y per item, a multiple of 4 */
     long item_rows, row_items; /* rows of x per item, and items along T */
     long rows, depth; /* of a block: rows of x, elements of K */
+    int fused; /* resident weights are decoded on their way to the multiplier */
 } pm_linear_job;
 
 /* out = norm(x [+ residual]) * weight, rows of H; residual is updated in place where not NULL. */
@@ -77,6 +82,7 @@ typedef struct {
 typedef struct {
     const char *name;
     long tile_rows; /* rows of x per tile of a linear */
+    int fuses; /* has a fused product with resident weights */
     long block_element[PM_DTYPES]; /* bytes of an element of x while it is multiplied */
     void (*linear[PM_DTYPES])(const void *job, long item, void *scratch);
     size_t (*linear_scratch[PM_DTYPES])(const pm_linear_job *job);

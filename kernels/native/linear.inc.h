@@ -112,9 +112,22 @@ typedef struct {
     float *sums;    /* [rows][columns] */
     float *partial; /* [columns / 4][rows up to DOT_T][4][VW] */
     A *x;           /* [rows][K], where A is not E */
-    W *w;           /* [4][depth], where W is not E */
+    W *w;           /* [4][depth], where W is not E; or resident weights, see room_rows */
     size_t bytes;
 } FN(linear_room);
+
+/* Rows of w that decoded resident weights have room for, and their distance: all of an item where
+ * more than one block of x comes to need them. */
+static long FN(room_rows)(const pm_linear_job *job)
+{
+    return job->fused ? 0 : job->rows < job->T ? job->columns : PM_TILE_ROWS;
+}
+
+static long FN(room_stride)(const pm_linear_job *job)
+{
+    const long kept = job->rows < job->T ? job->K : job->depth;
+    return pm_ceil_div(kept, PM_GROUP_COLUMNS) * PM_GROUP_COLUMNS;
+}
 
 static FN(linear_room) FN(lay_out_linear)(const pm_linear_job *job, char *memory)
 {
@@ -127,7 +140,8 @@ static FN(linear_room) FN(lay_out_linear)(const pm_linear_job *job, char *memory
     PLACE(sums, job->rows * job->columns);
     PLACE(partial, job->depth < job->K ? tiles * DOT_T * 4 * VW : 0);
     PLACE(x, sizeof(A) != sizeof(E) ? job->rows * job->K : 0);
-    PLACE(w, sizeof(W) != sizeof(E) ? 4 * job->depth : 0);
+    PLACE(w, job->w.rows == NULL ? FN(room_rows)(job) * FN(room_stride)(job)
+             : sizeof(W) != sizeof(E) ? 4 * job->depth : 0);
 #undef PLACE
     room.bytes = at;
     return room;
@@ -139,11 +153,31 @@ static size_t FN(linear_scratch)(const pm_linear_job *job)
     return FN(lay_out_linear)(job, nothing).bytes;
 }
 
+#if PM_BF16
+/* Row r of the 4 from column n on, elements [k, k + n_k): decoded with the other 3 where `fresh`, for
+ * `parts` tiles of x. */
+PM_INLINE const W *FN(resident_row)(const pm_linear_job *job, const FN(linear_room) * room, long n,
+                                    long n0, long r, long k, long n_k, int fresh, long parts)
+{
+    const long ld = FN(room_stride)(job);
+    const int keeps = job->rows < job->T;
+    W *rows = room->w + (keeps ? (n - n0) * ld + k : 0);
+    if (fresh && r == 0)
+        unpack_tile(job->w.resident, job->K, n / PM_TILE_ROWS, k, n_k, rows, ld,
+                    parts < PM_TILES_TO_FETCH_IN ? resident_tile_bytes(job->K) : 0);
+    return rows + r * ld;
+}
+#endif
+
 /* Rows [t, t + rows) times columns [n0, end): sums to room.sums. */
 PM_INLINE void FN(multiply_block)(const pm_linear_job *job, const FN(linear_room) * room,
                                   const A *x, long rows, long n0, long end, int prefetch)
 {
     const long K = job->K;
+    const int resident = job->w.rows == NULL;
+#if PM_BF16
+    const long parts = pm_ceil_div(rows, DOT_T);
+#endif
     FN(dot) b = {.ldx = K, .ld_sums = job->columns};
     for (long k = 0; k == 0 || k < K; k += job->depth) {
         b.K = pm_min(job->depth, K - k);
@@ -152,8 +186,14 @@ PM_INLINE void FN(multiply_block)(const pm_linear_job *job, const FN(linear_room
         b.partial = room->partial;
         for (long n = n0; n < end; n += 4) {
             /* One stream of rows, or the same place of the next 4. */
-            b.ahead = !prefetch ? 0 : rows == 1 ? AHEAD_BYTES : 4 * K * (long)sizeof(W);
+            b.ahead = !prefetch || resident ? 0 : rows == 1 ? AHEAD_BYTES : 4 * K * (long)sizeof(W);
             for (long r = 0; r < 4; r++) {
+#if PM_BF16
+                if (resident) {
+                    b.w[r] = FN(resident_row)(job, room, n, n0, r, k, b.K, prefetch, parts);
+                    continue;
+                }
+#endif
                 const E *row = (const E *)job->w.rows + pm_min(n + r, end - 1) * K + k;
 #if PM_PLAIN_C && PM_BF16
                 FN(copy_row)(room->w + r * job->depth, row, b.K, b.K);
@@ -162,7 +202,15 @@ PM_INLINE void FN(multiply_block)(const pm_linear_job *job, const FN(linear_room
                 b.w[r] = row;
 #endif
             }
+#if PM_BF16
+            resident_ahead ahead = {0};
+            if (resident && prefetch && parts >= PM_TILES_TO_FETCH_IN)
+                ahead = look_ahead(job->w.resident, K, n, k, b.K, parts);
+#endif
             for (long t = 0; t < rows; t += DOT_T, b.partial += DOT_T * 4 * VW) {
+#if PM_BF16
+                fetch_ahead(&ahead);
+#endif
                 b.x = x + t * K + k;
                 b.sums = room->sums + t * job->columns + n - n0;
                 FN(dot_rows)(&b, pm_min(DOT_T, rows - t));
@@ -185,6 +233,11 @@ PM_TARGET static void FN(linear)(const void *argument, long item, void *scratch)
         if (sizeof(A) != sizeof(E))
             for (long i = 0; i < rows; i++)
                 FN(copy_row)(room.x + i * K, x + i * K, K, K);
+#if PM_BF16 && PM_FUSED
+        if (job->w.rows == NULL && job->fused)
+            multiply_fused(job, sizeof(A) != sizeof(E) ? room.x : (const A *)x, n0, end, room.sums);
+        else
+#endif
         FN(multiply_block)(job, &room, sizeof(A) != sizeof(E) ? room.x : (const A *)x, rows, n0,
                            end, t == t0);
         for (long i = 0; i < rows; i++)

@@ -6,8 +6,8 @@ addresses. Tensors are float32 or bfloat16 on the CPU; rows are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ctypes import c_float, c_int64, c_uint32, c_uint64
+from collections.abc import Callable, Sequence
+from ctypes import byref, c_float, c_int64, c_uint32, c_uint64
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ from kernels.meta import AttentionMeta
 from kernels.native.binding import NativeContext
 from kernels.native.checks import dtype_code, require
 from kernels.native.decoder import NativeDecoder
+from kernels.native.resident import pack, resident_of
 from kernels.reference.sampling import min_p_limit
+from kernels.resident import Weight
 
 _U64 = (1 << 64) - 1
 
@@ -42,6 +44,7 @@ class NativeOps:
         self._handle = self.context.handle
         lib = self.context.lib
         self._linear = lib.pm_linear
+        self._resident_linear = lib.pm_resident_linear
         self._norm = lib.pm_norm
         self._silu_mul = lib.pm_silu_mul
         self._rope_kv_write = lib.pm_rope_kv_write
@@ -83,15 +86,13 @@ class NativeOps:
         )
         return out, total
 
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See ``kernels.reference.linear.linear``."""
+    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ``kernels.reference.linear.linear``; ``weight`` may be in the resident form."""
         code = dtype_code(x, weight) if bias is None else dtype_code(x, weight, bias)
         return self._multiply(code, x, weight, bias, x.new_empty(x.shape[0], weight.shape[0]))
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See ``kernels.reference.linear.logits``."""
+    def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """See ``kernels.reference.linear.logits``; ``weight`` may be in the resident form."""
         out = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
         return self._multiply(dtype_code(x, weight), x, weight, None, out)
 
@@ -99,23 +100,26 @@ class NativeOps:
         self,
         code: int,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Weight,
         bias: torch.Tensor | None,
         out: torch.Tensor,
     ) -> torch.Tensor:
         rows, depth = x.shape
         columns = weight.shape[0]
-        require(weight.shape[1] == depth and weight.is_contiguous(), "linear", x, weight)
+        require(weight.shape[1] == depth, "linear", x)
         if bias is not None:
             require(bias.shape == (columns,) and bias.is_contiguous(), "linear", bias)
         x = x.contiguous()
-        _done(
-            self._linear(
-                *(self._handle, code, x.data_ptr(), weight.data_ptr()),
-                *(None if bias is None else bias.data_ptr(), out.data_ptr()),
-                *(rows, columns, depth, out.dtype is torch.float32),
-            )
+        more = (
+            *(None if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(rows, columns, depth, out.dtype is torch.float32),
         )
+        if isinstance(weight, torch.Tensor):
+            require(weight.is_contiguous(), "linear", x, weight)
+            _done(self._linear(self._handle, code, x.data_ptr(), weight.data_ptr(), *more))
+        else:
+            resident = resident_of(weight)
+            _done(self._resident_linear(self._handle, x.data_ptr(), byref(resident), *more))
         return out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -204,6 +208,10 @@ class NativeOps:
             )
         )
         return out
+
+    def pack(self, weight: torch.Tensor, allocate: Callable[[int], torch.Tensor]) -> Weight:
+        """See ``kernels.native.resident.pack``."""
+        return pack(self.context, weight, allocate)
 
     def decoder(self, weights: DecoderWeights) -> NativeDecoder:
         """``weights`` as a decoder on this context: ``kernels.reference.decoder`` in one call."""

@@ -14,6 +14,10 @@ enum {
     PM_LINEAR_ROWS = 192,
     PM_LINEAR_DEPTH = 768,
     PM_LINEAR_X_BYTES = 20 * 1024,
+    /* Rows of x per item, and bytes of a block of x for which 4 decoded rows stay in the first cache
+     * instead of all of an item in the second. */
+    PM_RESIDENT_ROWS = 768,
+    PM_RESIDENT_X_BYTES = 40 * 1024,
     /* Rows (queries x heads of a group) of one attention item. */
     PM_CHUNK_ROWS = 96,
 };
@@ -24,16 +28,32 @@ static long rows_per_item(long row_elements)
     return pm_max(1, PM_ROWWISE_UNIT / pm_max(1, row_elements));
 }
 
+/* The same for resident weights, of which fewer and longer items decode less (see resident.inc.h). */
+static void plan_resident(pm_linear_job *job, const pm_kernels *kernels, int dtype)
+{
+    const long x_bytes = job->T * job->depth * kernels->block_element[dtype];
+    job->fused = kernels->fuses && job->T <= kernels->tile_rows;
+    job->item_rows = PM_RESIDENT_ROWS;
+    if (job->fused)
+        job->depth = pm_max(1, job->K);
+    if (job->fused || x_bytes <= PM_RESIDENT_X_BYTES)
+        job->rows = pm_max(1, job->T);
+}
+
 /* Chooses blocks and items (see linear.inc.h). */
 static void plan_linear(pm_linear_job *job, const pm_kernels *kernels, int dtype)
 {
     const long tile = kernels->tile_rows, K = pm_max(1, job->K);
     const long blocks = (K + PM_LINEAR_DEPTH / 2) / PM_LINEAR_DEPTH;
+    const long unit = job->w.rows == NULL ? PM_GROUP_COLUMNS : 32;
     const int one_tile = job->T <= tile;
-    job->depth = one_tile || blocks <= 1 ? K : pm_ceil_div(K, blocks * 32) * 32;
+    job->depth = one_tile || blocks <= 1 ? K : pm_ceil_div(K, blocks * unit) * unit;
     job->rows = PM_LINEAR_X_BYTES / (job->depth * kernels->block_element[dtype]) / tile * tile;
     job->rows = pm_max(1, pm_min(job->T, pm_max(tile, job->rows)));
-    job->item_rows = pm_ceil_div(PM_LINEAR_ROWS, job->rows) * job->rows;
+    job->item_rows = PM_LINEAR_ROWS;
+    if (job->w.rows == NULL)
+        plan_resident(job, kernels, dtype);
+    job->item_rows = pm_ceil_div(job->item_rows, job->rows) * job->rows;
     job->row_items = pm_ceil_div(job->T, job->item_rows);
     job->columns = pm_max(one_tile ? 4 : PM_LINEAR_COLUMNS, PM_LINEAR_UNIT / K / 4 * 4);
 }

@@ -61,8 +61,17 @@ PM_API int pm_linear(pm_context *context, int dtype, const void *x, const void *
                      void *y, long T, long N, long K, int y_f32)
 {
     return pm_run_linear(context, dtype,
-                         (pm_linear_job){.x = x, .w = {w}, .bias = bias, .y = y, .T = T, .N = N,
+                         (pm_linear_job){.x = x, .w = {w, NULL}, .bias = bias, .y = y, .T = T, .N = N,
                                          .K = K, .y_f32 = y_f32});
+}
+
+/* Weights in the resident form; x is bfloat16. */
+PM_API int pm_resident_linear(pm_context *context, const void *x, const pm_resident *w,
+                              const void *bias, void *y, long T, long N, long K, int y_f32)
+{
+    return pm_run_linear(context, PM_BF16,
+                         (pm_linear_job){.x = x, .w = {NULL, w}, .bias = bias, .y = y, .T = T,
+                                         .N = N, .K = K, .y_f32 = y_f32});
 }
 
 /* residual and new_residual are NULL for the plain norm. */
