@@ -1,0 +1,54 @@
+"""A mesh in which one node has the model packed and the other has it raw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pop_node.store.source import unwatched
+from pop_node.store.store import Store
+from tests.e2e.hand_mesh import hand_mesh
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(280)]
+
+MODEL = "smollm2-135m"
+ROUTES = [("raw", "raw"), ("packed", "packed"), ("raw", "packed"), ("packed", "raw")]
+
+
+def test_it_answers_the_same_whoever_has_which(model_store: Store, tmp_path: Path) -> None:
+    packed = Store(tmp_path / "packed")
+    bundle = model_store.get(MODEL).path.resolve()
+    packed.add(bundle.as_uri(), MODEL, None, unwatched)
+    identity = packed.pack(MODEL, progress=unwatched).manifest.identity
+    assert packed.get(MODEL).manifest.data.packing is not None
+    topology: dict[str, Any] = {
+        "mesh": "packed",
+        "models": {MODEL: {"digest": identity}},
+        "sites": {"ams": {"lat": 52.31, "lon": 4.76, "region": "eu"}},
+        "nodes": {name: {"site": "ams", "kv_tokens": 2048} for name in ("raw", "packed")},
+        "routers": {"router-ams": {"site": "ams"}},
+    }
+    stores = {"raw": model_store.root, "packed": packed.root}
+    with hand_mesh(tmp_path / "mesh", topology, stores) as mesh:
+        answers = {}
+        for prefill, decode in ROUTES:
+            answer = httpx.post(
+                f"{mesh.url}/v1/completions",
+                json={
+                    "model": MODEL,
+                    "prompt": "The capital of France is",
+                    "max_tokens": 16,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                },
+                headers={"x-popmesh-route": f"prefill={prefill},decode={decode}"},
+                timeout=60,
+            )
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-popmesh-decode"] == decode
+            answers[prefill, decode] = answer.json()["choices"][0]["text"]
+    assert len(set(answers.values())) == 1, answers
+    assert "Paris" in answers["raw", "packed"]
