@@ -12,11 +12,11 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,12 +25,11 @@ from report import command_line, facts, save
 
 from kernels.decoder import Decoder, DecoderWeights
 from kernels.meta import AttentionMeta
-from kernels.native.build import ensure_library
-from kernels.native.ops import NativeOps
+from kernels.ops import Ops, native_ops
 from kernels.resident import ResidentMatrix, Weight
+from pop_node.engine.config import WeightForm
 from pop_node.models.llama import Llama
-from pop_node.models.registry import load_backend, load_model
-from pop_node.store.host_arena import aligned_memory
+from pop_node.models.registry import load
 from pop_node.store.store import Store
 
 BLOCK_TOKENS = 16
@@ -39,6 +38,7 @@ CONTEXT = 128
 
 DECODE = (1, 2, 4, 8, 16)
 PREFILL = (32, 128, 512)
+FORMS: tuple[WeightForm, ...] = ("plain", "resident")
 ROUNDS = {"decode": 60, "prefill": 10}
 """Passes of each form: half a second of each at batch 1."""
 
@@ -61,30 +61,15 @@ class Form:
         return out
 
 
-def packed(weights: DecoderWeights, ops: NativeOps) -> DecoderWeights:
-    """``weights`` in the resident form; tied ones stay tied."""
-
-    def memory(nbytes: int) -> torch.Tensor:
-        return torch.from_numpy(aligned_memory(nbytes))
-
-    def pack(weight: Weight) -> Weight:
-        assert isinstance(weight, torch.Tensor)
-        return ops.pack(weight, memory)
-
-    embedding = pack(weights.embedding)
-    tied = weights.head is weights.embedding
-    layers = tuple(
-        replace(
-            layer,
-            qkv=pack(layer.qkv),
-            output=pack(layer.output),
-            gate_up=pack(layer.gate_up),
-            down=pack(layer.down),
-        )
-        for layer in weights.layers
-    )
-    head = embedding if tied else pack(weights.head)
-    return replace(weights, embedding=embedding, layers=layers, head=head)
+def loaded(bundle: Path, ops: Ops, form: WeightForm) -> tuple[Llama, float, int]:
+    """The model, the seconds that binding took, packing included, and the bytes of memory of its
+    own that this process has more."""
+    before = psutil.Process().memory_full_info().uss
+    found = load(bundle, "bfloat16", ops, form=form)
+    assert found.hold is not None
+    found.hold.close()
+    took = psutil.Process().memory_full_info().uss - before
+    return found.model, found.phases["bind"].wall_s, took
 
 
 def matrices(weights: DecoderWeights) -> list[Weight]:
@@ -157,19 +142,13 @@ def compare(
     return result
 
 
-def timed(action: Callable[[], DecoderWeights]) -> tuple[DecoderWeights, float]:
-    """What ``action`` makes, and how long it takes."""
-    began = time.perf_counter()
-    return action(), time.perf_counter() - began
-
-
-def measure(
-    model: Llama, threads: int, isa: str | None, args: argparse.Namespace
-) -> dict[str, Any]:
+def measure(bundle: Path, threads: int, args: argparse.Namespace) -> dict[str, Any]:
     """Both forms on ``threads`` threads."""
-    ops = NativeOps(ensure_library(), threads, isa)
-    plain = model.weights
-    resident, pack_s = timed(lambda: packed(plain, ops))
+    ops = native_ops(threads, args.isa)
+    assert ops.decoder is not None
+    loads = {form: loaded(bundle, ops, form) for form in FORMS}
+    model, plain = loads["plain"][0], loads["plain"][0].weights
+    resident = loads["resident"][0].weights
     blocks = max(max(DECODE) * -(-CONTEXT // BLOCK_TOKENS), max(PREFILL) // BLOCK_TOKENS)
     forms = {
         name: Form(ops.decoder(weights), model.allocate_cache(blocks, BLOCK_TOKENS))
@@ -178,8 +157,9 @@ def measure(
     vocab = model.config.vocab_size
     found = matrices(resident)
     report: dict[str, Any] = {
-        "isa": ops.isa,
-        "pack_s": round(pack_s, 3),
+        "backend": ops.name,
+        "bind_s": {form: round(load[1], 3) for form, load in loads.items()},
+        "load_memory_mb": {form: round(load[2] / 2**20, 1) for form, load in loads.items()},
         "plain_bytes": sum(weight.nbytes for weight in matrices(plain)),
         "resident_bytes": sum(weight.nbytes for weight in found),
         "matrices": len(found),
@@ -207,14 +187,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=float, default=1.0, help="times the usual passes")
     args = parser.parse_args()
     bundle = Store(args.store).get("smollm2-135m").path
-    model = load_model(bundle, "bfloat16", load_backend("native", 1))
     report = facts(__doc__, ["torch"])
     report["threads"] = {}
     for threads in args.threads:
-        turn = measure(model, threads, args.isa, args)
+        turn = measure(bundle, threads, args)
         report["threads"][str(threads)] = turn
-        print(threads, turn["isa"], f"packed in {turn['pack_s']} s,", end=" ")
-        print(f"{turn['resident_bytes'] / turn['plain_bytes']:.4f} of the bytes")
+        print(threads, turn["backend"], "bound in s:", turn["bind_s"], end=" ")
+        print(f"{turn['resident_bytes'] / turn['plain_bytes']:.4f} of the bytes", end=" ")
+        print("MB in memory:", turn["load_memory_mb"])
         for kind in ("decode", "prefill"):
             for count, row in turn[kind].items():
                 both = [row[name] for name in ("plain", "resident")]

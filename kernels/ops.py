@@ -30,6 +30,7 @@ from kernels.reference.norm import add_rms_norm, rms_norm
 from kernels.reference.penalties import penalize
 from kernels.reference.rope import rope_kv_write
 from kernels.reference.sampling import gumbel_sample
+from kernels.resident import Weight
 from kernels.triton.available import TritonUnavailableError, find_device
 
 __all__ = ["Backend", "NativeUnavailableError", "Ops", "TritonUnavailableError", "load_ops"]
@@ -82,6 +83,9 @@ class Ops:
     decoder: Callable[[DecoderWeights], Decoder] | None = None
     """Computes a decoder as a whole, like ``kernels.reference.decoder`` does operation by
     operation; None where there is no quicker way than that."""
+    pack: Callable[[_Tensor, Callable[[int], _Tensor]], Weight] | None = None
+    """Makes a matrix of ``decoder`` smaller, keeping its bits, in memory from the second argument:
+    see ``kernels.native.resident.pack``. None where there are no such products."""
 
 
 def reference_ops(*, batch_invariant: bool = False) -> Ops:
@@ -149,6 +153,7 @@ def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = 
         gumbel_sample=native.gumbel_sample,
         penalize=native.penalize,
         decoder=native.decoder,
+        pack=native.pack,
     )
 
 

@@ -70,6 +70,7 @@ def _node(node: Node) -> dict[str, Any]:
         backend=node.backend,
         kv_tokens=node.kv_tokens,
         batch_invariant=node.batch_invariant,
+        weights=node.weights,
         memory_gb=node.memory_gb,
         pinned=list(node.pinned),
         disk_gb=node.disk_gb,

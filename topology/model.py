@@ -14,6 +14,7 @@ Role = Literal["prefill", "decode"]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["bfloat16", "float32"]
 Backend = Literal["auto", "reference", "native", "triton"]
+WeightForm = Literal["plain", "resident"]
 
 TRUSTED_BY_DEFAULT = ("127.0.0.0/8", "::1/128")
 
@@ -78,7 +79,8 @@ class Node:
 
     ``threads`` of each engine: all cores where the node has the machine to itself, its share where
     several do; nodes do not know of each other, so nobody guesses.
-    ``batch_invariant`` asks its engines for the same bits in any batch. ``models`` may be more than
+    ``batch_invariant`` asks its engines for the same bits in any batch. ``weights`` says
+    how matrices lie in their memory. ``models`` may be more than
     fit ``memory_gb`` (10^9 bytes, for weights and KV caches; None: all are kept in memory): then
     ``pinned`` ones stay and the others come and go. ``disk_gb`` bounds its store (None: the disk
     does). ``bundles`` is its listener for nodes that fetch models from it, which together get at
@@ -98,6 +100,7 @@ class Node:
     backend: Backend = "auto"
     kv_tokens: int = 16384
     batch_invariant: bool = False
+    weights: WeightForm = "plain"
     memory_gb: float | None = None
     pinned: tuple[str, ...] = ()
     disk_gb: float | None = None

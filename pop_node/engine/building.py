@@ -65,7 +65,8 @@ def build(
     prepare(config.model_dir)
     read = set_up.bundle()
     began = time.monotonic()
-    loaded = load(config.model_dir, config.dtype, ops, read)  # held as long as the process lives
+    # Held as long as the process lives.
+    loaded = load(config.model_dir, config.dtype, ops, read, config.weights)
     loaded_at = time.monotonic()
     if read is None:
         clock.add("load", began, loaded_at)

@@ -14,6 +14,8 @@ from wire.errors import ConfigError
 
 Backend = Literal["auto", "reference", "native", "triton"]
 
+WeightForm = Literal["plain", "resident"]
+
 DEFAULT_BLOCK_TOKENS = 16
 """Guess between waste at the end of a sequence (half a block) and the length of block tables."""
 
@@ -57,7 +59,8 @@ class EngineConfig:
     block is left out. ``backend`` "auto" picks the fastest one that works here.
     ``batch_invariant``: the logits of a token are bitwise the same alone, in any batch, after a
     prefix hit, by prefill in any chunks or by decode, among engines of one backend, instruction set
-    and dtype. Raises ``ConfigError`` for impossible values.
+    and dtype. ``weights``: how matrices lie in memory, as they are or in 12 bits a weight with the
+    same results (``kernels.resident``). Raises ``ConfigError`` for impossible values.
     """
 
     model_dir: Path
@@ -71,6 +74,7 @@ class EngineConfig:
     max_sequences: int = DEFAULT_MAX_SEQUENCES
     max_waiting: int = DEFAULT_MAX_WAITING
     batch_invariant: bool = False
+    weights: WeightForm = "plain"
 
     def __post_init__(self) -> None:
         for name in ("threads", "block_tokens", "token_budget", "max_sequences", "max_waiting"):

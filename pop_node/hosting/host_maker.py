@@ -100,6 +100,7 @@ class HostMaker:
                 kv_tokens=node.kv_tokens,
                 context_tokens=model.context_tokens,
                 batch_invariant=node.batch_invariant,
+                weights=node.weights,
             ),
             kv_host=node.kv.host,
             kv_port=node.kv.port + position if node.kv.port else 0,

@@ -20,6 +20,7 @@ from kernels.decoder import Decoder, DecoderLayer, DecoderWeights
 from kernels.meta import AttentionMeta
 from kernels.ops import Ops
 from kernels.reference.decoder import decoder
+from kernels.resident import Weight
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.models.llama_config import LlamaConfig
 from pop_node.models.rope import cos_sin_table
@@ -82,12 +83,18 @@ class Llama:
     """A loaded model. Stateless between calls: the KV cache is an argument."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Mapping[str, torch.Tensor], ops: Ops, dtype: str
+        self,
+        config: LlamaConfig,
+        weights: Mapping[str, torch.Tensor],
+        ops: Ops,
+        dtype: str,
+        pack: Callable[[torch.Tensor], Weight] = lambda weight: weight,
     ) -> None:
         """Take ``weights`` (Hugging Face names) and fuse what is multiplied together.
 
         Args:
             dtype: ``"bfloat16"`` or ``"float32"``, of weights, activations and KV cache.
+            pack: gives each matrix the form that it keeps, and may use up what it is given.
 
         Raises:
             ConfigError: unknown dtype, or a weight is missing, misshapen or not understood.
@@ -99,11 +106,11 @@ class Llama:
         self._ops = ops
         reader = _WeightReader(weights, DTYPES[dtype], ops.device)
         hidden, vocab = config.hidden_size, config.vocab_size
-        embedding = reader.take("model.embed_tokens.weight", vocab, hidden)
-        layers = tuple(self._read_layer(reader, i) for i in range(config.layers))
+        embedding = pack(reader.take("model.embed_tokens.weight", vocab, hidden))
+        layers = tuple(self._read_layer(reader, i, pack) for i in range(config.layers))
         final_norm = reader.take("model.norm.weight", hidden)
         tied = config.tied_embeddings
-        head = embedding if tied else reader.take("lm_head.weight", vocab, hidden)
+        head = embedding if tied else pack(reader.take("lm_head.weight", vocab, hidden))
         tied_copy = {"lm_head.weight"} if tied else set()
         unknown = [name for name in reader.leftover() if name not in tied_copy]
         if unknown:
@@ -131,7 +138,9 @@ class Llama:
             else ops.decoder(self.weights)
         )
 
-    def _read_layer(self, reader: _WeightReader, index: int) -> DecoderLayer:
+    def _read_layer(
+        self, reader: _WeightReader, index: int, pack: Callable[[torch.Tensor], Weight]
+    ) -> DecoderLayer:
         c = self.config
         prefix = f"model.layers.{index}"
         q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -144,19 +153,21 @@ class Llama:
 
         return DecoderLayer(
             attention_norm=reader.take(f"{prefix}.input_layernorm.weight", c.hidden_size),
-            qkv=_fused(
-                [
-                    attention("q", q_size, c.hidden_size),
-                    attention("k", kv_size, c.hidden_size),
-                    attention("v", kv_size, c.hidden_size),
-                ]
+            qkv=pack(
+                _fused(
+                    [
+                        attention("q", q_size, c.hidden_size),
+                        attention("k", kv_size, c.hidden_size),
+                        attention("v", kv_size, c.hidden_size),
+                    ]
+                )
             ),
-            output=attention("o", c.hidden_size, q_size),
+            output=pack(attention("o", c.hidden_size, q_size)),
             mlp_norm=reader.take(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
-            gate_up=_fused(
-                [mlp(name, c.intermediate_size, c.hidden_size) for name in ("gate", "up")]
+            gate_up=pack(
+                _fused([mlp(name, c.intermediate_size, c.hidden_size) for name in ("gate", "up")])
             ),
-            down=mlp("down", c.hidden_size, c.intermediate_size),
+            down=pack(mlp("down", c.hidden_size, c.intermediate_size)),
         )
 
     def kv_spec(self) -> KvSpec:

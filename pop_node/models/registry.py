@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernels.ops import Backend, NativeUnavailableError, Ops, TritonUnavailableError, load_ops
+from kernels.resident import Weight
+from pop_node.engine.config import WeightForm
 from pop_node.models.llama import Llama, LlamaConfig
+from pop_node.models.packing import Packer
 from pop_node.models.rope import cos_sin_table
 from pop_node.store.cuda_arena import CudaArena
 from pop_node.store.holding import Hold, mark_used
@@ -92,14 +95,20 @@ def load_backend(backend: Backend, threads: int, *, batch_invariant: bool = Fals
 
 
 def build_model(
-    config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], dtype: str, ops: Ops
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    dtype: str,
+    ops: Ops,
+    pack: Callable[[torch.Tensor], Weight] | None = None,
 ) -> Model:
-    """A model from the object of its ``config.json`` and its tensors.
+    """A model from the object of its ``config.json`` and its tensors; ``pack`` as ``Llama`` takes
+    it.
 
     Raises:
         ConfigError: unsupported family or feature, or weights that do not fit.
     """
-    return Llama(LlamaConfig.from_hf(config), weights, ops, dtype)
+    more = () if pack is None else (pack,)
+    return Llama(LlamaConfig.from_hf(config), weights, ops, dtype, *more)
 
 
 def prepare(directory: Path) -> None:
@@ -113,26 +122,36 @@ def prepare(directory: Path) -> None:
         )
 
 
-def load(directory: Path, dtype: str, ops: Ops, read: ReadBundle | None = None) -> Loaded:
+def load(
+    directory: Path,
+    dtype: str,
+    ops: Ops,
+    read: ReadBundle | None = None,
+    form: WeightForm = "plain",
+) -> Loaded:
     """Load the bundle in ``directory``, or a plain Hugging Face directory: ``config.json`` and
     safetensors, sharded or not. ``read``: the bundle, if it was read already.
+    ``form``: of its matrices in memory.
 
     Of a bundle every byte is verified before it is used. Its tensors are views of one allocation,
     and it stays held. One that is still arriving is loaded meanwhile, wherever it goes.
 
     Raises:
-        ConfigError: a file is missing, damaged, not safetensors or not supported.
+        ConfigError: a file is missing, damaged, not safetensors or not supported, or ``ops`` cannot
+            compute with ``form``.
     """
-    if read is None and not is_bundle(directory):
+    whole = read is not None or is_bundle(directory)
+    pack = Packer(ops, release=whole) if form == "resident" else None
+    if not whole:
         config = _read_json(directory / CONFIG_FILE)
-        return Loaded(build_model(config, read_weights(directory), dtype, ops))
+        return Loaded(build_model(config, read_weights(directory), dtype, ops, pack))
     if read is None:
         read = read_bundle(directory, _arena(ops.device))
     try:
         began = time.monotonic()
         config = _parse_object(read.texts[CONFIG_FILE], read.directory / CONFIG_FILE)
         weights = _views(read.plan, _tensor(read.memory))
-        model = build_model(config, weights, dtype, ops)
+        model = build_model(config, weights, dtype, ops, pack)
         ended = time.monotonic()
         mark_used(read.directory)
     except BaseException:
@@ -143,9 +162,9 @@ def load(directory: Path, dtype: str, ops: Ops, read: ReadBundle | None = None) 
     return Loaded(model, {**read.report.phases, "bind": bind}, read.hold)
 
 
-def load_model(directory: Path, dtype: str, ops: Ops) -> Model:
+def load_model(directory: Path, dtype: str, ops: Ops, form: WeightForm = "plain") -> Model:
     """The model of ``load``, not held: for one who knows that its files stay. Raises as it does."""
-    loaded = load(directory, dtype, ops)
+    loaded = load(directory, dtype, ops, form=form)
     if loaded.hold is not None:
         loaded.hold.close()
     return loaded.model

@@ -111,6 +111,14 @@ def prefer_huge(address: int, nbytes: int) -> bool:
     return advise(address, nbytes, mmap.MADV_HUGEPAGE)
 
 
+def forget(address: int, nbytes: int) -> None:
+    """Give the whole pages within these bytes back: nobody may read them any more."""
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        advise(start, end - start, mmap.MADV_DONTNEED)
+
+
 def advise(address: int, nbytes: int, advice: int) -> bool:
     """``madvise(2)`` of whole pages; False where it fails."""
     at, length = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)

@@ -36,6 +36,7 @@ nodes:
     backend: native
     kv_tokens: 4096
     batch_invariant: true
+    weights: resident
     memory_gb: 24.5
     pinned: [small]
     disk_gb: 500

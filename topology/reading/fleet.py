@@ -16,6 +16,7 @@ from topology.model import (
     Role,
     Router,
     Site,
+    WeightForm,
 )
 from topology.reading.fields import Fields
 from topology.reading.listeners import Listeners, read_address
@@ -25,6 +26,7 @@ from topology.reading.yaml_nodes import Entry, shorten
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "triton")
+WEIGHT_FORMS: tuple[WeightForm, ...] = ("plain", "resident")
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 
 MAX_THREADS = 4096  # guess: more cores than any host has
@@ -48,6 +50,7 @@ _NODE = (
     "backend",
     "kv_tokens",
     "batch_invariant",
+    "weights",
     "memory_gb",
     "pinned",
     "disk_gb",
@@ -105,6 +108,7 @@ def read_nodes(
             backend=fields.choice("backend", BACKENDS, "auto"),
             kv_tokens=fields.integer("kv_tokens", 1, MAX_TOKENS, 16384),
             batch_invariant=fields.flag("batch_invariant", False),
+            weights=fields.choice("weights", WEIGHT_FORMS, "plain"),
             memory_gb=fields.number_or_none("memory_gb", 0, MAX_GB, above=True),
             pinned=_pinned(fields, names, served),
             disk_gb=fields.number_or_none("disk_gb", 0, MAX_GB, above=True),

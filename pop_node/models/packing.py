@@ -1,0 +1,57 @@
+"""Matrices into the resident form while a model is bound, and the memory of both.
+
+The 16-bit matrix is given back as soon as its 12-bit form is there, so binding takes at most the
+largest matrix more than the model as it was read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.ops import Ops
+from kernels.resident import Weight
+from pop_node.store.host_arena import HUGE_PAGE_BYTES, aligned_memory, forget
+from wire.errors import ConfigError
+
+PIECE_BYTES = 32 * HUGE_PAGE_BYTES
+"""Memory is had in pieces of so much, of which only what is used is ever touched: a matrix with
+huge pages of its own would waste half a one on average, as much as a small matrix has."""
+
+LINE_BYTES = 64
+
+
+class Packer:
+    """Packs one matrix after the other."""
+
+    def __init__(self, ops: Ops, *, release: bool) -> None:
+        """``release``: what was packed is given back; nobody else may read it then.
+
+        Raises:
+            ConfigError: ``ops`` cannot multiply with the form.
+        """
+        if ops.pack is None:
+            raise ConfigError(
+                f"weights 'resident' cannot be used with the {ops.name} backend",
+                suggestion="use backend 'native', or weights 'plain'",
+            )
+        self._pack = ops.pack
+        self._release = release
+        self._piece = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, weight: torch.Tensor) -> Weight:
+        """``weight`` in the form, or as it is where that would not be smaller."""
+        room = self._piece
+        packed = self._pack(weight, self._allocate)
+        if isinstance(packed, torch.Tensor):
+            self._piece = room
+        elif self._release:
+            forget(weight.data_ptr(), weight.nbytes)
+        return packed
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        """[nbytes] at a line of the cache. Raises ``ConfigError`` without room."""
+        if len(self._piece) < nbytes:
+            self._piece = torch.from_numpy(aligned_memory(max(nbytes, PIECE_BYTES)))
+        memory = self._piece[:nbytes]
+        self._piece = self._piece[-(-nbytes // LINE_BYTES) * LINE_BYTES :]
+        return memory
