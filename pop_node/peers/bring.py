@@ -110,7 +110,7 @@ class Bring:
         self._gathering: Gathering | None = None
         self._survey = Survey(dialing)
         self._refused: set[str] = set()  # bundles that are not what they claim to be
-        self._liars: set[str] = set()  # peers that gave something else than they said
+        self._passed_over: set[str] = set()  # peers that are not asked again
         self._problems: list[str] = []
         self.from_origin = False
         self.rates: dict[str, float] = {}
@@ -155,7 +155,7 @@ class Bring:
     # ---- peers ---------------------------------------------------------------------------------
 
     def _offer(self) -> Offer | None:
-        peers = [peer for peer in self._peers() if peer.name not in self._liars]
+        peers = [peer for peer in self._peers() if peer.name not in self._passed_over]
         self._survey.refresh(peers)
         begun = {manifest.bundle for _, manifest in self._store.partials()}
         return best_offer(self._model, peers, self._survey.found(), begun, self._refused)
@@ -178,7 +178,7 @@ class Bring:
             )
         except _NobodyError as exc:
             self._problems.append(str(exc))
-            self._liars.update(peer.name for peer in offer.holders)
+            self._passed_over.update(peer.name for peer in offer.holders)
         except FalseClaimError as exc:
             self._problems.append(str(exc))
             self._refused.add(offer.bundle)
@@ -198,7 +198,7 @@ class Bring:
                 return manifest
             except (InterruptedReadError, PeerBusyError, PeerLacksError, ConfigError) as exc:
                 self._problems.append(f"{peer.name}: {exc}")
-                self._liars.add(peer.name)
+                self._passed_over.add(peer.name)
             finally:
                 source.close()
         return None
@@ -242,7 +242,7 @@ class Bring:
                 for entry in partial.missing_texts():
                     self._check_stop()
                     if not partial.put_text(entry, source.read(entry.name, entry.nbytes)):
-                        self._liars.add(peer.name)
+                        self._passed_over.add(peer.name)
                         break
                 else:
                     partial.check_claims()
@@ -257,7 +257,7 @@ class Bring:
         offer = self._offer()
         if offer is None or offer.bundle != bundle:
             return ()
-        return [peer for peer in offer.holders if peer.name not in self._liars]
+        return [peer for peer in offer.holders if peer.name not in self._passed_over]
 
     def _least_bytes_per_s(self, holders: Sequence[Peer]) -> float:
         """Slow peers are better than nobody."""

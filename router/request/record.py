@@ -50,7 +50,8 @@ class AttemptRecord:
 class RequestRecord:
     """One request. Times are milliseconds since the request was read; None: did not happen.
 
-    ``resumed_from``: output tokens that the client had read when it came back for the rest.
+    ``client_source`` says how the client was placed (``ClientPlace.source``), ``resumed_from`` how
+    many output tokens it had read when it came back for the rest.
     """
 
     request_id: str

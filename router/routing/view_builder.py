@@ -158,7 +158,7 @@ class ViewBuilder:
         self._change(name, lambda facts: facts.reservations.__setitem__(stream, reservation))
 
     def release(self, name: str, stream: int) -> None:
-        """The leg ended or produced its first token."""
+        """The leg is over, and so is what was reserved for it, if no ``Load`` contains it yet."""
         facts = self._facts.get(name)
         if facts is not None and facts.reservations.pop(stream, None) is not None:
             self._dirty.add(name)

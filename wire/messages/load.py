@@ -90,7 +90,11 @@ class CacheDelta(WireStruct, frozen=True, tag=38):
 
 
 class Draining(WireStruct, frozen=True, tag=39):
-    """The node accepts no new work and will go; running streams end normally."""
+    """The node accepts no new work and will go; running streams end normally.
+
+    ``remaining_streams`` is how many there were at that moment, for traces of the wire; how many
+    are left later, ``EngineLoad.streams`` says.
+    """
 
     remaining_streams: int
 
