@@ -13,7 +13,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pop_node.kv_stream.spec import Piece
+
 Leg = Literal["prefill", "decode", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class InSlot:
+    """What is said of a piece in staging slot ``slot``; the numbers are those of ``Piece``."""
+
+    transfer: bytes
+    slot: int
+    group: int
+    component: int
+    layer_lo: int
+    layer_hi: int
+    token_lo: int
+    token_hi: int
+
+    @property
+    def piece(self) -> Piece:
+        """Which one it is."""
+        return Piece(
+            self.group, self.component, self.layer_lo, self.layer_hi, self.token_lo, self.token_hi
+        )
 
 
 # ---- agent -> engine ---------------------------------------------------------------------------
@@ -105,19 +128,10 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class Import:
+class Import(InSlot):
     """Decode side: staging slot ``slot`` holds this piece, verified; scatter it, answer
     ``Imported``.
     """
-
-    transfer: bytes
-    slot: int
-    group: int
-    component: int
-    layer_lo: int
-    layer_hi: int
-    token_lo: int
-    token_hi: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,20 +244,12 @@ class PrefillDone:
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
+class Staged(InSlot):
     """Prefill side: staging slot ``slot`` holds ``nbytes`` bytes of this piece.
 
     ``resume`` is that of the ``StageFrom`` that it was staged for.
     """
 
-    transfer: bytes
-    slot: int
-    group: int
-    component: int
-    layer_lo: int
-    layer_hi: int
-    token_lo: int
-    token_hi: int
     nbytes: int
     resume: int = 0
 

@@ -217,12 +217,7 @@ class Stager:
             staged = Staged(
                 transfer,
                 slot,
-                piece.group,
-                piece.component,
-                piece.layer_lo,
-                piece.layer_hi,
-                piece.token_lo,
-                piece.token_hi,
+                *piece.numbers,
                 piece.nbytes(self._spec),
                 export.resume,
             )
@@ -262,7 +257,7 @@ class Stager:
             and 0 <= message.layer_lo < message.layer_hi <= len(group.layers)
             and 0 <= message.token_lo < message.token_hi <= incoming.total_tokens
             and layout.export_slots <= message.slot < layout.total_slots
-            and _box(message).nbytes(self._spec) <= layout.slot_bytes
+            and message.piece.nbytes(self._spec) <= layout.slot_bytes
         )
 
     def _copy_out(self, piece: Piece, blocks: tuple[int, ...], slot: int) -> Arrived:
@@ -274,7 +269,7 @@ class Stager:
     def _copy_in(self, message: Import, blocks: tuple[int, ...], lo: int) -> None:
         memory = self._memory[message.group][message.component]
         where = self._slots_of(blocks, lo, message.token_hi)
-        source = self._view(message.slot, _box(message), memory.dtype, memory.shape[-1])
+        source = self._view(message.slot, message.piece, memory.dtype, memory.shape[-1])
         self._mover.copy_in(source[:, lo - message.token_lo :], memory, where, message.layer_lo)
 
     def _view(self, slot: int, piece: Piece, dtype: torch.dtype, width: int) -> torch.Tensor:
@@ -290,17 +285,6 @@ class Stager:
         table = torch.tensor(blocks[first : -(-hi // size)], dtype=torch.int64)
         positions = torch.arange(lo, hi)
         return table[positions // size - first] * size + positions % size
-
-
-def _box(message: Import) -> Piece:
-    return Piece(
-        message.group,
-        message.component,
-        message.layer_lo,
-        message.layer_hi,
-        message.token_lo,
-        message.token_hi,
-    )
 
 
 def _as_integers(tensor: torch.Tensor, element_bytes: int) -> torch.Tensor:

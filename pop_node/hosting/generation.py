@@ -156,18 +156,7 @@ class Generation:
         self.client.send(engine.SlotFree(slot))
 
     def on_import(self, transfer: bytes, slot: int, piece: Piece) -> None:
-        self.client.send(
-            engine.Import(
-                transfer,
-                slot,
-                piece.group,
-                piece.component,
-                piece.layer_lo,
-                piece.layer_hi,
-                piece.token_lo,
-                piece.token_hi,
-            )
-        )
+        self.client.send(engine.Import(transfer, slot, *piece.numbers))
 
     def on_committed(self, transfer: bytes, ids: list[int]) -> None:
         self._on_transfer(transfer, ev.TransferCommitted(ids))

@@ -19,7 +19,6 @@ from pop_node.answers.answer_desk import AnswerDesk
 from pop_node.engine import messages as engine
 from pop_node.hosting.generation import Generation, HostSettings
 from pop_node.hosting.model_facts import ModelFacts
-from pop_node.kv_stream.spec import Piece
 from pop_node.legs import events as ev
 from pop_node.legs import leg as legs
 from pop_node.legs.admission import problem_with
@@ -284,16 +283,8 @@ class ModelHost:
             case engine.Allocated() | engine.Declined() | engine.PrefillDone() | engine.Ended():
                 self._legs.engine_event(message.seq, message)
             case engine.Staged():
-                piece = Piece(
-                    message.group,
-                    message.component,
-                    message.layer_lo,
-                    message.layer_hi,
-                    message.token_lo,
-                    message.token_hi,
-                )
                 generation.endpoint.staged(
-                    message.transfer, message.slot, piece, message.nbytes, message.resume
+                    message.transfer, message.slot, message.piece, message.nbytes, message.resume
                 )
             case engine.Imported(transfer, slot):
                 generation.endpoint.imported(transfer, slot)

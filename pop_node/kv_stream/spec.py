@@ -101,6 +101,18 @@ class Piece:
     token_lo: int
     token_hi: int
 
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int, int]:
+        """All of it, in the order above: for messages that name a piece."""
+        return (
+            self.group,
+            self.component,
+            self.layer_lo,
+            self.layer_hi,
+            self.token_lo,
+            self.token_hi,
+        )
+
     def overlaps(self, other: Piece) -> bool:
         """Do the two boxes share a token of a layer?"""
         return (

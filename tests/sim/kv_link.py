@@ -163,12 +163,7 @@ class SimPeerLink:
             data = Data(
                 item.transfer,
                 item.attempt,
-                piece.group,
-                piece.component,
-                piece.layer_lo,
-                piece.layer_hi,
-                piece.token_lo,
-                piece.token_hi,
+                *piece.numbers,
                 CODEC_RAW,
                 checksum,
             )

@@ -18,7 +18,6 @@ from pop_node.hosting.generation import Generation
 from pop_node.hosting.model_facts import ModelFacts
 from pop_node.hosting.model_host import TAKEN_OVER
 from pop_node.kv_stream import frames
-from pop_node.kv_stream.spec import Piece
 from pop_node.kv_stream.statistics import statistics
 from pop_node.legs import events as lev
 from pop_node.legs import leg as legs
@@ -335,16 +334,8 @@ class SimNode:
 
     @staticmethod
     def _staged(generation: SimGeneration, message: em.Staged) -> None:
-        piece = Piece(
-            message.group,
-            message.component,
-            message.layer_lo,
-            message.layer_hi,
-            message.token_lo,
-            message.token_hi,
-        )
         generation.endpoint.staged(
-            message.transfer, message.slot, piece, message.nbytes, message.resume
+            message.transfer, message.slot, message.piece, message.nbytes, message.resume
         )
 
     def _engine_ready(self, generation: SimGeneration, ready: em.Ready) -> None:

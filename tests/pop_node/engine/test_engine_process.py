@@ -225,18 +225,7 @@ async def test_a_hand_over_between_two_engines_continues_the_text(config: Engine
                 size = staged.nbytes
                 decode.staging.slot(slot)[:size] = prefill.staging.slot(staged.slot)[:size]
                 prefill.client.send(m.SlotFree(staged.slot))
-                decode.client.send(
-                    m.Import(
-                        transfer,
-                        slot,
-                        staged.group,
-                        staged.component,
-                        staged.layer_lo,
-                        staged.layer_hi,
-                        staged.token_lo,
-                        staged.token_hi,
-                    )
-                )
+                decode.client.send(m.Import(transfer, slot, *staged.piece.numbers))
 
         def on_staged(staged: m.Staged) -> None:
             nonlocal covered

@@ -65,16 +65,7 @@ def random_bits(*shape: int, dtype: str) -> torch.Tensor:
 
 
 def import_of(staged: Staged, slot: int) -> Import:
-    return Import(
-        staged.transfer,
-        slot,
-        staged.group,
-        staged.component,
-        staged.layer_lo,
-        staged.layer_hi,
-        staged.token_lo,
-        staged.token_hi,
-    )
+    return Import(staged.transfer, slot, *staged.piece.numbers)
 
 
 def carry(source: Site, target: Site) -> int:
