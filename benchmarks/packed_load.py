@@ -11,7 +11,9 @@ of wall time, ``CPU`` processor seconds of all threads; ratios are medians over 
 raw in the same round. The first round warms up and is kept apart. Direct reads pass the page cache
 by; ``direct`` says whether the file system allowed them.
 
-``wire``: what a peer or an origin sends, as stored, and the seconds that takes at the given rates.
+SmolLM2's weights in the store were quantised once: for sizes of natural bfloat16 see
+``benchmarks/codec.py``. ``wire_s``: what a peer or an origin sends, as stored, in seconds at the
+given rates.
 """
 
 from __future__ import annotations

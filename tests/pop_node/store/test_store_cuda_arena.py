@@ -117,6 +117,26 @@ def test_every_byte_arrives_however_late(
     )
 
 
+def test_packed_chunks_are_decoded_on_their_way(
+    store: Store, source: Path, streams: pytest.MonkeyPatch
+) -> None:
+    streams.setattr(layout, "CHUNK_BYTES", 4 * layout.ALIGNMENT)
+    store.add(str(source), "raw", "bfloat16", lambda *_: None)
+    store.pack("raw", target="packed", progress=lambda *_: None)
+    found = []
+    for name in ("raw", "packed"):
+        bundle = store.get(name)
+        plan = plan_load(bundle.manifest)
+        assert len(plan.chunks) > TURNS
+        arena = CudaArena(plan, 1, bundle.manifest.data.chunk_bytes, CPU)
+        report = load_chunks(bundle.path, bundle.manifest, plan, arena, 1)
+        found.append(registry._views(plan, arena.memory))
+    assert report.phases["decode"].nbytes > 0
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor.view(torch.int16), found[1][name].view(torch.int16)), name
+
+
 def test_a_bundle_for_a_device_is_read_to_where_it_stays(
     bundle: Bundle, streams: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,7 @@ from pop_node.store.manifest import (
 )
 from pop_node.store.pack_table import class_rows, tensor_class
 from pop_node.store.packing import PIECE_BYTES, Packed, chunk_pieces
+from pop_node.store.partial import partial_bundle
 from pop_node.store.reading import read_share
 from pop_node.store.source import unwatched
 from pop_node.store.store import Store
@@ -293,6 +295,26 @@ def test_a_bundle_travels_packed(store: Store, packed: Packed, tmp_path: Path) -
     assert [event for event in seen if event[0] == "fetch"][-1][1:] == (nbytes, nbytes)
     taker.verify("tiny")
     assert equal(taker, "tiny", store, "tiny")
+
+
+def test_it_is_loaded_while_it_arrives(store: Store, packed: Packed, tmp_path: Path) -> None:
+    source = store.get("packed")
+    data, content = source.manifest.data, (source.path / "weights.bin").read_bytes()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        partial_bundle(tmp_path, source.manifest, on_wait=lambda: None) as partial,
+    ):
+        missing = partial.missing_chunks(unwatched)
+        for entry in source.manifest.files:
+            assert partial.put_text(entry, (source.path / entry.name).read_bytes())
+        loading = pool.submit(read_share, partial.path, source.manifest)
+        for index in reversed(missing):
+            offset, nbytes = data.span(index)
+            assert partial.put_chunk(index, content[offset : offset + nbytes])
+        partial.check(unwatched)
+        found = loading.result()[1]
+    raw = store.get("tiny")
+    assert np.array_equal(found, read_share(raw.path, raw.manifest)[1])
 
 
 def test_a_disk_without_room_changes_nothing(disk: Path, source: Path) -> None:
