@@ -16,14 +16,13 @@ from tests.fakes.fake_connection import Faults
 from tests.pains.pain_parts import (
     HELLO,
     T,
-    assert_at_rest,
     events_of,
     hand_over,
     let_time_pass,
     text_of,
 )
 from tests.pop_node.kv_stream.kv_content import Plan
-from tests.pop_node.kv_stream.kv_node import Node
+from tests.pop_node.kv_stream.kv_node import Node, assert_at_rest
 from tests.pop_node.kv_stream.kv_pair import Pair
 from tests.router.router_mesh import RouterMesh
 from wire.messages import Finished
