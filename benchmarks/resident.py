@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--isa", help="instruction set; the fastest if not given")
     parser.add_argument("--rounds", type=float, default=1.0, help="times the usual passes")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # torch's own threads would spin beside the passes
     bundle = Store(args.store).get("smollm2-135m").path
     report = facts(__doc__, ["torch"])
     report["threads"] = {}

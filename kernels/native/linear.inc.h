@@ -164,7 +164,7 @@ PM_INLINE const W *FN(resident_row)(const pm_linear_job *job, const FN(linear_ro
     W *rows = room->w + (keeps ? (n - n0) * ld + k : 0);
     if (fresh && r == 0)
         unpack_tile(job->w.resident, job->K, n / PM_TILE_ROWS, k, n_k, rows, ld,
-                    parts < PM_TILES_TO_FETCH_IN ? resident_tile_bytes(job->K) : 0);
+                    fetches_in_products(job, parts) ? 0 : resident_tile_bytes(job->K));
     return rows + r * ld;
 }
 #endif
@@ -204,7 +204,7 @@ PM_INLINE void FN(multiply_block)(const pm_linear_job *job, const FN(linear_room
             }
 #if PM_BF16
             resident_ahead ahead = {0};
-            if (resident && prefetch && parts >= PM_TILES_TO_FETCH_IN)
+            if (resident && prefetch && fetches_in_products(job, parts))
                 ahead = look_ahead(job->w.resident, K, n, k, b.K, parts);
 #endif
             for (long t = 0; t < rows; t += DOT_T, b.partial += DOT_T * 4 * VW) {

@@ -5,8 +5,13 @@
  * on its way to the multiplier, once per tile of x. Through scratch: 4 rows of w are decoded once,
  * for the first block of x, and stay in cache for the others.
  *
- * Roofline: 1 row of x reads 1.5 bytes a weight for 2; a group costs 32 operations on vectors
- * beside 8 products a row of x, less than its 384 bytes take from memory.
+ * Which way is a matter of the rows of x alone (plan_resident in phases.c): fused up to one tile, since
+ * a second one would decode again (8 rows: 5 % slower than 16-bit weights where scratch is 5 % faster).
+ *
+ * Roofline: 1 row of x reads 1.5 bytes a weight for 2; a group costs 32 operations on vectors beside 8
+ * products a row of x, less than its 384 bytes take from memory. Measured on Zen 5, a 135M model, against
+ * 16 bits in the same minute (benchmarks/resident.py): 1 row 1.28 times as fast (36 GB/s on one core), 4
+ * rows 1.53; 16 rows 0.93 on one core, 1.08 on two, where memory is scarcer; prefill 0.92 to 0.99.
  */
 
 static long resident_tile_bytes(long K)
@@ -51,9 +56,15 @@ PM_TARGET static void unpack_tile(const pm_resident *w, long K, long tile, long 
     }
 }
 
-/* With so many tiles of x their products, and not the decoding, are the time to fetch what follows
- * in. Measured on Zen 5: 16 rows, 3 tiles, are 4 % slower with it, 32 rows 8 % faster. */
+/* Is what follows fetched while products are computed, and not while this tile is decoded? With so
+ * many tiles of x that is better (measured on Zen 5: 16 rows, 3 tiles, 4 % slower; 32 rows, 6 tiles, 8 %
+ * faster), and always where decoded rows go to the second cache (128 rows: 7 %). */
 enum { PM_TILES_TO_FETCH_IN = 4 };
+
+PM_INLINE int fetches_in_products(const pm_linear_job *job, long tiles)
+{
+    return tiles >= PM_TILES_TO_FETCH_IN || job->rows < job->T;
+}
 
 /* Lines of the tile that follows, from column k on: a part of them before each tile of x, since all
  * at once would wait for each other. */

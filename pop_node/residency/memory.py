@@ -18,7 +18,11 @@ def model_size(manifest: Manifest) -> ModelSize:
 
 
 def model_memory(manifest: Manifest, node: Node) -> int:
-    """Bytes of ``memory_gb`` that the model takes on ``node``: weights, KV cache and engine."""
+    """Bytes of ``memory_gb`` that the model takes on ``node``: weights, KV cache and engine.
+
+    Weights count as they are read even where ``weights: resident`` packs them then: there must be
+    room for both ends of the load.
+    """
     return model_size(manifest).memory_bytes(node.kv_tokens)
 
 
