@@ -26,7 +26,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -44,6 +43,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 from load import Load, run
+from ports import free_ports
 from report import command_line, facts, save
 
 TTFT_PROMPTS = {32: 9, 512: 5, 2048: 3}
@@ -77,12 +77,6 @@ class Engine:
     model: str
     env: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def engines(args: argparse.Namespace, bundle: Path, work: Path, port: int) -> list[Engine]:
@@ -323,7 +317,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
     bundle = Store(args.store).get("smollm2-135m").path
     work = Path(tempfile.mkdtemp(prefix="popmesh-bench-"))
-    port = free_port()
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     turns: dict[str, list[dict[str, Any]]] = {}
     if args.add and args.out.exists():

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from ports import free_ports
 from warm_start_model import shapes, write_source
 
 from pop_node.store.store import Store
@@ -59,15 +59,6 @@ class Settings:
     def link_bytes_per_s(self) -> float:
         """What the link carries."""
         return self.mbps * 1e6 / 8
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class World:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from ports import free_ports
 from report import command_line, commit, facts, save
 from router_clients import LOADS, WARM_S, measure
 from router_stand_ins import MODEL
@@ -52,12 +52,6 @@ routers:
   r: {site: here}
   before: {site: here}
 """
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -99,7 +93,7 @@ def run(
     """Raw samples by load and side."""
     topology = work / "mesh.yaml"
     topology.write_text(TOPOLOGY)
-    directory, router, backend, proxy = (free_port() for _ in range(4))
+    directory, router, backend, proxy = free_ports(4)
     registry = f"consul://127.0.0.1:{directory}"
     around, log = str(Path(__file__).resolve().with_name("router_stand_ins.py")), work / "log"
     mesh = ["-m", "popmesh", "router", "--topology", str(topology), "--registry", registry]
@@ -114,7 +108,7 @@ def run(
         ours = own(started(*mesh, "--name", "r", *listen, log=log))
         sides = {"popmesh": (router, ours.pid)}
         if before is not None:  # ``-m`` looks into the working directory first
-            port = free_port()
+            (port,) = free_ports(1)
             listen = ["--name", "before", "--listen", f"127.0.0.1:{port}"]
             sides["before"] = port, own(started(*mesh, *listen, log=log, cwd=before)).pid
         target = f"http://127.0.0.1:{backend}"

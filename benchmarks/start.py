@@ -43,7 +43,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cold_pages import CEILINGS, drop_pages, read_direct, resident_share
-from engine import Engine, drop_page_cache, engines, free_port, serving
+from engine import Engine, drop_page_cache, engines, serving
+from ports import free_ports
 from report import command_line, commit, facts, save
 
 from pop_node.engine import messages as m
@@ -251,7 +252,7 @@ def main() -> None:
 
     bundle = Store(args.store).get(MODEL).path
     work = Path(tempfile.mkdtemp(prefix="popmesh-start-"))
-    port = free_port()
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     skipped = {
         name: "not given or not there"
