@@ -117,7 +117,7 @@ def build(
         block_tokens=config.block_tokens,
         total_blocks=config.num_blocks,
         context_tokens=limits.context_tokens,
-        backend=ops.name,
+        backend=ops.name + ("+resident" if config.weights == "resident" else ""),
         kv_spec=spec.to_dict(),
         phases_ms={
             "import": clock.length_s("imports") * 1000,

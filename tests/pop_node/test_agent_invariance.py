@@ -1,4 +1,4 @@
-"""From the topology to the engine: who asked for batch invariance gets it and sees it."""
+"""From the topology to the engine: who asked for batch invariance or packed weights sees it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -32,3 +33,23 @@ async def test_the_engine_of_a_node_says_whether_it_is_batch_invariant(
                     await task
     assert ("reference+batch_invariant backend" in caplog.text) == asked
     assert ("reference backend" in caplog.text) != asked
+
+
+@pytest.mark.parametrize("weights", ["plain", "resident"])
+async def test_the_engine_of_a_node_says_how_it_keeps_its_weights(
+    weights: Literal["plain", "resident"], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store: Store = write_store(tmp_path / "store")
+    async with lonely_node(store, tmp_path) as (node, _):
+        asked = replace(node.config.node, backend="native", weights=weights)
+        running = RunningNode(replace(node.config, node=asked))
+        with caplog.at_level(logging.INFO):
+            task = asyncio.create_task(running.run())
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    await running.open.wait()
+            finally:
+                running.agent.drain()
+                async with asyncio.timeout(WAIT_S):
+                    await task
+    assert ("+resident backend" in caplog.text) == (weights == "resident")
