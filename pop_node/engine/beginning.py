@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from pop_node.engine.port import Port
 from pop_node.engine.start_clock import StartClock
 from pop_node.kv_stream.staging import Staging
 from pop_node.store.host_arena import HostArena
-from pop_node.store.reading import ReadBundle, is_bundle, read_bundle
+from pop_node.store.reading import READING_THREADS, ReadBundle, is_bundle, read_bundle
 from pop_node.store.spare_memory import SpareMemory
 from wire.errors import PeerError
 
@@ -40,16 +40,23 @@ class SetUp:
     bundle: Callable[[], ReadBundle | None]
 
 
+THREADS = 2 + READING_THREADS
+"""One takes the set-up, one reads the model, which takes the others."""
+
+
 class Beginning:
-    """Two threads that end by themselves: one takes the set-up, one reads the model."""
+    """Threads that end by themselves."""
 
     def __init__(
         self, sock: socket.socket, port: Port, clock: StartClock, spare: SpareMemory | None
     ) -> None:
         """``port`` begins to read ``sock`` after the set-up: a start that takes long can be stopped
-        and notices an agent that is gone. The model is read into ``spare``, if there is some."""
+        and notices an agent that is gone. The model is read into ``spare``, if there is some: then
+        the threads that read wait for it too."""
         self._spare = spare
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="beginning")
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="beginning")
+        if spare is not None:
+            _make_threads(self._pool)
         self._set_up = self._pool.submit(self._take, sock, port, clock)
 
     def set_up(self) -> SetUp | None:
@@ -57,31 +64,41 @@ class Beginning:
         try:
             return self._set_up.result()
         except PeerError:
-            return None
-        finally:
             self._pool.shutdown(wait=False)
+            return None
 
     def _take(self, sock: socket.socket, port: Port, clock: StartClock) -> SetUp:
         config, layout, fd = receive_setup(sock)
         came_at = time.monotonic()
         port.start()
-        planned = threading.Event()
-        reading: Future[ReadBundle | None] = self._pool.submit(_read, config, self._spare, planned)
+        is_reading = threading.Event()
+        reading: Future[ReadBundle | None] = self._pool.submit(
+            _read, config, self._spare, is_reading, self._pool
+        )
+        reading.add_done_callback(lambda _: self._pool.shutdown(wait=False))
         with clock.phase("setup"):
             staging = Staging.attach(fd, layout)
-        planned.wait()  # what the main thread does next would keep the reads from beginning
+        is_reading.wait()  # what the main thread does next would keep the reads from beginning
         return SetUp(config, staging, came_at, reading.result)
 
 
 def _read(
-    config: EngineConfig, spare: SpareMemory | None, planned: threading.Event
+    config: EngineConfig, spare: SpareMemory | None, is_reading: threading.Event, pool: Executor
 ) -> ReadBundle | None:
     try:
         if goes_to_device(config.backend) or not is_bundle(config.model_dir):
             return None
-        return read_bundle(config.model_dir, partial(HostArena, spare=spare), planned.set)
+        arena = partial(HostArena, spare=spare)
+        return read_bundle(config.model_dir, arena, is_reading.set, pool)
     finally:
-        planned.set()
+        is_reading.set()
+
+
+def _make_threads(pool: ThreadPoolExecutor) -> None:
+    """All ``THREADS`` of them, before there is something to do."""
+    all_there = threading.Barrier(THREADS)
+    for _ in range(THREADS):
+        pool.submit(all_there.wait)
 
 
 def goes_to_device(backend: Backend, driver: Path = CUDA_DRIVER) -> bool:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -108,8 +109,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """What one rank needs of a tensor: bytes ``[offset, offset + nbytes)`` of the data file.
 
     They hold ``blocks`` stripes; side by side along ``axis`` these make the rank's ``shape``.

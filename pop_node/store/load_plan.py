@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pop_node.store.layout import Share, aligned, share_of
 from pop_node.store.manifest import Manifest
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """``rows`` times ``width`` bytes, back to back from ``source`` in the chunk, to ``target`` in
     the arena and every ``stride`` bytes after it."""
 
@@ -38,8 +38,7 @@ class ChunkPlan:
     moves: tuple[Move, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(NamedTuple):
     """A tensor as it will be: a view of the arena at ``offset``, row-major."""
 
     name: str

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,16 +87,34 @@ def readers(plan: LoadPlan) -> int:
     return min(READERS, max(1, len(plan.chunks) // CHUNKS_PER_READER))
 
 
+def threads_of(pool: Executor | None, count: int) -> AbstractContextManager[Executor]:
+    """``pool``, or one of ``count`` threads that end with the context."""
+    return nullcontext(pool) if pool is not None else ThreadPoolExecutor(count, "load")
+
+
 def load_chunks(
-    directory: Path, manifest: Manifest, plan: LoadPlan, arena: Arena, workers: int = READERS
+    directory: Path,
+    manifest: Manifest,
+    plan: LoadPlan,
+    arena: Arena,
+    workers: int = READERS,
+    *,
+    pool: Executor | None = None,
+    on_reading: Callable[[], None] = lambda: None,
 ) -> LoadReport:
     """Bring all chunks of ``plan`` into ``arena``, none of them unverified. A packed one is
     verified as it is stored, then decoded straight to its place; the codec checks the result.
 
     Of a bundle that is still arriving, chunks are loaded as they come, and this returns when its
-    tensors were checked too. Raises ``ConfigError`` at the first chunk that cannot be read, does
-    not match its digest or does not come; no thread and no file is left behind, and the arena must
-    not be used.
+    tensors were checked too.
+
+    Args:
+        pool: has ``workers + 1`` threads to spare; else threads are made for it.
+        on_reading: all workers are under way, and leave the interpreter to others most of the time;
+            not called where the load does not get as far.
+
+    Raises ``ConfigError`` at the first chunk that cannot be read, does not match its digest or does
+    not come; nothing of it goes on and no file is left behind then, and the arena must not be used.
     """
     began = time.monotonic()
     clock = _Clock()
@@ -110,6 +128,8 @@ def load_chunks(
     todo = iter(plan.chunks) if arrivals is None else arrivals.as_they_come(plan.chunks, stop)
 
     def work(worker: int) -> None:
+        if worker == workers - 1:
+            on_reading()
         try:
             while not stop.is_set():
                 with drawing:
@@ -125,14 +145,15 @@ def load_chunks(
     # What has just arrived is in the page cache: a direct read would first write it to the drive.
     direct = arrivals is None
     with arrivals or nullcontext(), DirectFile(directory / data.name, direct) as file:
-        with ThreadPoolExecutor(workers + 1, thread_name_prefix="load") as pool:
-            futures = [pool.submit(arena.prepare, stop)]
-            futures += [pool.submit(work, worker) for worker in range(workers)]
+        with threads_of(pool, workers + 1) as threads:
+            futures = [threads.submit(work, worker) for worker in range(workers)]
+            futures.append(threads.submit(arena.prepare, stop))
             try:
                 for future in futures:
                     future.result()
             finally:
                 stop.set()
+                wait(futures)
         with clock.phase(arena.phase, 0):
             arena.finish()
         if arrivals is not None:

@@ -5,9 +5,10 @@ An engine does this beside importing torch.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,20 @@ from pop_node.store.bundle import read_texts
 from pop_node.store.holding import Hold
 from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import LoadPlan, plan_load
-from pop_node.store.loader import Arena, LoadReport, load_chunks, readers
+from pop_node.store.loader import (
+    READERS,
+    Arena,
+    LoadReport,
+    load_chunks,
+    readers,
+    threads_of,
+)
 from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
 from pop_node.store.partial import published_as
 from wire.errors import ConfigError
+
+READING_THREADS = READERS + 2
+"""Beside the one that reads a bundle: the workers, one that prepares memory, one for the texts."""
 
 MakeArena = Callable[[LoadPlan, int, int], Arena]
 """From a plan, the number of workers and the bytes of a chunk."""
@@ -50,28 +61,33 @@ def is_bundle(directory: Path) -> bool:
 def read_bundle(
     directory: Path,
     arena: MakeArena = HostArena,
-    on_planned: Callable[[], None] = lambda: None,
+    on_reading: Callable[[], None] = lambda: None,
+    pool: Executor | None = None,
 ) -> ReadBundle:
     """Read and verify everything. One that is still arriving is read meanwhile, wherever it goes.
 
     Args:
         arena: makes the memory that it is read to.
-        on_planned: from then on it waits for the drive most of the time, and leaves the
+        on_reading: from then on it waits for the drive most of the time, and leaves the
             interpreter to others.
+        pool: has ``READING_THREADS`` to spare; else threads are made for it.
 
     Raises ``ConfigError`` as ``load_chunks`` does, holding nothing then.
     """
-    try:
-        return _read(directory, arena, on_planned)
-    except ConfigError:
-        published = published_as(directory)
-        if published is None:
-            raise
-        # It was completed just then, which happens only once.
-        return _read(published, arena, on_planned)
+    with threads_of(pool, READING_THREADS) as threads:
+        try:
+            return _read(directory, arena, on_reading, threads)
+        except ConfigError:
+            published = published_as(directory)
+            if published is None:
+                raise
+            # It was completed just then, which happens only once.
+            return _read(published, arena, on_reading, threads)
 
 
-def _read(directory: Path, arena: MakeArena, on_planned: Callable[[], None]) -> ReadBundle:
+def _read(
+    directory: Path, arena: MakeArena, on_reading: Callable[[], None], pool: Executor
+) -> ReadBundle:
     began = time.monotonic()
     hold = Hold(directory)
     try:
@@ -79,10 +95,24 @@ def _read(directory: Path, arena: MakeArena, on_planned: Callable[[], None]) -> 
         plan = plan_load(manifest)
         workers = readers(plan)
         place = arena(plan, workers, manifest.data.chunk_bytes)
-        on_planned()
-        with ThreadPoolExecutor(1) as beside:
-            reading_texts = beside.submit(read_texts, directory, manifest)
-            report = load_chunks(directory, manifest, plan, place, workers)
+        is_reading = threading.Event()
+
+        def reading() -> None:
+            on_reading()
+            is_reading.set()
+
+        def texts_beside() -> dict[str, bytes]:
+            is_reading.wait()  # they are small: what is large begins first
+            return read_texts(directory, manifest)
+
+        reading_texts = pool.submit(texts_beside)
+        try:
+            report = load_chunks(
+                directory, manifest, plan, place, workers, pool=pool, on_reading=reading
+            )
+        finally:
+            is_reading.set()
+            wait([reading_texts])
         texts = reading_texts.result()
     except BaseException:
         hold.close()

@@ -1,0 +1,103 @@
+"""Whose threads a load uses, and when it says that it reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tensors, write_huggingface
+
+from pop_node.store import layout
+from pop_node.store.host_arena import HostArena
+from pop_node.store.load_plan import plan_load
+from pop_node.store.loader import load_chunks
+from pop_node.store.reading import READING_THREADS, read_bundle
+from pop_node.store.store import Bundle, Store
+from wire.errors import ConfigError
+
+
+class Recorded(ThreadPoolExecutor):
+    """Keeps what was submitted."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        self.futures.append(super().submit(call, *args, **named))
+        return self.futures[-1]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4096)
+    store = Store(tmp_path / "store")
+    store.add(str(write_huggingface(tmp_path / "source")), "tiny", "float32", lambda *_: None)
+    return store.get("tiny")
+
+
+@pytest.fixture
+def pool() -> Iterator[Recorded]:
+    with Recorded(READING_THREADS) as pool:
+        yield pool
+
+
+def test_a_bundle_is_read_by_the_threads_given(bundle: Bundle, pool: Recorded) -> None:
+    for number in (1, 2):  # they are there for the next one too
+        began = threading.Event()
+        read = read_bundle(bundle.path, HostArena, began.set, pool)
+        read.hold.close()
+        assert began.is_set()
+        assert all(future.done() for future in pool.futures)
+        names = {entry.name: entry.offset for entry in bundle.manifest.tensors}
+        for name, value in tensors().items():
+            if name in ("model.norm.weight", "lm_head.weight"):
+                at = names[name]
+                assert bytes(read.memory[at : at + value.nbytes]) == value.tobytes()
+        assert len(pool.futures) > 3 * number
+    assert not pool._shutdown
+
+
+def test_it_says_once_that_it_reads_when_all_workers_are_under_way(
+    bundle: Bundle, pool: Recorded
+) -> None:
+    said: list[list[bool]] = []
+    plan = plan_load(bundle.manifest)
+    arena = HostArena(plan, 3, 4096)
+    load_chunks(
+        bundle.path,
+        bundle.manifest,
+        plan,
+        arena,
+        3,
+        pool=pool,
+        on_reading=lambda: said.append([f.running() or f.done() for f in pool.futures[:2]]),
+    )
+    assert said == [[True, True]]
+    assert len(pool.futures) == 4
+
+
+def test_nothing_of_a_load_that_failed_goes_on(bundle: Bundle, pool: Recorded) -> None:
+    weights = bundle.path / bundle.manifest.data.name
+    damaged = bytearray(weights.read_bytes())
+    damaged[0] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(ConfigError, match="does not match its digest"):
+        read_bundle(bundle.path, pool=pool)
+    assert pool.futures
+    assert all(future.done() for future in pool.futures)
+
+
+def test_a_bundle_without_its_data_ends_what_waits_for_the_reads(
+    bundle: Bundle, pool: Recorded
+) -> None:
+    (bundle.path / bundle.manifest.data.name).unlink()
+    began: list[bool] = []
+    with pytest.raises(ConfigError, match=r"cannot be opened"):
+        read_bundle(bundle.path, HostArena, lambda: began.append(True), pool)
+    assert not began
+    assert all(future.done() for future in pool.futures)
