@@ -146,12 +146,27 @@ async def _cold_start(dispatch: Dispatch, link: NodeLink, body: DrillBody) -> di
         raise _protocol_error(link, answer)
     if answer.error:
         raise PeerError(f"{name}: {answer.error[:2000]}", code="drill_failed", retryable=False)
-    report: dict[str, Any] = msgspec.json.decode(answer.report)
+    report, node_said_s = _read_report(link, answer)
     ready_at = await _ready_at(dispatch, name, model)
-    offset_s = said_at - report["said_s"]
+    offset_s = said_at - node_said_s
     report["seen_ready_s"] = None if ready_at is None else ready_at - offset_s
     report["wall_s"] = loop.time() - asked_at
     return report
+
+
+class _Said(msgspec.Struct):
+    """What the router itself needs of a node's report; the rest is for whoever asked."""
+
+    said_s: float
+
+
+def _read_report(link: NodeLink, answer: DrillReport) -> tuple[dict[str, Any], float]:
+    """A cold start's report and its ``said_s``. Raises ``PeerError`` when it is none."""
+    try:
+        report = msgspec.json.decode(answer.report, type=dict[str, Any])
+        return report, msgspec.convert(report, _Said).said_s
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise _protocol_error(link, answer.report[:500]) from exc
 
 
 async def _reborn(dispatch: Dispatch, link: NodeLink, question: Drill, longest_s: float) -> Answer:

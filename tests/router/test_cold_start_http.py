@@ -31,8 +31,11 @@ async def ask(mesh: RouterMesh, node: str = "iad-1", **body: Any) -> tuple[int, 
 class ColdStart:
     """Lets a fake node take its model down, bring it back and report."""
 
-    def __init__(self, mesh: RouterMesh, node: FakeNode, error: str = "") -> None:
+    def __init__(
+        self, mesh: RouterMesh, node: FakeNode, error: str = "", report: bytes | None = None
+    ) -> None:
         self.mesh, self.node, self.error = mesh, node, error
+        self.report = json.dumps(REPORT).encode() if report is None else report
         self.tasks: list[asyncio.Task[None]] = []
         node.cold_start = lambda drill: self.tasks.append(asyncio.create_task(self.act(drill)))
 
@@ -42,7 +45,7 @@ class ColdStart:
             self.node.load = idle_engine("fake-model", ready=ready)
             self.node.tell(self.node.load_message())
             await self.mesh.wait_status(lambda e, r=ready: e[name]["ready"] is r)
-        report = b"" if self.error else json.dumps(REPORT).encode()
+        report = b"" if self.error else self.report
         self.node.tell(DrillReport(drill.number, report, self.error))
 
 
@@ -66,6 +69,16 @@ async def test_a_node_that_fails_says_why(monkeypatch):
         status, said = await ask(mesh)
         assert (status, said["error"]["code"]) == (502, "drill_failed")
         assert "iad-1: 17 pages stay" in said["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "report", [b"", b"{", b"[1]", b"{}", b'{"said_s": "soon"}', b'{"said_s": 0.4, "x": "\xff"}']
+)
+async def test_a_report_that_is_none_is_the_nodes_fault(monkeypatch, report):
+    async with running_mesh(monkeypatch) as mesh:
+        ColdStart(mesh, mesh.nodes["iad-1"], report=report)
+        status, said = await ask(mesh)
+        assert (status, said["error"]["code"]) == (502, "protocol_error")
 
 
 async def test_a_node_that_refuses_says_why(monkeypatch):
