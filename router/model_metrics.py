@@ -1,14 +1,14 @@
-"""Gauges of the models in the mesh, read from the view: what is warm, how long loads take."""
+"""Models in the mesh, read from the view: what is warm, how long loads take, what is guessed."""
 
 from __future__ import annotations
 
-from router.metrics import Gauge, Labels, Metric
+from router.metrics import Gauge, Labels, Metric, ToldCounter
 from router.routing.view_builder import ViewBuilder
 from wire.messages import EngineLoad
 
 
-def model_gauges(builder: ViewBuilder) -> list[Metric]:
-    """By node and model, as far as nodes have told."""
+def model_metrics(builder: ViewBuilder) -> list[Metric]:
+    """By node and model, as far as nodes have told. Counters begin anew when an engine does."""
 
     def engines() -> list[tuple[Labels, EngineLoad]]:
         nodes = builder.snapshot().nodes
@@ -44,5 +44,17 @@ def model_gauges(builder: ViewBuilder) -> list[Metric]:
             "What models take of the memory that the node has for them.",
             used,
             ("node",),
+        ),
+        ToldCounter(
+            "popmesh_model_drafted_tokens_total",
+            "Tokens that the model's engine there guessed ahead since it started.",
+            lambda: {at: float(engine.drafted_tokens) for at, engine in engines()},
+            ("node", "model"),
+        ),
+        ToldCounter(
+            "popmesh_model_accepted_tokens_total",
+            "Guessed tokens that were right; acceptance = accepted / drafted.",
+            lambda: {at: float(engine.accepted_tokens) for at, engine in engines()},
+            ("node", "model"),
         ),
     ]

@@ -46,6 +46,14 @@ def status_view(status: dict[str, Any]) -> Group:
         engines,
         Text(f"Models with a route now: {routable}"),
     ]
+    guessed = [
+        f"{node['name']} {engine['model']} {_guessed_right(engine)}"
+        for node in status["nodes"]
+        for engine in node["engines"]
+        if engine.get("drafted_tokens")
+    ]
+    if guessed:
+        parts.append(Text(f"Tokens guessed ahead: {', '.join(sorted(guessed))}"))
     kept = [decision for decision in status.get("placement", []) if decision["nodes"]]
     if kept:
         parts.append(_placement(kept))
@@ -92,6 +100,12 @@ def _engine_cells(engine: dict[str, Any]) -> list[str]:
         _measured(engine["prefill_tokens_per_s"]),
         _measured(engine["decode_step_ms"]),
     ]
+
+
+def _guessed_right(engine: dict[str, Any]) -> str:
+    """Accepted tokens / drafted tokens, since the engine began."""
+    drafted = engine["drafted_tokens"]
+    return f"{engine['accepted_tokens'] / drafted:.0%} of {drafted} right"
 
 
 def _measured(value: float) -> str:

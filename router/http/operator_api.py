@@ -16,7 +16,7 @@ from router.http.auth import Authenticator
 from router.http.completions import ModelApi, peer_of
 from router.http.drill import hold_drill
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, ToldCounter, render
-from router.model_metrics import model_gauges
+from router.model_metrics import model_metrics
 from router.placement.placer import Placer
 from router.placement.words import Decision
 from router.request.record import RequestRecord
@@ -49,7 +49,7 @@ class OperatorApi:
         self._metrics = [
             *dispatch.metrics.all(),
             *self._gauges(),
-            *model_gauges(dispatch.builder),
+            *model_metrics(dispatch.builder),
             *giving_metrics(dispatch.builder),
             *placer.gauges(),
         ]

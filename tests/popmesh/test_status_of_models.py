@@ -60,6 +60,14 @@ def test_a_node_shows_its_memory_for_models() -> None:
     assert "3.2/8.0" in status_of(engine())
 
 
+def test_acceptance_is_shown_where_tokens_are_guessed() -> None:
+    quiet = engine(model="other", drafted_tokens=0, accepted_tokens=0)
+    shown = status_of(engine(drafted_tokens=700, accepted_tokens=420), quiet)
+    assert "Tokens guessed ahead: fra-1 qwen3-0.6b 60% of 700 right\n" in shown
+    for nobody in (status_of(quiet), status_of(engine())):  # the latter of an older version
+        assert "guessed" not in nobody
+
+
 def test_placement_is_shown_where_it_keeps_something() -> None:
     kept = {"model": "qwen3-0.6b", "region": "eu", "per_min": 4.21, "nodes": ["fra-1", "lhr-1"]}
     idle = {"model": "other", "region": "na", "per_min": 0.3, "nodes": [], "kept_s": 0.0}
