@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +19,14 @@ TINY = ModelShape("tiny", 40, 6, 2, 16, 24, 300)
 
 
 @pytest.fixture(scope="module")
-def rates() -> ModuleType:
+def rates() -> Iterator[ModuleType]:
+    """The script as it imports its neighbours when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PATH.parent))
+        yield load()
+
+
+def load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("kernel_rates", PATH)
     assert spec is not None
     assert spec.loader is not None

@@ -1,0 +1,287 @@
+"""What is checked and timed of the Triton kernels: each at one shape, beside its reference.
+
+Shapes come from models: rows of their matrices, batches of sequences at a context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.meta import AttentionMeta
+from kernels.reference import activation, attention, kv_pack, linear, norm, rope
+from kernels.reference import sampling as reference_sampling
+from kernels.triton import kv_pack as triton_kv_pack
+from kernels.triton import linear as triton_linear
+from kernels.triton.ops import TritonOps
+from kernels.triton.sampling import pack_parameters, sample_on_device
+from kernels.triton.shapes import ModelShape
+
+BLOCK_TOKENS = 16
+SEED = 20240607
+
+# As in the tests: |triton - reference| <= atol + rtol |reference|, results being of magnitude 1.
+TOLERANCE = {
+    torch.float32: (2e-5, 2e-5),
+    torch.float16: (1e-3, 2e-3),
+    torch.bfloat16: (1e-2, 1.6e-2),
+}
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape.
+
+    ``run`` is what is timed, ``pairs`` computes (result, reference) for the check. ``bytes`` and
+    ``flops``: what has to be moved and computed at least. ``exact``: bits must agree.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    pairs: Callable[[], Pairs]
+    bytes: int
+    flops: int
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``sequences`` of ``queries`` new tokens at ``context`` tokens each."""
+
+    sequences: int
+    queries: int
+    context: int
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.queries
+
+    @property
+    def visible(self) -> int:
+        """Pairs of a query and a key it sees, of one head."""
+        before = self.context - self.queries
+        return self.sequences * (self.queries * before + self.queries * (self.queries + 1) // 2)
+
+    def __str__(self) -> str:
+        return f"{self.sequences} x {self.queries} at {self.context}"
+
+
+def layout(batch: Batch, device: torch.device, rng: torch.Generator) -> tuple[AttentionMeta, int]:
+    """Blocks in random order, and how many there are."""
+    width = -(-batch.context // BLOCK_TOKENS)
+    blocks = batch.sequences * width
+    tables = torch.randperm(blocks, generator=rng).view(batch.sequences, width)
+    first = batch.context - batch.queries
+    position = torch.arange(first, batch.context).repeat(batch.sequences)
+    owner = torch.arange(batch.sequences).repeat_interleave(batch.queries)
+    slots = tables[owner, position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+    starts = torch.arange(batch.sequences + 1, dtype=torch.int32) * batch.queries
+    contexts = torch.full((batch.sequences,), batch.context, dtype=torch.int32)
+    meta = AttentionMeta(
+        positions=position.to(device),
+        slots=slots.to(device),
+        query_starts=starts.to(device),
+        context_lens=contexts.to(device),
+        block_tables=tables.to(device, torch.int32),
+        block_tokens=BLOCK_TOKENS,
+        max_query=batch.queries,
+        max_context=batch.context,
+        query_lens_host=[batch.queries] * batch.sequences,
+        context_lens_host=[batch.context] * batch.sequences,
+    )
+    return meta, blocks
+
+
+class Bench:
+    """Makes cases of one model on one device in one dtype."""
+
+    def __init__(self, model: ModelShape, device: torch.device, dtype: torch.dtype) -> None:
+        self._model, self._device, self._dtype = model, device, dtype
+        self._rng = torch.Generator().manual_seed(SEED)
+        count = 4
+        if device.type == "cuda":
+            count = torch.cuda.get_device_properties(device).multi_processor_count
+        self._ops = TritonOps(count)
+        self._invariant = TritonOps(count, batch_invariant=True)
+
+    def _random(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        drawn = torch.randn(*shape, generator=self._rng) * scale
+        return drawn.to(self._device, self._dtype)
+
+    def cases(self, batches: list[Batch], rows: list[int]) -> Iterator[Case]:
+        """Row-wise kernels at every count of ``rows``, attention and rotation at every batch."""
+        for count in rows:
+            yield from self._row_wise(count)
+            yield from self._products(count)
+        for batch in batches:
+            yield from self._attention(batch)
+        yield from self._kv()
+        yield from self._sampling(min(rows))
+
+    def _row_wise(self, rows: int) -> Iterator[Case]:
+        m, ops, size = self._model, self._ops, self._dtype.itemsize
+        x, residual = self._random(rows, m.hidden), self._random(rows, m.hidden)
+        weight = self._random(m.hidden)
+        yield Case(
+            f"add_rms_norm {rows}",
+            lambda: ops.add_rms_norm(x, residual, weight, 1e-5),
+            lambda: list(
+                zip(
+                    ops.add_rms_norm(x, residual, weight, 1e-5),
+                    norm.add_rms_norm(x, residual, weight, 1e-5),
+                    strict=True,
+                )
+            ),
+            4 * rows * m.hidden * size,
+            5 * rows * m.hidden,
+        )
+        gate_up = self._random(rows, 2 * m.intermediate)
+        yield Case(
+            f"silu_mul {rows}",
+            lambda: ops.silu_mul(gate_up),
+            lambda: [(ops.silu_mul(gate_up), activation.silu_mul(gate_up))],
+            3 * rows * m.intermediate * size,
+            6 * rows * m.intermediate,
+        )
+
+    def _products(self, rows: int) -> Iterator[Case]:
+        m, size = self._model, self._dtype.itemsize
+        x = self._random(rows, m.hidden)
+        weight = self._random(2 * m.intermediate, m.hidden, scale=m.hidden**-0.5)
+        moved = (x.numel() + weight.numel() + rows * weight.shape[0]) * size
+        for name, ops in (("linear", self._ops), ("linear, invariant", self._invariant)):
+            yield Case(
+                f"{name} {rows} x {m.hidden} x {weight.shape[0]}",
+                lambda ops=ops: ops.linear(x, weight, None),
+                lambda ops=ops: [(ops.linear(x, weight, None), linear.linear(x, weight, None))],
+                moved,
+                2 * rows * weight.numel(),
+            )
+        yield Case(
+            f"linear, invariant: bits of the first row {rows}",
+            lambda: None,
+            lambda: [
+                (triton_linear.invariant_logits(x[:1], weight),
+                 triton_linear.invariant_logits(x, weight)[:1])
+            ],
+            0,
+            0,
+            exact=True,
+        )  # fmt: skip
+
+    def _attention(self, batch: Batch) -> Iterator[Case]:
+        m, ops, size = self._model, self._ops, self._dtype.itemsize
+        meta, blocks = layout(batch, self._device, self._rng)
+        keys, values = (
+            self._random(blocks, BLOCK_TOKENS, m.kv_heads, m.head_dim) for _ in range(2)
+        )
+        heads = [m.heads, m.kv_heads, m.kv_heads]
+        fused = self._random(batch.rows, sum(heads), m.head_dim)
+        q, k, v = fused.split(heads, dim=1)
+        angles = torch.rand(batch.context, m.head_dim // 2, generator=self._rng) * 6
+        cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self._device)
+
+        def rotated(write: Callable[..., None]) -> list[torch.Tensor]:
+            parts, caches = fused.clone(), (keys.clone(), values.clone())
+            write(*parts.split(heads, dim=1), cos_sin, meta, *caches)
+            return [parts, *caches]
+
+        token = (2 * m.heads + 5 * m.kv_heads) * m.head_dim * size + m.head_dim * 4
+        yield Case(
+            f"rope_kv_write {batch}",
+            lambda: ops.rope_kv_write(q, k, v, cos_sin, meta, keys, values),
+            lambda: list(zip(rotated(ops.rope_kv_write), rotated(rope.rope_kv_write), strict=True)),
+            batch.rows * token,
+            3 * batch.rows * (m.heads + m.kv_heads) * m.head_dim,
+        )
+        scale = m.head_dim**-0.5
+        moved = 2 * batch.rows * m.heads * m.head_dim * size
+        moved += 2 * batch.sequences * batch.context * m.kv_heads * m.head_dim * size
+        for name, table in (("attention", ops), ("attention, invariant", self._invariant)):
+            yield Case(
+                f"{name} {batch}",
+                lambda table=table: table.attention(q, keys, values, meta, scale),
+                lambda table=table: [
+                    (table.attention(q, keys, values, meta, scale),
+                     attention.attention(q, keys, values, meta, scale))
+                ],
+                moved,
+                4 * batch.visible * m.heads * m.head_dim,
+            )  # fmt: skip
+        window = max(1, batch.context // 8)
+        yield Case(
+            f"attention, window {window} {batch}",
+            lambda: None,
+            lambda: [
+                (ops.attention(q, keys, values, meta, scale, window=window),
+                 attention.attention(q, keys, values, meta, scale, window=window))
+            ],
+            0,
+            0,
+        )  # fmt: skip
+
+    def _kv(self) -> Iterator[Case]:
+        m = self._model
+        cache = self._random(4, 64, BLOCK_TOKENS, m.kv_heads, m.head_dim)
+        slots = torch.randperm(64 * BLOCK_TOKENS, generator=self._rng)[:512].to(self._device)
+        piece = kv_pack.kv_pack(cache, slots, 1, 4)
+
+        def unpacked(write: Callable[..., None]) -> torch.Tensor:
+            target = torch.zeros_like(cache)
+            write(piece, target, slots, 1)
+            return target
+
+        moved = 2 * piece.numel() * piece.element_size()
+        yield Case(
+            "kv_pack",
+            lambda: triton_kv_pack.kv_pack(cache, slots, 1, 4),
+            lambda: [(triton_kv_pack.kv_pack(cache, slots, 1, 4), piece)],
+            moved,
+            0,
+            exact=True,
+        )
+        yield Case(
+            "kv_unpack",
+            lambda: triton_kv_pack.kv_unpack(piece, cache, slots, 1),
+            lambda: [(unpacked(triton_kv_pack.kv_unpack), unpacked(kv_pack.kv_unpack))],
+            moved,
+            0,
+            exact=True,
+        )
+
+    def _sampling(self, rows: int) -> Iterator[Case]:
+        logits = (3 * torch.randn(rows, self._model.vocab, generator=self._rng)).to(self._device)
+        for top_p in (1.0, 0.9):
+            settings = ([0.8] * rows, [top_p] * rows, list(range(rows)), [0] * rows, [7] * rows)
+            parameters = pack_parameters(*settings).to(self._device)
+            yield Case(
+                f"sample top_p {top_p} {rows}",
+                lambda parameters=parameters: sample_on_device(logits, parameters),
+                lambda parameters=parameters, settings=settings: [
+                    (sample_on_device(logits, parameters).cpu(),
+                     torch.tensor(reference_sampling.gumbel_sample(logits.cpu(), *settings)))
+                ],
+                logits.numel() * (8 if top_p == 1 else 24),
+                0,
+                exact=True,
+            )  # fmt: skip
+
+
+def fault(case: Case) -> str | None:
+    """What is wrong with its results; None if nothing is."""
+    for actual, expected in case.pairs():
+        if case.exact:
+            if not torch.equal(actual, expected):
+                return f"{case.name}: {int((actual != expected).sum())} elements differ"
+            continue
+        atol, rtol = TOLERANCE[actual.dtype]
+        wide, oracle = actual.float(), expected.float()
+        excess = ((wide - oracle).abs() - rtol * oracle.abs()).max()
+        if not bool(excess <= atol):  # NaN too
+            return f"{case.name}: off by {excess.item():.3g} beyond the relative tolerance"
+    return None
