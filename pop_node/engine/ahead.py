@@ -21,6 +21,7 @@ class Ahead:
         """Its rows count as computed from here on, and what it draws as pending."""
         assert self._step is None, "two steps under way are unknown"
         assert schedule.num_drafts == 0, "who guesses has to know what was right"
+        assert not schedule.awaited, "who counts tokens has to know them"
         self._step = schedule
         for row in schedule.rows:
             if row.sequence.phase != "ended":

@@ -85,7 +85,6 @@ def build(
         ),
         block_tokens=config.block_tokens,
         num_blocks=config.num_blocks,
-        penalties=ops.device.type == "cpu",
     )
     runner = _runner(model, ops, config, limits)
     scheduler = Scheduler(

@@ -44,6 +44,8 @@ class Sampler(Protocol):
 
     def pack(self, schedule: Schedule) -> NDArray[np.int64]: ...
 
+    def penalize(self, logits: torch.Tensor, schedule: Schedule) -> None: ...
+
     def draw(self, logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -98,7 +100,7 @@ class CudaRunner:
     # ---- steps ---------------------------------------------------------------------------------
 
     def launch(self, schedule: Schedule, on_layer: OnLayer | None) -> Callable[[], list[int]]:
-        """Queue a step; at most ``depth`` may be under way.
+        """Queue a step; at most ``depth`` may be under way; one that is awaited ends first.
 
         ``on_layer(i)`` is called when what computes layer i's KV is queued, in a step that has
         prompts.
@@ -126,6 +128,8 @@ class CudaRunner:
             }
             if count == 0:
                 return list
+            if schedule.awaited:
+                self._sampler.penalize(logits, schedule)
             tokens = self._sampler.draw(logits, fields.sampling[:count])
             # -1 says that there is none; the next step, which is queued before anybody reads it,
             # needs some id.

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.triton.penalties import penalize
 from kernels.triton.sampling import PARAMETERS, pack_parameters, sample_on_device
+from pop_node.engine.sampler import penalize_row
 from pop_node.engine.schedule import Schedule
 
 
@@ -33,6 +35,35 @@ class DeviceSampler:
         ).numpy()
         return packed
 
+    def penalize(self, logits: torch.Tensor, schedule: Schedule) -> None:
+        """Change rows of ``logits`` [N, vocab], those of ``schedule.sampled``, in place.
+
+        Their sequences' tokens are all known here: who is penalised is not run ahead of.
+        """
+        for line, index in enumerate(schedule.sampled):
+            row = schedule.rows[index]
+            sequence = row.sequence
+            if sequence.tally is not None:
+                assert row.end == len(sequence.ids), "a token is still on its way"
+                penalize_row(_from_the_host, logits[line], sequence, sequence.tally)
+
     def draw(self, logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         """Ids [N] int64 on the device of ``logits`` [N, vocab]; -1 where no logit is finite."""
         return sample_on_device(logits, parameters)
+
+
+def _from_the_host(
+    line: torch.Tensor,
+    ids: torch.Tensor,
+    counts: torch.Tensor,
+    repetition: float,
+    frequency: float,
+    presence: float,
+) -> None:
+    """Queue the upload and the kernel. A copy from memory that is not page-locked would wait for
+    the step before; torch keeps page-locked memory until what was queued has read it."""
+    if line.is_cuda:
+        ids, counts = (
+            each.pin_memory().to(line.device, non_blocking=True) for each in (ids, counts)
+        )
+    penalize(line, ids, counts, repetition, frequency, presence)

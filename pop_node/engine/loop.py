@@ -53,7 +53,8 @@ class _Step:
 
 class EngineLoop:
     """Runs steps until told to stop, with as many under way as the runner has depth: one, which
-    ends before the next is scheduled, or two. ``last_layer``: number of the model's last layer."""
+    ends before the next is scheduled, or two. One that is awaited ends at once in either case.
+    ``last_layer``: number of the model's last layer."""
 
     def __init__(
         self, scheduler: Scheduler, runner: StepRunner, stager: Stager, port: Port, last_layer: int
@@ -87,7 +88,7 @@ class EngineLoop:
         self._under_way = begun
         if before is not None:
             self._end(before)
-        if begun is not None and self._runner.depth == 1:
+        if begun is not None and (self._runner.depth == 1 or begun.schedule.awaited):
             self._under_way = None
             self._end(begun)
         if before is None and begun is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -28,7 +30,7 @@ def sample(ops: Ops, logits: torch.Tensor, rows: list[Row]) -> list[int]:
             indices.append(index + ahead)
     for line, sequence in enumerate(sequences):
         if sequence.tally is not None:
-            _penalize(ops, logits[line], sequence, sequence.tally)
+            penalize_row(ops.penalize, logits[line], sequence, sequence.tally)
     return ops.gumbel_sample(
         logits,
         [s.temperature for s in sequences],
@@ -41,10 +43,16 @@ def sample(ops: Ops, logits: torch.Tensor, rows: list[Row]) -> list[int]:
     )
 
 
-def _penalize(ops: Ops, line: torch.Tensor, sequence: Sequence, tally: Tally) -> None:
-    """Change a row of logits [vocab] by what its sequence holds already."""
+def penalize_row(
+    penalize: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float, float], None],
+    line: torch.Tensor,
+    sequence: Sequence,
+    tally: Tally,
+) -> None:
+    """Change a row of logits [vocab] by what its sequence holds already; ``penalize`` as in
+    ``kernels.reference.penalties``, given ids and counts on the host."""
     tally.catch_up(sequence.ids, sequence.prompt_tokens)
     ids, counts = (
         torch.from_numpy(np.array(of, dtype=np.int32)) for of in (tally.ids, tally.counts)
     )
-    ops.penalize(line, ids, counts, *tally.penalties)
+    penalize(line, ids, counts, *tally.penalties)

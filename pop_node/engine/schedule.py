@@ -75,6 +75,11 @@ class Schedule:
         return len(self.sampled) + self.num_drafts
 
     @property
+    def awaited(self) -> bool:
+        """Do its tokens have to be told before the next step is scheduled? Penalties count them."""
+        return any(self.rows[index].sequence.tally is not None for index in self.sampled)
+
+    @property
     def prefill_tokens(self) -> int:
         """Tokens besides those that are drawn after; 0: a step that only decodes."""
         return self.num_tokens - self.num_drawn

@@ -208,7 +208,8 @@ class Scheduler:
         return Schedule.of(rows), effects
 
     def ahead(self, schedule: Schedule) -> None:
-        """Let ``schedule`` be called once before this step, which has no drafts, is complete."""
+        """Let ``schedule`` be called once before this step is complete; it must have no drafts and
+        not be awaited."""
         self._ahead.begin(schedule)
 
     def complete(self, schedule: Schedule, ids: list[int], now: float) -> list[Effect]:

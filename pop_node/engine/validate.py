@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from pop_node.engine.messages import Add
 from pop_node.engine.sequence import Sequence
-from pop_node.engine.tally import NO_PENALTIES
 
 SEED_LIMIT = 2**64
 TOP_K_LIMIT = 2**31
@@ -22,8 +21,6 @@ class Limits:
     context_tokens: int
     block_tokens: int
     num_blocks: int
-    penalties: bool = True
-    """Whether what computes knows all tokens of a sequence when the next one is drawn."""
 
 
 def problem_with_add(add: Add, limits: Limits) -> tuple[str, str] | None:
@@ -50,7 +47,7 @@ def problem_with_add(add: Add, limits: Limits) -> tuple[str, str] | None:
         return "invalid_request", f"temperature {add.temperature} is not a number from 0 up"
     if not 0 < add.top_p <= 1:
         return "invalid_request", f"top_p {add.top_p} is not above 0 and at most 1"
-    problem = _problem_with_limits(add, limits)
+    problem = _problem_with_limits(add)
     if problem is not None:
         return problem
     if not 0 <= add.seed < SEED_LIMIT:
@@ -74,7 +71,7 @@ def problem_with_add(add: Add, limits: Limits) -> tuple[str, str] | None:
     return None
 
 
-def _problem_with_limits(add: Add, limits: Limits) -> tuple[str, str] | None:
+def _problem_with_limits(add: Add) -> tuple[str, str] | None:
     if not 0 <= add.top_k < TOP_K_LIMIT:
         return "invalid_request", f"top_k {add.top_k} is not an unsigned 31-bit number"
     if not 0 <= add.min_p <= 1:
@@ -85,8 +82,6 @@ def _problem_with_limits(add: Add, limits: Limits) -> tuple[str, str] | None:
             "invalid_request",
             f"penalties {penalties} are no numbers, or the first is not above 0",
         )
-    if penalties != NO_PENALTIES and not limits.penalties:
-        return "unsupported_parameter", "this node's accelerator computes no penalties"
     return None
 
 

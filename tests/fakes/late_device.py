@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.reference.penalties import penalize
 from kernels.reference.sampling import gumbel_sample
+from pop_node.engine.sampler import penalize_row
 from pop_node.engine.schedule import Schedule
 
 
@@ -116,6 +118,13 @@ class HostSampler:
         packed[:, 2] = [r.sequence.seed for r in rows]
         packed[:, 3] = [r.end - r.sequence.prompt_tokens for r in rows]
         return packed
+
+    def penalize(self, logits: torch.Tensor, schedule: Schedule) -> None:
+        for line, index in enumerate(schedule.sampled):
+            row = schedule.rows[index]
+            if row.sequence.tally is not None:
+                assert row.end == len(row.sequence.ids)
+                penalize_row(penalize, logits[line], row.sequence, row.sequence.tally)
 
     def draw(self, logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         words = parameters.numpy()

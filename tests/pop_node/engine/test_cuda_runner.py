@@ -130,6 +130,9 @@ def answers_ahead(runner: CudaRunner, adds: list[tuple[int, Add]]) -> Answers:
             begun = schedule, runner.launch(schedule, lambda layer: None)
         if before:
             tell(scheduler, *before, found)
+        if begun and begun[0].awaited:
+            tell(scheduler, *begun, found)
+            begun = None
         before = begun
     return found
 
@@ -137,7 +140,12 @@ def answers_ahead(runner: CudaRunner, adds: list[tuple[int, Add]]) -> Answers:
 prompt = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=40)
 arrivals = st.lists(
     st.tuples(
-        st.integers(0, 12), prompt, st.integers(1, 12), st.sampled_from([0.0, 0.9]), st.booleans()
+        st.integers(0, 12),
+        prompt,
+        st.integers(1, 12),
+        st.sampled_from([0.0, 0.9]),
+        st.booleans(),
+        st.sampled_from([{}, {}, {"repetition_penalty": 1.4, "frequency_penalty": 0.6}]),
     ),
     min_size=1,
     max_size=8,
@@ -153,9 +161,10 @@ arrivals = st.lists(
                 top_p=0.8,
                 seed=seq,
                 stop_ids=list(range(0, VOCABULARY, 9)) if stops else [],
+                **penalties,
             ),
         )
-        for seq, (at, ids, more, temperature, stops) in enumerate(drawn, 1)
+        for seq, (at, ids, more, temperature, stops, penalties) in enumerate(drawn, 1)
     ]
 )
 

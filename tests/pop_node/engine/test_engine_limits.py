@@ -91,11 +91,3 @@ def test_what_cannot_be_is_declined(changes: dict[str, Any]) -> None:
     problem = problem_with_add(an_add(**changes), LIMITS)
     assert problem is not None
     assert problem[0] == "invalid_request"
-
-
-def test_where_penalties_cannot_be_computed_they_are_not_ignored() -> None:
-    limits = Limits(VOCABULARY, 1000, 16, 64, penalties=False)
-    problem = problem_with_add(an_add(presence_penalty=0.1), limits)
-    assert problem is not None
-    assert problem[0] == "unsupported_parameter"
-    assert problem_with_add(an_add(top_k=5, min_p=0.1), limits) is None
