@@ -13,6 +13,7 @@ from pop_node.engine.spawn import Launch
 from pop_node.hosting.generation import HostSettings
 from pop_node.hosting.model_host import ModelHost
 from pop_node.residency.memory import cold_offer, model_memory, model_size
+from pop_node.store.bundle import UnusableTextError
 from pop_node.store.store import Bundle, Store
 from pop_node.text.tokenizer import TextCodec
 from wire.errors import ConfigError
@@ -62,14 +63,18 @@ class HostMaker:
     def open(self, name: str) -> Opened:
         """Read what the agent needs of a model; takes its time, from any thread.
 
-        Raises ``ConfigError`` when it is not in the store, damaged, or not the one pinned.
+        Raises ``UnusableTextError`` when its text files are damaged or not understood,
+        ``ConfigError`` when it is not in the store, otherwise damaged, or not the one pinned.
         """
         return self.open_bundle(name, Store(self._config.store).get(name))
 
     def open_bundle(self, name: str, bundle: Bundle) -> Opened:
         """As ``open``, of a bundle that may still be arriving."""
         _check_bundle(bundle, self._config.topology.models[name].digest, name)
-        codec = TextCodec.load(bundle.path)
+        try:
+            codec = TextCodec.load(bundle.path)
+        except ConfigError as exc:
+            raise UnusableTextError(str(exc)) from exc
         memory_bytes = model_memory(bundle.manifest, self._config.node)
         return Opened(bundle, codec, memory_bytes, model_size(bundle.manifest).weights_bytes)
 

@@ -29,6 +29,7 @@ from pop_node.residency.room import memory_ahead
 from pop_node.residency.state import ModelState
 from pop_node.residency.supply import Supply, can_be_fetched
 from pop_node.router_link import RouterLink
+from pop_node.store.bundle import UnusableTextError
 from pop_node.store.holding import Hold
 from topology.budget import memory_budget
 from wire.errors import ConfigError, MeshError, OverloadError
@@ -68,8 +69,9 @@ class Residents:
         tasks: asyncio.TaskGroup,
         around: Around,
     ) -> None:
-        """Looks at the store. Raises ``ConfigError`` for a model that is damaged, not the one
-        pinned or nowhere to be had, and for pinned models beyond the memory."""
+        """Looks at the store. A model whose text files cannot be used is left out as long as there
+        is another. Raises ``ConfigError`` if there is none, for a model whose manifest is damaged,
+        that is not the one pinned or nowhere to be had, and for pinned models beyond the memory."""
         node = config.node
         self._budget = memory_budget(node)
         self._supply = supply
@@ -92,11 +94,18 @@ class Residents:
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
         self._is_closed = False
+        self._left_out: dict[str, UnusableTextError] = {}
         for name in node.models:
             if supply.store.has(name) or not self._machine.state(name).fetchable:
-                opened = maker.open(name)
+                try:
+                    opened = maker.open(name)
+                except UnusableTextError as exc:
+                    self._left_out[name] = exc
+                    continue
                 self.hosts[name] = maker.make(name, opened)
                 self._machine.handle(_fetched(name, opened), 0.0)
+        if self._left_out and not self.hosts:
+            raise next(iter(self._left_out.values()))
         self._check_pinned(node.pinned)
 
     def _check_pinned(self, pinned: tuple[str, ...]) -> None:
@@ -117,11 +126,17 @@ class Residents:
 
     @property
     def awaited(self) -> tuple[str, ...]:
-        """Models that the doors wait for: all, or with a budget those that fit from the disk."""
-        return tuple(self._machine.first()) if self.is_bounded else self._models
+        """Models that the doors wait for: all, or with a budget those that fit from the disk; none
+        that is left out."""
+        if self.is_bounded:
+            return tuple(self._machine.first())
+        return tuple(name for name in self._models if name not in self._left_out)
 
     def start(self) -> None:
-        """Load what fits, fetch what is missing."""
+        """Load what fits, fetch what is missing; look again at what is left out, later."""
+        for name, why in self._left_out.items():
+            log.error("%s cannot be served: %s", name, why)
+            self.feed(ev.FetchFailed(name, str(why)))
         self.feed(ev.Started())
         if not any(self.state(name).memory == "loading" for name in self._models):
             self._fill_standby()

@@ -78,10 +78,19 @@ def write_bundle(
     return manifest
 
 
+class UnusableTextError(ConfigError):
+    """A text file of one model is damaged, or of a kind that is not understood: that model cannot
+    be served, others can."""
+
+    def __init__(self, message: str, *, where: str | None = None) -> None:
+        advice = "remove the model and add it again with 'popmesh model add'"
+        super().__init__(message, where=where, suggestion=advice)
+
+
 def read_texts(path: Path, manifest: Manifest) -> dict[str, bytes]:
     """The text files of a bundle, each checked against its digest.
 
-    Raises ``ConfigError`` naming the file that differs or cannot be read.
+    Raises ``UnusableTextError`` naming the file that differs or cannot be read.
     """
     texts = {}
     for entry in manifest.files:
@@ -90,9 +99,9 @@ def read_texts(path: Path, manifest: Manifest) -> dict[str, bytes]:
             right_size = file.stat().st_size == entry.nbytes
             text = file.read_bytes() if right_size else b""
         except OSError as exc:
-            raise ConfigError(f"cannot be read: {exc}", where=str(file)) from exc
+            raise UnusableTextError(f"cannot be read: {exc}", where=str(file)) from exc
         if not right_size or blake3(text).hexdigest() != entry.blake3:
-            raise ConfigError("does not match its digest", where=str(file))
+            raise UnusableTextError("does not match its digest", where=str(file))
         texts[entry.name] = text
     return texts
 

@@ -157,7 +157,10 @@ def _template_source(model_dir: Path, settings: dict[str, Any]) -> str | None:
     """A file of its own wins over the tokenizer's settings; of several named ones, the default."""
     path = model_dir / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
     value = settings.get("chat_template")
     if isinstance(value, list):
         named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}

@@ -1,0 +1,95 @@
+"""A model whose text files are damaged, on a node that has others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pop_node.store.store import Store
+from tests.pop_node.node_mesh import (
+    MODEL,
+    HandRouter,
+    lonely_node,
+    tiny_mesh,
+    topology,
+    write_store,
+)
+from topology.budget import ENGINE_BYTES, GB
+from topology.model import Model, Topology
+from wire.errors import ConfigError
+from wire.messages import EngineLoad, Finished
+
+OTHER = "other"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two models of the same weights in bundles of their own."""
+    store = write_store(tmp_path)
+    settings = {"eos_token": "</s>", "chat_template": "{{ messages }}"}
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
+    store.add(str(tmp_path / "source"), OTHER, "float32", lambda phase, done, total: None)
+    return store
+
+
+def damage(store: Store, model: str, name: str, text: bytes = b"{}") -> bytes:
+    path = store.get(model).path / name
+    before = path.read_bytes()
+    path.write_bytes(text)
+    return before
+
+
+def two_models(memory_gb: float | None) -> Topology:
+    plan = topology("a")
+    models = {name: Model(name, dtype="float32") for name in (OTHER, MODEL)}
+    node = replace(plan.nodes["a"], models=(OTHER, MODEL), memory_gb=memory_gb)
+    return replace(plan, models=models, nodes={"a": node})
+
+
+def engine(router: HandRouter, model: str) -> EngineLoad:
+    assert router.load is not None
+    return next(each for each in router.load.engines if each.model == model)
+
+
+@pytest.mark.parametrize("memory_gb", [None, 2.2 * ENGINE_BYTES / GB])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])
+async def test_the_node_serves_its_other_models_and_says_what_is_wrong(
+    store: Store, tmp_path: Path, memory_gb: float | None, name: str
+) -> None:
+    damage(store, OTHER, name)
+    async with tiny_mesh(store, tmp_path, "a", plan=two_models(memory_gb), version=3) as mesh:
+        a = mesh.routers["a"]
+        assert a.hello is not None
+        assert [offer.name for offer in a.hello.models] == [MODEL]
+        stream = mesh.whole("a")
+        assert isinstance(await a.ending(stream), Finished)
+        await a.until(lambda: engine(a, OTHER).warm_refused)
+        said = engine(a, OTHER).warm_refused
+        assert f"{name}: does not match its digest" in said
+        assert "popmesh model add" in said
+        assert engine(a, OTHER).warmth == "absent"
+
+
+async def test_a_node_without_another_model_does_not_start(store: Store, tmp_path: Path) -> None:
+    damage(store, MODEL, "tokenizer.json")
+    async with lonely_node(store, tmp_path) as (node, _):
+        with pytest.RaisesGroup(pytest.RaisesExc(ConfigError, match=r"tokenizer\.json.*add it")):
+            await node.run()
+
+
+async def test_a_model_that_was_mended_is_served(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pop_node.residency.residency.RETRY_FIRST_S", 0.01)
+    path = store.get(OTHER).path / "tokenizer.json"
+    before = damage(store, OTHER, "tokenizer.json")
+    async with tiny_mesh(store, tmp_path, "a", plan=two_models(None), version=3) as mesh:
+        a = mesh.routers["a"]
+        await a.until(lambda: engine(a, MODEL).warmth == "warm")
+        path.write_bytes(before)
+        await a.until(lambda: engine(a, OTHER).warmth == "warm")
+        stream = mesh.whole("a", model=OTHER)
+        assert isinstance(await a.ending(stream), Finished)
