@@ -37,7 +37,8 @@ class Abandonable(Protocol):
 
 @dataclass(slots=True)
 class Dispatch:
-    """One router's shared state. ``cache_key`` separates the prefix chains of meshes."""
+    """One router's shared state. ``cache_key`` separates the prefix chains of meshes;
+    ``starting_cold`` are nodes that hold a drill for this router, whatever they say yet."""
 
     builder: ViewBuilder
     pool: LinkPool
@@ -49,6 +50,7 @@ class Dispatch:
     ratio: TokenRatio = field(default_factory=TokenRatio)
     log: RequestLog = field(default_factory=RequestLog)
     running: set[Abandonable] = field(default_factory=set)
+    starting_cold: set[str] = field(default_factory=set)
     _streams: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def next_stream(self) -> int:

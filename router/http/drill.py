@@ -2,8 +2,8 @@
 
 Harm is the node's business (``pop_node.drills.drills``): the router passes the question on. A cold
 start (``pop_node.drills.cold_start``) is safe on any mesh, since the router sees to it that
-somebody else can answer meanwhile; it is answered with the node's report, and with when this router
-would have sent requests there again.
+somebody else can answer meanwhile, none of those it has asked for another one counted; it is
+answered with the node's report, and with when this router would have sent requests there again.
 """
 
 from __future__ import annotations
@@ -124,11 +124,23 @@ async def hold_drill(dispatch: Dispatch, data: bytes) -> dict[str, Any] | None:
 
 async def _cold_start(dispatch: Dispatch, link: NodeLink, body: DrillBody) -> dict[str, Any]:
     name, model = link.node.name, _model(dispatch, link.node.name, body.model)
+    if name in dispatch.starting_cold:
+        raise _refused(link, "is starting cold already")
     if not body.alone:
         _check_others(dispatch, name, model)
     if body.options.get("from") == "peer":
         _check_peers(dispatch, name, model)
-    number = dispatch.next_stream()
+    dispatch.starting_cold.add(name)
+    try:
+        return await _hold_cold_start(dispatch, link, body, model)
+    finally:
+        dispatch.starting_cold.discard(name)
+
+
+async def _hold_cold_start(
+    dispatch: Dispatch, link: NodeLink, body: DrillBody, model: str
+) -> dict[str, Any]:
+    name, number = link.node.name, dispatch.next_stream()
     longest_s = body.duration_s or COLD_START_S
     options = msgspec.json.encode(body.options).decode()
     question = Drill(number, COLD_START, model, max(1, round(longest_s * 1e3)), options)
@@ -240,15 +252,17 @@ def _model(dispatch: Dispatch, name: str, model: str) -> str:
 
 
 def _check_others(dispatch: Dispatch, name: str, model: str) -> None:
-    """Could the rest of the mesh answer? Raises ``RequestError`` if not."""
-    view = dispatch.builder.snapshot()
-    request = RouteRequest(_small(model), view.position(), avoid_nodes=frozenset((name,)))
+    """Could the rest of the mesh answer, less what starts cold too? Raises ``RequestError`` if
+    not. A node that another router takes down counts until its "not ready" is here."""
+    view, others = dispatch.builder.snapshot(), dispatch.starting_cold
+    request = RouteRequest(_small(model), view.position(), avoid_nodes=frozenset((name, *others)))
+    meanwhile = f" while {', '.join(sorted(others))} starts cold" if others else ""
     try:
         dispatch.choose(request)
     except MeshError as exc:
         raise RequestError(
-            f"without {name} nobody could answer for {model}: {exc.message}; say alone if that "
-            "does not matter",
+            f"without {name} nobody could answer for {model}{meanwhile}: {exc.message}; say alone "
+            "if that does not matter",
             code="drill_refused",
         ) from exc
 

@@ -205,3 +205,32 @@ async def test_a_whole_node_that_stays_says_why(monkeypatch):
         assert (status, said["error"]["code"]) == (502, "drill_failed")
         assert "iad-1: no bundle" in said["error"]["message"]
         assert node.starts == 1
+
+
+async def test_two_drills_do_not_take_down_the_last_two_that_can_answer(monkeypatch):
+    async with running_mesh(monkeypatch) as mesh:
+        first, second = mesh.nodes["iad-1"], mesh.nodes["lhr-1"]  # nobody else decodes
+        was_told = asyncio.Event()
+        first.cold_start = lambda drill: was_told.set()  # it has not said "not ready" yet
+        asking = asyncio.create_task(ask(mesh, "iad-1"))
+        await was_told.wait()
+        status, said = await ask(mesh, "lhr-1")
+        assert (status, said["error"]["code"]) == (409, "drill_refused")
+        assert "while iad-1 starts cold" in said["error"]["message"]
+        assert not second.drills
+        status, said = await ask(mesh, "iad-1", alone=True)
+        assert (status, said["error"]["code"]) == (409, "drill_refused")
+        assert "is starting cold already" in said["error"]["message"]
+        (told,) = first.drills
+        first.tell(DrillReport(told.number, json.dumps(REPORT).encode(), ""))
+        assert (await asking)[0] == 200
+        ColdStart(mesh, second)
+        assert (await ask(mesh, "lhr-1"))[0] == 200
+
+
+async def test_a_drill_that_was_refused_stands_in_nobodys_way(monkeypatch):
+    async with running_mesh(monkeypatch) as mesh:
+        mesh.nodes["iad-1"].drill_error = "no"
+        assert (await ask(mesh, "iad-1"))[0] == 409
+        ColdStart(mesh, mesh.nodes["lhr-1"])
+        assert (await ask(mesh, "lhr-1"))[0] == 200
