@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from engine_builders import an_add
 
 from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.runner import Runner
@@ -15,6 +14,7 @@ from pop_node.engine.scheduler import Scheduler
 from pop_node.engine.speculation import Speculation
 from pop_node.engine.validate import Limits
 from pop_node.models.llama import Llama
+from tests.pop_node.engine.engine_builders import an_add
 
 BLOCK_TOKENS = 16
 MAX_STEPS = 5000
