@@ -91,8 +91,8 @@ class Ops:
 def reference_ops(*, batch_invariant: bool = False) -> Ops:
     """The readable torch versions: the oracle, and the fallback where nothing can be compiled.
 
-    Batch-invariant ones have the same bits on every machine. Decode is 3 times slower with them,
-    prefill 15 times (benchmarks/invariance.py).
+    Batch-invariant ones have the same bits on every machine. Decode takes 1.2 to 5 times as long
+    with them, prefill 12 to 18 times (benchmarks/invariance.py).
     """
     if batch_invariant:
         return Ops(
