@@ -24,7 +24,7 @@ from pop_node.drills.drills import Drills
 from pop_node.drills.rebirth import Rebirth, take_reborn
 from pop_node.engine.spawn import Standby, launch_engine
 from pop_node.hosting.host_maker import HostMaker, Told
-from pop_node.legs.leg import refusal
+from pop_node.legs.refusal import refusal
 from pop_node.load_push import LoadPush
 from pop_node.registration import keeper
 from pop_node.residency.cold_start_host import ResidentColdStarts

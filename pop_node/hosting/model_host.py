@@ -24,6 +24,7 @@ from pop_node.legs import leg as legs
 from pop_node.legs.admission import problem_with
 from pop_node.legs.live_legs import Live, LiveLegs
 from pop_node.legs.prompt import prepare
+from pop_node.legs.refusal import refusal
 from pop_node.router_link import RouterLink
 from pop_node.text.stream import escape_json
 from pop_node.text.tokenizer import TextCodec
@@ -194,7 +195,7 @@ class ModelHost:
         """Start a leg, or refuse it."""
         error = self._refuse(link, submit)
         if error is not None:
-            link.say(legs.refusal(submit.stream, error))
+            link.say(refusal(submit.stream, error))
             return
         seq, self._next_seq = self._next_seq, self._next_seq + 1
         leg = legs.Leg(seq, submit, self._codec.eos_ids, escape_json, link.version)

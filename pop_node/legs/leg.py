@@ -22,6 +22,7 @@ import msgspec
 from pop_node.answers.answers import Answer
 from pop_node.engine import messages as engine
 from pop_node.legs import events as ev
+from pop_node.legs.refusal import refusal
 from wire.errors import MeshError, PeerError
 from wire.messages import (
     MIN_VERSION,
@@ -397,9 +398,3 @@ class Leg:
             report,
             kept_tokens,
         )
-
-
-def refusal(stream: int, error: MeshError) -> Refused:
-    """The wire form of an error that stopped a leg before it began."""
-    wait_ms = round(1000 * error.retry_after_s) if error.retry_after_s else 0
-    return Refused(stream, error.code, error.message, error.retryable, wait_ms)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from pop_node.legs.admission import problem_with, problem_with_transfer
-from pop_node.legs.leg import refusal
+from pop_node.legs.refusal import refusal
 from pop_node.router_link import RouterLink
 from wire.errors import MeshError, OverloadError, PeerError
 from wire.messages import Failed, Finished, Loading, Retarget, Submit

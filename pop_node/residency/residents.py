@@ -19,8 +19,8 @@ from pop_node.engine.config import Ahead
 from pop_node.engine.spawn import Standby
 from pop_node.hosting.host_maker import HostMaker, Opened
 from pop_node.hosting.model_host import ModelHost
-from pop_node.legs.leg import refusal
 from pop_node.legs.parking import PARKING_VERSION, Parking
+from pop_node.legs.refusal import refusal
 from pop_node.residency import events as ev
 from pop_node.residency.fetching import Fetching
 from pop_node.residency.reserve import Reserve

@@ -24,6 +24,7 @@ from pop_node.legs import leg as legs
 from pop_node.legs.admission import problem_with
 from pop_node.legs.live_legs import LiveLegs
 from pop_node.legs.prompt import prepare
+from pop_node.legs.refusal import refusal
 from pop_node.text.stream import escape_json
 from tests.sim import model as fake
 from tests.sim.clock import Process, cancel
@@ -265,7 +266,7 @@ class SimNode:
     def _submit(self, link: Any, submit: Submit) -> None:
         error = self._refuse(link, submit)
         if error is not None:
-            link.say(legs.refusal(submit.stream, error))
+            link.say(refusal(submit.stream, error))
             return
         seq, self._next_seq = self._next_seq, self._next_seq + 1
         leg = legs.Leg(seq, submit, CODEC.eos_ids, escape_json, link.version)
@@ -290,7 +291,7 @@ class SimNode:
         answer = self.desk.look_up(question, (one.leg.answer() for one in live))
         if answer is None:
             error = RequestError("no such answer is known here", code="stream_unknown")
-            link.say(legs.refusal(question.stream, error))
+            link.say(refusal(question.stream, error))
             return
         for one in live:
             self.legs.advance(one, lev.Broken(TAKEN_OVER))
