@@ -12,7 +12,7 @@ CHECKED := popmesh router pop_node registry kernels topology wire tests benchmar
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check soak format clean
+.PHONY: help setup demo test check sanitize soak format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ check: setup ## lint, format, types, and who may import whom
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+sanitize: setup ## tests of the native kernels under the address and undefined-behaviour sanitizers
+	@scripts/sanitize.sh $(ARGS)
 
 soak: setup ## hundreds of kills under load, report in build/soak; SOAK_KILLS=N changes how many
 	$(BIN)/python -m tests.e2e.soak --kills $(SOAK_KILLS) --report build/soak --store $(STORE)
