@@ -79,7 +79,7 @@ class Engine:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def engines(args: argparse.Namespace, bundle: Path, work: Path, port: int) -> list[Engine]:
+def engines(args: argparse.Namespace, checkpoint: Path, work: Path, port: int) -> list[Engine]:
     """The servers to compare; each command listens on ``port``."""
     cores = os.cpu_count() or 1
     topology = work / "bench.yaml"
@@ -89,15 +89,21 @@ def engines(args: argparse.Namespace, bundle: Path, work: Path, port: int) -> li
     up += ["--port", str(port), "--no-emulate-links"]
     found = [Engine("popmesh", up, "smollm2-135m", extra=more)]
     if args.transformers:
-        serve = [f"{args.transformers}/bin/transformers", "serve", str(bundle), "--port", str(port)]
+        serve = [
+            f"{args.transformers}/bin/transformers",
+            "serve",
+            str(checkpoint),
+            "--port",
+            str(port),
+        ]
         serve += ["--continuous-batching", "--cb-max-memory-percent", "0.2", "--device", "cpu"]
-        found.append(Engine("transformers", [*serve, "--dtype", "bfloat16"], str(bundle)))
+        found.append(Engine("transformers", [*serve, "--dtype", "bfloat16"], str(checkpoint)))
     if args.llama:
         serve = [args.llama, "-m", args.gguf, "--port", str(port), "-t", str(cores)]
         serve += ["-np", "16", "-c", str(16 * 4096), "--no-webui"]
         found.append(Engine("llama.cpp", serve, "m", extra={**more, "cache_prompt": False}))
     if args.vllm:
-        serve = [f"{args.vllm}/bin/vllm", "serve", str(bundle), "--port", str(port)]
+        serve = [f"{args.vllm}/bin/vllm", "serve", str(checkpoint), "--port", str(port)]
         serve += ["--served-model-name", "m", "--dtype", "bfloat16", "--enforce-eager"]
         serve += ["--max-model-len", "4096", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
         env = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}", "VLLM_CPU_KVCACHE_SPACE": "2"}
@@ -301,6 +307,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--store", type=Path, required=True, help="store that holds smollm2-135m")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--huggingface", type=Path, help="the model for transformers and vLLM")
     parser.add_argument("--transformers", help="venv with transformers[serving]")
     parser.add_argument("--vllm", help="venv with vllm")
     parser.add_argument("--llama", help="llama-server binary")
@@ -310,6 +317,8 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="to the report that is at --out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if (args.transformers or args.vllm) and args.huggingface is None:
+        parser.error("--transformers and --vllm need --huggingface DIR: they read no bundles")
 
     from pop_node.store.store import Store
 
@@ -325,7 +334,7 @@ def main() -> None:
     report = facts(__doc__, ["torch"])
     report |= {"seed": args.seed, "memory": memory_allowed(bundle)}
     for _ in range(args.rounds):
-        for engine in engines(args, bundle, work, port):
+        for engine in engines(args, args.huggingface or bundle, work, port):
             log = work / f"{engine.name}.log"
             done = turns.setdefault(engine.name, [])
             seed = args.seed + 1000 * len(done)  # the same prompts for all in a round
