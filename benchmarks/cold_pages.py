@@ -51,7 +51,7 @@ def resident_share(paths: list[Path]) -> float:
 
 
 def read_direct(path: Path, threads: int, *, keep: bool = False) -> Callable[[], Any]:
-    from pop_node.store.host_arena import aligned_memory
+    from pop_node.store.host_memory import aligned_memory
 
     buffers = [aligned_memory(BLOCK) for _ in range(threads)]
     for buffer in buffers:
@@ -86,7 +86,7 @@ def read_direct(path: Path, threads: int, *, keep: bool = False) -> Callable[[],
 def touch(nbytes: int) -> float:
     """Use memory and free it until that is cheap, so that what comes next need not be asked for
     from the host; returns the seconds per gigabyte that the last time took."""
-    from pop_node.store.host_arena import aligned_memory
+    from pop_node.store.host_memory import aligned_memory
 
     cost = math.inf
     for _ in range(TOUCHES):

@@ -76,11 +76,11 @@ def measurements(variant: Variant) -> list[tuple[str, int, int]]:
 
 def worker(directory: Path, dtype: str, backend: str, batch_invariant: bool, seed: int) -> None:
     """Answer each ``[phase, size, repetitions]`` on stdin with both times per token."""
-    from pop_node.engine.block_pool import BlockPool
     from pop_node.engine.messages import Add
-    from pop_node.engine.runner import Runner
-    from pop_node.engine.scheduler import Scheduler
-    from pop_node.engine.validate import Limits
+    from pop_node.engine.running.runner import Runner
+    from pop_node.engine.scheduling.block_pool import BlockPool
+    from pop_node.engine.scheduling.scheduler import Scheduler
+    from pop_node.engine.scheduling.validate import Limits
     from pop_node.models.registry import load_backend, load_model
 
     # An earlier checkout does not know the option.

@@ -35,7 +35,7 @@ class Bench:
     """An engine without its process."""
 
     def __init__(self, directory: Path) -> None:
-        from pop_node.engine.runner import Runner
+        from pop_node.engine.running.runner import Runner
         from pop_node.models.registry import load_backend, load_model
 
         ops = load_backend("native", 1)
@@ -47,9 +47,9 @@ class Bench:
 
     def restart(self) -> None:
         """Forget everything but the model."""
-        from pop_node.engine.block_pool import BlockPool
-        from pop_node.engine.scheduler import Scheduler
-        from pop_node.engine.validate import Limits
+        from pop_node.engine.scheduling.block_pool import BlockPool
+        from pop_node.engine.scheduling.scheduler import Scheduler
+        from pop_node.engine.scheduling.validate import Limits
 
         limits = Limits(self._vocab, NUM_BLOCKS * BLOCK_TOKENS, BLOCK_TOKENS, NUM_BLOCKS)
         pool = BlockPool(NUM_BLOCKS, BLOCK_TOKENS)

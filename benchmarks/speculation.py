@@ -48,7 +48,7 @@ class Side:
     """The engine of one model, with guesses or without."""
 
     def __init__(self, model: Any, ops: Any) -> None:
-        from pop_node.engine.runner import Runner
+        from pop_node.engine.running.runner import Runner
 
         self._model = model
         self._runner = Runner(model, ops, NUM_BLOCKS, BLOCK_TOKENS)
@@ -57,10 +57,10 @@ class Side:
         self, prompts: list[list[int]], temperature: float, speculation: Any
     ) -> tuple[dict[str, float], list[list[int]]]:
         """Figures and tokens of all answers, computed at once."""
-        from pop_node.engine.block_pool import BlockPool
         from pop_node.engine.messages import Add, Token
-        from pop_node.engine.scheduler import Scheduler
-        from pop_node.engine.validate import Limits
+        from pop_node.engine.scheduling.block_pool import BlockPool
+        from pop_node.engine.scheduling.scheduler import Scheduler
+        from pop_node.engine.scheduling.validate import Limits
 
         pool = BlockPool(NUM_BLOCKS, BLOCK_TOKENS)
         context = NUM_BLOCKS * BLOCK_TOKENS
@@ -123,7 +123,7 @@ def main() -> None:
 
     from tokenizers import Tokenizer
 
-    from pop_node.engine.speculation import Speculation
+    from pop_node.engine.scheduling.speculation import Speculation
     from pop_node.models.registry import load_backend, load_model
     from pop_node.store.store import Store
 

@@ -23,16 +23,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from report import command_line, facts, save
 
-from pop_node.engine import runner as runner_module
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.kv_mover import HostMover
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add
 from pop_node.engine.port import Port
-from pop_node.engine.runner import Runner
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.stager import Stager
-from pop_node.engine.validate import Limits
+from pop_node.engine.running import runner as runner_module
+from pop_node.engine.running.runner import Runner
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.scheduling.validate import Limits
+from pop_node.engine.staging.kv_mover import HostMover
+from pop_node.engine.staging.stager import Stager
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from pop_node.models.registry import load_backend, load_model
 from pop_node.store.store import Store

@@ -24,14 +24,14 @@ import torch  # noqa: E402
 
 from kernels.ops import Ops, reference_ops, triton_ops  # noqa: E402
 from kernels.triton.ops import TritonOps  # noqa: E402
-from pop_node.engine.block_pool import BlockPool  # noqa: E402
-from pop_node.engine.cuda_device import CudaDevice  # noqa: E402
-from pop_node.engine.cuda_runner import CudaRunner  # noqa: E402
-from pop_node.engine.device_sampler import DeviceSampler  # noqa: E402
 from pop_node.engine.messages import Add, Commit, Drop, Token  # noqa: E402
-from pop_node.engine.schedule import Schedule  # noqa: E402
-from pop_node.engine.scheduler import Scheduler  # noqa: E402
-from pop_node.engine.validate import Limits  # noqa: E402
+from pop_node.engine.running.cuda_device import CudaDevice  # noqa: E402
+from pop_node.engine.running.cuda_runner import CudaRunner  # noqa: E402
+from pop_node.engine.running.device_sampler import DeviceSampler  # noqa: E402
+from pop_node.engine.scheduling.block_pool import BlockPool  # noqa: E402
+from pop_node.engine.scheduling.schedule import Schedule  # noqa: E402
+from pop_node.engine.scheduling.scheduler import Scheduler  # noqa: E402
+from pop_node.engine.scheduling.validate import Limits  # noqa: E402
 from pop_node.models.llama import DTYPES, Llama, LlamaConfig  # noqa: E402
 
 SEED = 20240607

@@ -20,8 +20,8 @@ from typing import Any
 import bench_engine as bench
 import torch
 
-from pop_node.engine.batch import build_batch
-from pop_node.engine.schedule import Row, Schedule
+from pop_node.engine.running.batch import build_batch
+from pop_node.engine.scheduling.schedule import Row, Schedule
 
 FLOAT32_ERROR = 1e-4
 """Relative, of a vector of logits: sums in another order, without tensor cores. float32 rounds to

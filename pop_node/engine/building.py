@@ -11,23 +11,23 @@ import torch
 
 from kernels.ops import Ops
 from pop_node.engine.beginning import SetUp
-from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.config import Ahead, EngineConfig
-from pop_node.engine.cuda_device import CudaDevice
-from pop_node.engine.cuda_runner import CudaRunner
-from pop_node.engine.kv_mover import DeviceMover, HostMover, Mover
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add, Ready
 from pop_node.engine.port import Port
-from pop_node.engine.runner import Model, Runner, StepRunner
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.speculation import Speculation
-from pop_node.engine.stager import Stager
+from pop_node.engine.running.cuda_device import CudaDevice
+from pop_node.engine.running.cuda_runner import CudaRunner
+from pop_node.engine.running.runner import Model, Runner, StepRunner
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.scheduling.speculation import Speculation
+from pop_node.engine.scheduling.validate import Limits
+from pop_node.engine.staging.kv_mover import DeviceMover, HostMover, Mover
+from pop_node.engine.staging.stager import Stager
 from pop_node.engine.start_clock import StartClock
-from pop_node.engine.validate import Limits
 from pop_node.kv_stream.staging import Staging
 from pop_node.models.registry import load, load_backend, prepare
-from pop_node.store.host_arena import prefer_huge
+from pop_node.store.host_memory import prefer_huge
 from pop_node.store.spare_memory import touch
 from wire.errors import ConfigError
 
@@ -139,7 +139,9 @@ def _runner(model: Model, ops: Ops, config: EngineConfig, limits: Limits) -> Ste
     """
     if ops.device.type == "cpu":
         return Runner(model, ops, config.num_blocks, config.block_tokens)
-    from pop_node.engine.device_sampler import DeviceSampler  # needs triton, an optional part
+    from pop_node.engine.running.device_sampler import (
+        DeviceSampler,  # needs triton, an optional part
+    )
 
     runner = CudaRunner(
         model,

@@ -27,8 +27,8 @@ from pop_node.engine.messages import (
 )
 from pop_node.engine.port import Inbox, Port
 from pop_node.engine.rates import StepRates
-from pop_node.engine.runner import StepRunner
-from pop_node.engine.schedule import (
+from pop_node.engine.running.runner import StepRunner
+from pop_node.engine.scheduling.schedule import (
     Effect,
     Load,
     Schedule,
@@ -38,8 +38,8 @@ from pop_node.engine.schedule import (
     TransferRenamed,
     TransferUnbound,
 )
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.stager import Stager
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.staging.stager import Stager
 
 
 @dataclass(frozen=True, slots=True)

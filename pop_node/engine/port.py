@@ -39,7 +39,7 @@ from pop_node.engine.messages import (
 )
 
 if TYPE_CHECKING:  # it needs torch, which a port does not wait for
-    from pop_node.engine.stager import Stager
+    from pop_node.engine.staging.stager import Stager
 
 INBOX_COMMANDS = 4096
 """Commands between two steps. Guess: every sequence of a full engine added and dropped several

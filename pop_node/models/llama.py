@@ -24,7 +24,7 @@ from kernels.resident import Weight
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.models.llama_config import LlamaConfig
 from pop_node.models.rope import cos_sin_table
-from pop_node.store.host_arena import aligned_memory
+from pop_node.store.host_memory import aligned_memory
 from wire.errors import ConfigError
 
 __all__ = ["Llama", "LlamaConfig"]

@@ -10,7 +10,7 @@ import torch
 
 from kernels.ops import Ops
 from kernels.resident import Weight
-from pop_node.store.host_arena import HUGE_PAGE_BYTES, aligned_memory, forget
+from pop_node.store.host_memory import HUGE_PAGE_BYTES, aligned_memory, forget
 from wire.errors import ConfigError
 
 PIECE_BYTES = 32 * HUGE_PAGE_BYTES

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from pop_node.store.arrivals import Arrivals
 from pop_node.store.direct_file import DirectFile
-from pop_node.store.host_arena import aligned_memory
+from pop_node.store.host_memory import aligned_memory
 from pop_node.store.image import decode_chunk
 from pop_node.store.load_plan import ChunkPlan, LoadPlan
 from pop_node.store.manifest import DataFile, Manifest

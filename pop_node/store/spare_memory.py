@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pop_node.store.host_arena import HUGE_PAGE_BYTES, advise, aligned_memory, populate
+from pop_node.store.host_memory import HUGE_PAGE_BYTES, advise, aligned_memory, populate
 
 TOUCH_PAUSE = 3
 """Between steps, in steps: touching takes a quarter of a processor from the answers."""

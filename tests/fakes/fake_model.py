@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pop_node.engine.schedule import Schedule
+from pop_node.engine.scheduling.schedule import Schedule
 
 VOCABULARY = 50
 

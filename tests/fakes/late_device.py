@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from kernels.reference.penalties import penalize
 from kernels.reference.sampling import gumbel_sample
-from pop_node.engine.sampler import penalize_row
-from pop_node.engine.schedule import Schedule
+from pop_node.engine.running.sampler import penalize_row
+from pop_node.engine.scheduling.schedule import Schedule
 
 
 class LateEvent:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pop_node.engine.kv_mover import HostMover
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add, Allocated, Drop, Release, StageFrom, Stop
-from pop_node.engine.schedule import Schedule
-from pop_node.engine.stager import Stager
+from pop_node.engine.scheduling.schedule import Schedule
+from pop_node.engine.staging.kv_mover import HostMover
+from pop_node.engine.staging.stager import Stager
 from pop_node.kv_stream import liveness
 from pop_node.kv_stream.frames import Data, Deny
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pop_node.engine import messages as em
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.kv_mover import Arrived, HostMover
 from pop_node.engine.rates import StepRates
-from pop_node.engine.schedule import (
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.schedule import (
     Effect,
     Load,
     Schedule,
@@ -26,10 +25,11 @@ from pop_node.engine.schedule import (
     TransferRenamed,
     TransferUnbound,
 )
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.speculation import Speculation
-from pop_node.engine.stager import Stager
-from pop_node.engine.validate import Limits
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.scheduling.speculation import Speculation
+from pop_node.engine.scheduling.validate import Limits
+from pop_node.engine.staging.kv_mover import Arrived, HostMover
+from pop_node.engine.staging.stager import Stager
 from pop_node.engine.watch import EngineWatch
 from pop_node.kv_stream.spec import Piece
 from pop_node.kv_stream.staging import StagingLayout

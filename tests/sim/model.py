@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from pop_node.engine.schedule import Row
+from pop_node.engine.scheduling.schedule import Row
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.text.detokenizer import TokenTable
 from pop_node.text.tokenizer import TextCodec

@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 from msgspec.structs import replace
 
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.schedule import TransferBound
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.stager import Stager
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.schedule import TransferBound
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.staging.stager import Stager
 from pop_node.kv_stream.credit import SlotPool
 from pop_node.kv_stream.events import ReceiveInto
 from pop_node.kv_stream.receiver import Receiver

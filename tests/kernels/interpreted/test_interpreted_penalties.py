@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kernels.reference.penalties import penalize
-from pop_node.engine.device_sampler import DeviceSampler
 from pop_node.engine.messages import Add
-from pop_node.engine.schedule import Row, Schedule
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.running.device_sampler import DeviceSampler
+from pop_node.engine.scheduling.schedule import Row, Schedule
+from pop_node.engine.scheduling.sequence import Sequence
 
 VOCAB = 50
 

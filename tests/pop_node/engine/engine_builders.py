@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pop_node.engine.block_pool import BlockPool
 from pop_node.engine.messages import Add
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.speculation import Speculation
-from pop_node.engine.validate import Limits
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.scheduling.speculation import Speculation
+from pop_node.engine.scheduling.validate import Limits
 from tests.fakes.fake_model import VOCABULARY
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.runner import Runner
-from pop_node.engine.schedule import Schedule
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.speculation import Speculation
-from pop_node.engine.validate import Limits
+from pop_node.engine.running.runner import Runner
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.schedule import Schedule
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.scheduling.speculation import Speculation
+from pop_node.engine.scheduling.validate import Limits
 from pop_node.models.llama import Llama
 from tests.pop_node.engine.engine_builders import an_add
 

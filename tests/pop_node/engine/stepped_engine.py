@@ -7,7 +7,7 @@ from typing import Any
 from engine_builders import a_scheduler
 
 from pop_node.engine.messages import Add, Commit, Drop, Release, Retarget, Token
-from pop_node.engine.schedule import Effect, TransferBound
+from pop_node.engine.scheduling.schedule import Effect, TransferBound
 from tests.fakes.fake_model import FakeModel, answer
 
 

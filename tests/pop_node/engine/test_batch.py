@@ -10,10 +10,10 @@ from engine_builders import an_add
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.engine.batch import Batch, build_batch
-from pop_node.engine.decode_batch import DecodeBatches, decodes
-from pop_node.engine.schedule import Row, Schedule
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.running.batch import Batch, build_batch
+from pop_node.engine.running.decode_batch import DecodeBatches, decodes
+from pop_node.engine.scheduling.schedule import Row, Schedule
+from pop_node.engine.scheduling.sequence import Sequence
 
 SIZE = 4
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pop_node.engine.block_pool import BlockPool
+from pop_node.engine.scheduling.block_pool import BlockPool
 
 BLOCKS = 7
 

@@ -19,13 +19,13 @@ from tiny_llama import LAYERS, VOCABULARY, write_tiny_llama
 
 from kernels.meta import AttentionMeta
 from kernels.ops import Ops, reference_ops
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.cuda_runner import MISSES_BEFORE_CAPTURE, CudaRunner
 from pop_node.engine.messages import Add, Token
-from pop_node.engine.runner import Runner
-from pop_node.engine.schedule import Schedule
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.validate import Limits
+from pop_node.engine.running.cuda_runner import MISSES_BEFORE_CAPTURE, CudaRunner
+from pop_node.engine.running.runner import Runner
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.schedule import Schedule
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.scheduling.validate import Limits
 from pop_node.models.registry import Model, load_model
 from tests.fakes.late_device import HostSampler, LateDevice
 

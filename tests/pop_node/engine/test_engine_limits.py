@@ -9,8 +9,8 @@ from engine_builders import an_add
 from recording import Answer, RecordingEngine
 from tiny_llama import VOCABULARY, write_tiny_llama
 
-from pop_node.engine.speculation import Speculation
-from pop_node.engine.validate import Limits, problem_with_add
+from pop_node.engine.scheduling.speculation import Speculation
+from pop_node.engine.scheduling.validate import Limits, problem_with_add
 from pop_node.models.llama import Llama
 from pop_node.models.registry import load_backend, load_model
 

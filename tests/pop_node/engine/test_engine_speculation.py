@@ -16,9 +16,9 @@ from recording import Answer, RecordingEngine, assert_same
 from tiny_llama import VOCABULARY, write_tiny_llama
 from tokenizers import Tokenizer
 
-from pop_node.engine.drafter import Drafter
-from pop_node.engine.sequence import Sequence
-from pop_node.engine.speculation import Speculation
+from pop_node.engine.scheduling.drafter import Drafter
+from pop_node.engine.scheduling.sequence import Sequence
+from pop_node.engine.scheduling.speculation import Speculation
 from pop_node.models.llama import Llama
 from pop_node.models.registry import load_backend, load_model
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.engine.exports import PATIENT_PIECE_BYTES, Export
+from pop_node.engine.staging.exports import PATIENT_PIECE_BYTES, Export
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec, Piece
 
 LAYERS = 5

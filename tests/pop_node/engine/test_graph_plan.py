@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.engine.graph_plan import Bucket, GraphPlan
+from pop_node.engine.running.graph_plan import Bucket, GraphPlan
 
 sizes = st.tuples(st.integers(1, 300), st.integers(1, 200_000))
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kernels.reference.kv_pack import kv_pack, kv_unpack
-from pop_node.engine.kv_mover import DeviceMover
 from pop_node.engine.messages import Import, Staged, StageFrom
-from pop_node.engine.stager import Stager
+from pop_node.engine.staging.kv_mover import DeviceMover
+from pop_node.engine.staging.stager import Stager
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from tests.fakes.late_device import LateDevice, LateLane

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepped_engine import Engine
 
-from pop_node.engine.batch import build_batch
-from pop_node.engine.schedule import Row, Schedule
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.running.batch import build_batch
+from pop_node.engine.scheduling.schedule import Row, Schedule
+from pop_node.engine.scheduling.sequence import Sequence
 
 
 @settings(max_examples=40, deadline=None)

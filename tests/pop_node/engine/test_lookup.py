@@ -7,7 +7,7 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.engine.lookup import NGRAM, Lookup
+from pop_node.engine.scheduling.lookup import NGRAM, Lookup
 
 
 def plain_guess(ids: list[int], count: int) -> tuple[int, ...]:

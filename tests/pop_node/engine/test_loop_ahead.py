@@ -14,11 +14,11 @@ import pytest
 import torch
 from engine_builders import a_scheduler, an_add
 
-from pop_node.engine.kv_mover import HostMover
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add, StepDone, Stop
-from pop_node.engine.schedule import Schedule
-from pop_node.engine.stager import Stager
+from pop_node.engine.scheduling.schedule import Schedule
+from pop_node.engine.staging.kv_mover import HostMover
+from pop_node.engine.staging.stager import Stager
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from tests.fakes.fake_model import VOCABULARY, answer, chain

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pop_node.engine.messages import Add, Drop, Token
-from pop_node.engine.schedule import Schedule
-from pop_node.engine.scheduler import Scheduler
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.scheduling.schedule import Schedule
+from pop_node.engine.scheduling.scheduler import Scheduler
+from pop_node.engine.scheduling.sequence import Sequence
 from tests.fakes.fake_model import FakeModel, answer, chain
 
 

@@ -15,7 +15,12 @@ from pop_node.engine.messages import (
     Release,
     Retarget,
 )
-from pop_node.engine.schedule import TransferBound, TransferClosed, TransferRenamed, TransferUnbound
+from pop_node.engine.scheduling.schedule import (
+    TransferBound,
+    TransferClosed,
+    TransferRenamed,
+    TransferUnbound,
+)
 from tests.fakes.fake_model import VOCABULARY, answer
 
 

@@ -17,7 +17,7 @@ from pop_node.engine.messages import (
     Retarget,
     Token,
 )
-from pop_node.engine.schedule import (
+from pop_node.engine.scheduling.schedule import (
     Effect,
     TransferBound,
     TransferClosed,
@@ -25,7 +25,7 @@ from pop_node.engine.schedule import (
     TransferRenamed,
     TransferUnbound,
 )
-from pop_node.engine.speculation import Speculation
+from pop_node.engine.scheduling.speculation import Speculation
 from tests.fakes.fake_model import VOCABULARY, FakeModel, answer
 
 BLOCKS, BLOCK_TOKENS = 12, 3

@@ -8,7 +8,7 @@ from engine_builders import an_add
 from stepped_engine import Engine
 
 from pop_node.engine.messages import Ended, Token
-from pop_node.engine.speculation import Speculation
+from pop_node.engine.scheduling.speculation import Speculation
 from tests.fakes.fake_model import FakeModel, answer
 
 WORDS = 2

@@ -10,10 +10,10 @@ from engine_builders import an_add
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.engine.drafter import LONGEST_PAUSE, Drafter
-from pop_node.engine.sequence import Sequence
-from pop_node.engine.speculation import Speculation
-from pop_node.engine.step_cost import MAX_AGE, StepCost
+from pop_node.engine.scheduling.drafter import LONGEST_PAUSE, Drafter
+from pop_node.engine.scheduling.sequence import Sequence
+from pop_node.engine.scheduling.speculation import Speculation
+from pop_node.engine.scheduling.step_cost import MAX_AGE, StepCost
 
 REPEATING = [1, 2, 3, 4] * 5
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pop_node.engine.kv_mover import HostMover
 from pop_node.engine.messages import Import, Staged, StageFrom
-from pop_node.engine.stager import Stager
+from pop_node.engine.staging.kv_mover import HostMover
+from pop_node.engine.staging.stager import Stager
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.kv_stream.staging import Staging, StagingLayout
 from wire.errors import ConfigError

@@ -10,10 +10,18 @@ from engine_builders import an_add
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.engine.batch import build_batch
-from pop_node.engine.schedule import Row, Schedule
-from pop_node.engine.sequence import Sequence
-from pop_node.engine.step_layout import ALIGNMENT, Fields, StepShape, cut, cut_host, fill, spans
+from pop_node.engine.running.batch import build_batch
+from pop_node.engine.running.step_layout import (
+    ALIGNMENT,
+    Fields,
+    StepShape,
+    cut,
+    cut_host,
+    fill,
+    spans,
+)
+from pop_node.engine.scheduling.schedule import Row, Schedule
+from pop_node.engine.scheduling.sequence import Sequence
 
 SIZE, BLOCKS, WORDS = 4, 64, 3
 

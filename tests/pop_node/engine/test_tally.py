@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop_node.engine.tally import Tally
+from pop_node.engine.scheduling.tally import Tally
 
 
 @given(

@@ -20,7 +20,8 @@ import torch
 from pop_node.models import registry
 from pop_node.store import layout
 from pop_node.store.cuda_arena import TURNS, CudaArena
-from pop_node.store.host_arena import HostArena, aligned_memory
+from pop_node.store.host_arena import HostArena
+from pop_node.store.host_memory import aligned_memory
 from pop_node.store.load_plan import plan_load
 from pop_node.store.loader import load_chunks
 from pop_node.store.store import Bundle, Store

@@ -22,7 +22,8 @@ from kernels.ops import load_ops
 from pop_node.models.registry import load, load_model, load_weights
 from pop_node.store import host_arena, layout
 from pop_node.store.holding import Hold
-from pop_node.store.host_arena import HUGE_PAGE_BYTES, PREPARE_BYTES, HostArena, aligned_memory
+from pop_node.store.host_arena import PREPARE_BYTES, HostArena
+from pop_node.store.host_memory import HUGE_PAGE_BYTES, aligned_memory
 from pop_node.store.load_plan import LoadPlan, plan_load
 from pop_node.store.loader import load_chunks, readers
 from pop_node.store.store import Bundle, Store

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pop_node.store.host_arena import HUGE_PAGE_BYTES
+from pop_node.store.host_memory import HUGE_PAGE_BYTES
 from pop_node.store.spare_memory import SpareMemory
 
 MB = 1 << 20

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pop_node.engine.messages import Add
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.scheduling.sequence import Sequence
 
 SEED_LIMIT = 2**64
 TOP_K_LIMIT = 2**31

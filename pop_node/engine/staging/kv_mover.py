@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from pop_node.engine.cuda_device import Device
+from pop_node.engine.running.cuda_device import Device
 
 Move = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, bool], None]
 """(cache, piece, slots [tokens] int64, first layer, whether into the piece); all on the device."""

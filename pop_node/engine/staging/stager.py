@@ -18,10 +18,10 @@ from threading import Lock
 
 import torch
 
-from pop_node.engine.exports import Export
-from pop_node.engine.kv_mover import Arrived, Mover
 from pop_node.engine.messages import Import, Staged, StageFrom
-from pop_node.engine.schedule import Side
+from pop_node.engine.scheduling.schedule import Side
+from pop_node.engine.staging.exports import Export
+from pop_node.engine.staging.kv_mover import Arrived, Mover
 from pop_node.kv_stream.spec import DTYPE_BYTES, KvSpec, Piece
 from pop_node.kv_stream.staging import Staging
 from wire.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 
-from pop_node.engine.lookup import Lookup
+from pop_node.engine.scheduling.lookup import Lookup
 
 MAX_DRAFT = 8
 """Longest draft. Guess: where nine of ten guesses are right, five of eight are kept."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kernels.meta import AttentionMeta
-from pop_node.engine.schedule import Schedule
+from pop_node.engine.scheduling.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

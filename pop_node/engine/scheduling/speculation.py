@@ -17,9 +17,9 @@ fails.
 
 from __future__ import annotations
 
-from pop_node.engine.drafter import MAX_CHANCE, Drafter
-from pop_node.engine.sequence import Sequence
-from pop_node.engine.step_cost import StepCost
+from pop_node.engine.scheduling.drafter import MAX_CHANCE, Drafter
+from pop_node.engine.scheduling.sequence import Sequence
+from pop_node.engine.scheduling.step_cost import StepCost
 
 LEAST_THRESHOLD = 1e-3
 """Below this a draft is as long as drafts get. Guess."""

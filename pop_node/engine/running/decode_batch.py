@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from kernels.meta import AttentionMeta
-from pop_node.engine.batch import Batch
-from pop_node.engine.schedule import Schedule
+from pop_node.engine.running.batch import Batch
+from pop_node.engine.scheduling.schedule import Schedule
 
 ROOM_ROWS = 16
 ROOM_BLOCKS = 64

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pop_node.engine.messages import Allocated, Declined, Ended, Token
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.scheduling.sequence import Sequence
 
 Side = Literal["export", "import"]
 

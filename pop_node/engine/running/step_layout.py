@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_node.engine.schedule import Row, Schedule
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.scheduling.schedule import Row, Schedule
+from pop_node.engine.scheduling.sequence import Sequence
 
 ALIGNMENT = 64
 """Of each part. Triton makes a kernel of its own for pointers that are not multiples of 16."""

@@ -8,7 +8,7 @@ is written again, since a device computes steps in order.
 
 from __future__ import annotations
 
-from pop_node.engine.schedule import Schedule
+from pop_node.engine.scheduling.schedule import Schedule
 
 
 class Ahead:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from kernels.ops import Ops
-from pop_node.engine.schedule import Row
-from pop_node.engine.sequence import Sequence
-from pop_node.engine.tally import Tally
+from pop_node.engine.scheduling.schedule import Row
+from pop_node.engine.scheduling.sequence import Sequence
+from pop_node.engine.scheduling.tally import Tally
 
 
 def sample(ops: Ops, logits: torch.Tensor, rows: list[Row]) -> list[int]:

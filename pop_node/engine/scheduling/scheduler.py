@@ -18,10 +18,6 @@ from __future__ import annotations
 from bisect import insort
 from typing import assert_never
 
-from pop_node.engine.ahead import Ahead
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.block_table import fit, give_back, hold, register_full
-from pop_node.engine.books import check_books
 from pop_node.engine.messages import (
     Add,
     Allocated,
@@ -33,7 +29,11 @@ from pop_node.engine.messages import (
     Retarget,
     Token,
 )
-from pop_node.engine.schedule import (
+from pop_node.engine.scheduling.ahead import Ahead
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.block_table import fit, give_back, hold, register_full
+from pop_node.engine.scheduling.books import check_books
+from pop_node.engine.scheduling.schedule import (
     Effect,
     Load,
     Row,
@@ -45,10 +45,10 @@ from pop_node.engine.schedule import (
     TransferRenamed,
     TransferUnbound,
 )
-from pop_node.engine.sequence import Sequence
-from pop_node.engine.speculation import Speculation
-from pop_node.engine.validate import Limits, problem_with_add, problem_with_commit
-from pop_node.engine.waiting import Waiting, age
+from pop_node.engine.scheduling.sequence import Sequence
+from pop_node.engine.scheduling.speculation import Speculation
+from pop_node.engine.scheduling.validate import Limits, problem_with_add, problem_with_commit
+from pop_node.engine.scheduling.waiting import Waiting, age
 
 Command = Add | Drop | Retarget | Release | Commit
 

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from itertools import chain
 
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.scheduling.sequence import Sequence
 
 
 def age(sequence: Sequence) -> int:

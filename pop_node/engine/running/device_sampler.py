@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from kernels.triton.penalties import penalize
 from kernels.triton.sampling import PARAMETERS, pack_parameters, sample_on_device
-from pop_node.engine.sampler import penalize_row
-from pop_node.engine.schedule import Schedule
+from pop_node.engine.running.sampler import penalize_row
+from pop_node.engine.scheduling.schedule import Schedule
 
 
 class DeviceSampler:

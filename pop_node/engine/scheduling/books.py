@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.sequence import Sequence
-from pop_node.engine.waiting import Waiting, age
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.sequence import Sequence
+from pop_node.engine.scheduling.waiting import Waiting, age
 
 
 def check_books(

@@ -5,8 +5,8 @@ Pure; decides nothing: the scheduler says who may have how many blocks.
 
 from __future__ import annotations
 
-from pop_node.engine.block_pool import BlockPool
-from pop_node.engine.sequence import Sequence
+from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.sequence import Sequence
 
 
 def fit(pool: BlockPool, sequence: Sequence) -> tuple[list[int], int]:

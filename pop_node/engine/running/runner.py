@@ -9,10 +9,10 @@ import torch
 
 from kernels.meta import AttentionMeta
 from kernels.ops import Ops
-from pop_node.engine.batch import Batch, build_batch
-from pop_node.engine.decode_batch import DecodeBatches, decodes
-from pop_node.engine.sampler import sample
-from pop_node.engine.schedule import Schedule
+from pop_node.engine.running.batch import Batch, build_batch
+from pop_node.engine.running.decode_batch import DecodeBatches, decodes
+from pop_node.engine.running.sampler import sample
+from pop_node.engine.scheduling.schedule import Schedule
 from pop_node.kv_stream.spec import KvSpec
 
 OnLayer = Callable[[int], None]

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from kernels.meta import AttentionMeta
-from pop_node.engine.cuda_device import Device
-from pop_node.engine.graph_plan import Bucket, GraphPlan
-from pop_node.engine.runner import Model, OnLayer
-from pop_node.engine.schedule import Schedule
-from pop_node.engine.sequence import Sequence
-from pop_node.engine.step_layout import Fields, StepShape, cut, cut_host, fill, spans
+from pop_node.engine.running.cuda_device import Device
+from pop_node.engine.running.graph_plan import Bucket, GraphPlan
+from pop_node.engine.running.runner import Model, OnLayer
+from pop_node.engine.running.step_layout import Fields, StepShape, cut, cut_host, fill, spans
+from pop_node.engine.scheduling.schedule import Schedule
+from pop_node.engine.scheduling.sequence import Sequence
 
 DEPTH = 2
 """Steps under way: one is computed while the next is queued. A third would only wait, and know yet

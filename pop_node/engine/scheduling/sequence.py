@@ -10,9 +10,9 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pop_node.engine.drafter import Drafter
 from pop_node.engine.messages import Add, Leg
-from pop_node.engine.tally import NO_PENALTIES, Tally
+from pop_node.engine.scheduling.drafter import Drafter
+from pop_node.engine.scheduling.tally import NO_PENALTIES, Tally
 
 Phase = Literal["waiting", "receiving", "running", "pinned", "ended"]
 """waiting: queued, holds nothing. receiving: a decode leg whose blocks wait for their KV. running:

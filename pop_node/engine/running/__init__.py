@@ -1,0 +1,1 @@
+"""From a schedule to tokens, on the host or on an accelerator."""

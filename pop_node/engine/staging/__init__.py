@@ -1,0 +1,1 @@
+"""Copies of KV between the cache and the memory that engine and agent share."""
