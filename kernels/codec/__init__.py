@@ -40,6 +40,7 @@ __all__ = [
     "decoded_bytes",
     "describe",
     "encode",
+    "is_native",
 ]
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,11 @@ def _codec() -> _Codec:
     except NativeUnavailableError as exc:
         logger.warning("lossless coding by the slow reference: %s", exc)
         return reference
+
+
+def is_native() -> bool:
+    """Whether C does the work here; loads the library, which may mean to compile it."""
+    return isinstance(_codec(), NativeCodec)
 
 
 def _bytes_of(data: Buffer, what: str) -> Bytes:

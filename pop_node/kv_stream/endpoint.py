@@ -17,6 +17,7 @@ from functools import partial
 from typing import assert_never
 
 from pop_node.kv_stream import events as ev
+from pop_node.kv_stream.codec_threads import CodecThreads
 from pop_node.kv_stream.connection import Connection
 from pop_node.kv_stream.frames import MAX_VERSION, MIN_VERSION, FromReceiver, FromSender, Hello
 from pop_node.kv_stream.intake import Intake
@@ -70,9 +71,11 @@ class KvEndpoint:
         self._wake_at: float | None = None
         self._numbers = itertools.count()
         self._stop = asyncio.Event()
+        self.codec = CodecThreads()
         self._links = Links(
             self._hello,
             staging,
+            self.codec,
             dialer,
             client_ssl,
             authorize,
@@ -145,9 +148,11 @@ class KvEndpoint:
 
     async def _run(self, started: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as self._tasks:
+            self.codec.start(self._tasks)
             started.set()
             await self._stop.wait()
             self._links.stop_dialling()
+            self.codec.stop()
 
     # ---- prefill side --------------------------------------------------------------------------
 
@@ -181,6 +186,7 @@ class KvEndpoint:
                 prompt_tokens,
                 prompt_digest,
                 deadline,
+                self.codec.codecs,
             )
         )
 
@@ -238,6 +244,7 @@ class KvEndpoint:
                 prompt_digest,
                 deadline,
                 max_ids,
+                self.codec.codecs,
             )
         )
 
@@ -342,6 +349,9 @@ class KvEndpoint:
                         conn.send(message)
                 case ev.ReceiveInto(slot):
                     self._into = slot
+                case ev.Unpack(slot, nbytes, kv_bytes):
+                    done = partial(self._unpacked, slot)
+                    self.codec.unpack(self._staging.slot(slot), nbytes, kv_bytes, done)
                 case ev.Import(transfer, slot, piece):
                     self._events.on_import(transfer, slot, piece)
                 case ev.Committed(transfer, ids):
@@ -350,6 +360,9 @@ class KvEndpoint:
                     self._events.on_failed(transfer, error, kept_tokens)
                 case _:
                     assert_never(effect)
+
+    def _unpacked(self, slot: int, is_sound: bool) -> None:
+        self._to_receiver(ev.Unpacked(slot, is_sound))
 
     # ---- the timer -----------------------------------------------------------------------------
 

@@ -8,10 +8,73 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pop_node.kv_stream.frames import MIN_VERSION, Data, ToReceiver, ToSender
+from pop_node.kv_stream.frames import CODEC_RAW, MIN_VERSION, ToReceiver, ToSender
+from pop_node.kv_stream.receiver_events import (
+    Allocated,
+    Committed,
+    ConnLost,
+    ConnRtt,
+    DataBegins,
+    DataEnded,
+    DataMoved,
+    Expected,
+    FrameIn,
+    Import,
+    Imported,
+    ReceiveInto,
+    Reply,
+    Starving,
+    Unpack,
+    Unpacked,
+)
 from pop_node.kv_stream.spec import KvSpec, Piece
 from wire.errors import MeshError
 from wire.messages import TransferReport
+
+__all__ = [
+    "HOT_EVENTS",
+    "Allocated",
+    "Cancelled",
+    "CommitReady",
+    "Committed",
+    "ComputeEnded",
+    "ComputeStarted",
+    "ConnLost",
+    "ConnRtt",
+    "Connect",
+    "DataBegins",
+    "DataEnded",
+    "DataMoved",
+    "Delivered",
+    "EngineLost",
+    "Expected",
+    "Failed",
+    "FrameIn",
+    "FromPeer",
+    "Import",
+    "Imported",
+    "LinkDown",
+    "LinkRtt",
+    "LinkUp",
+    "Opened",
+    "ReceiveInto",
+    "ReceiverEffect",
+    "ReceiverEvent",
+    "Reply",
+    "SendPiece",
+    "SenderEffect",
+    "SenderEvent",
+    "Sending",
+    "SlotFree",
+    "StageFrom",
+    "Staged",
+    "Starving",
+    "Tell",
+    "Tick",
+    "Unpack",
+    "Unpacked",
+    "Written",
+]
 
 # ---- both machines: events ---------------------------------------------------------------------
 
@@ -42,7 +105,8 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Start a transfer of the KV of ``prompt_tokens`` tokens to ``peer``."""
+    """Start a transfer of the KV of ``prompt_tokens`` tokens to ``peer``; ``codecs`` are those that
+    can be sent."""
 
     transfer: bytes
     attempt: int
@@ -54,6 +118,7 @@ class Opened:
     prompt_tokens: int
     prompt_digest: bytes
     deadline: float
+    codecs: tuple[str, ...] = (CODEC_RAW,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +174,13 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """A slot's frame goes to the transport; ``wire_bytes`` includes its header."""
+    """A slot's frame goes to the transport: ``nbytes`` bytes of KV in ``wire_bytes``, which include
+    its header."""
 
     transfer: bytes
     nbytes: int
     wire_bytes: int
+    codec: str = CODEC_RAW
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +248,10 @@ class Tell:
 
 @dataclass(frozen=True, slots=True)
 class SendPiece:
-    """Send a staged piece on any connection of the link; answer ``Sending``, then ``Written``."""
+    """Send a staged piece on any connection of the link; answer ``Sending``, then ``Written``.
+
+    ``dtype``: it may be packed, as values of this type.
+    """
 
     address: str
     transfer: bytes
@@ -189,6 +259,7 @@ class SendPiece:
     slot: int
     piece: Piece
     nbytes: int
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,100 +306,7 @@ class Failed:
 
 SenderEffect = Connect | Tell | SendPiece | StageFrom | SlotFree | Delivered | Failed
 
-# ---- receiver: events --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """A decode leg awaits this transfer; ``Commit`` may carry 1 to ``max_ids`` ids."""
-
-    transfer: bytes
-    attempt: int
-    peer: str
-    model: str
-    identity: str
-    spec: KvSpec
-    prompt_tokens: int
-    prompt_digest: bytes
-    deadline: float
-    max_ids: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Allocated:
-    """The engine has all blocks; tokens [0, have_tokens) are in its cache already."""
-
-    transfer: bytes
-    have_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class FrameIn:
-    """``peer`` (as authenticated) said something about a transfer on connection ``conn``, which
-    belongs to its link number ``link``; 0 when the peer numbers none (version 1)."""
-
-    conn: int
-    peer: str
-    message: ToReceiver
-    link: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class DataBegins:
-    """A ``Data`` header arrived; ``ReceiveInto`` names the payload's slot, no effect skips it."""
-
-    conn: int
-    peer: str
-    data: Data
-    nbytes: int
-    link: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class DataMoved:
-    """So far ``nbytes`` of the payload that comes into ``slot`` have arrived: on a link where a
-    slot takes seconds, this is all the progress there is to see."""
-
-    slot: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class DataEnded:
-    """The payload is in ``slot``; ``checksum`` was computed over what arrived."""
-
-    slot: int
-    checksum: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """The engine is done with an import slot."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class ConnRtt:
-    conn: int
-    rtt_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ConnLost:
-    """The connection is gone and writes to no slot any more; ``is_silent`` as in ``LinkDown``."""
-
-    conn: int
-    error: MeshError
-    is_silent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Starving:
-    """Whether the engine computes nothing while sequences wait for blocks."""
-
-    is_starving: bool
-
+# ---- receiver ------------------------------------------------------------------------------------
 
 ReceiverEvent = (
     Expected
@@ -337,6 +315,7 @@ ReceiverEvent = (
     | DataBegins
     | DataMoved
     | DataEnded
+    | Unpacked
     | Imported
     | ConnRtt
     | ConnLost
@@ -353,44 +332,10 @@ HOT_EVENTS = (
     FromPeer,
     DataBegins,
     DataEnded,
+    Unpacked,
     Imported,
 )
 """Events of the data path. The waits that they begin (5 s and more) end after the next ping of the
 live connection that they came over (2 s), so the timer need not be looked at for each of them."""
 
-# ---- receiver: effects -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Send a control frame on connection ``conn``, if it still exists."""
-
-    conn: int
-    message: ToSender
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiveInto:
-    """The payload of the ``Data`` just announced goes into this import slot."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Import:
-    """A verified piece lies in ``slot``; the engine scatters it and answers ``Imported``."""
-
-    transfer: bytes
-    slot: int
-    piece: Piece
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The transfer ended well: all KV is in the engine's blocks; go on after ``ids``."""
-
-    transfer: bytes
-    ids: tuple[int, ...]
-
-
-ReceiverEffect = Reply | ReceiveInto | Import | Committed | Failed
+ReceiverEffect = Reply | ReceiveInto | Unpack | Import | Committed | Failed

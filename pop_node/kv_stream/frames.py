@@ -39,6 +39,11 @@ models of today."""
 CODEC_RAW = "raw"
 """Payload bytes as they lie in the cache, ``[layer, token, *component.shape]``."""
 
+CODEC_PACKED = "packed-1"
+"""The same bytes as one block of ``kernels.codec``, format 1, which is shorter than they are. Where
+it is granted, each piece comes packed or raw as its sender likes; nodes that do not know it neither
+offer nor grant it."""
+
 PREFIX = struct.Struct("<II")
 _PLACE = struct.Struct("<16sIIIIIII")
 _SCRATCH_BYTES = 4096
@@ -94,7 +99,8 @@ class Pong(_Frame, frozen=True, tag=4):
 
 
 class Open(_Frame, frozen=True, tag=16):
-    """P -> D: this transfer begins here. Everything but ``codecs`` must equal what D was told.
+    """P -> D: this transfer begins here. Everything but ``codecs`` must equal what D was told;
+    ``codecs`` are those that P can send, raw always among them.
 
     Said again over a new link, it takes the transfer up where it was; ``resumed`` says that it was
     granted before, so that a D which does not know it need not wait to be told (version 2).
@@ -112,7 +118,8 @@ class Open(_Frame, frozen=True, tag=16):
 
 
 class Data(_Frame, frozen=True, tag=17):
-    """P -> D: one piece; its payload follows. ``checksum`` is ``data_checksum`` of both."""
+    """P -> D: one piece; its payload follows. ``checksum`` is ``data_checksum`` of both, over the
+    payload as it travels."""
 
     transfer: TransferId
     attempt: U32
@@ -152,7 +159,8 @@ class Grant(_Frame, frozen=True, tag=32):
 
     One ``Data`` frame uses ``Hello.slot_bytes`` of credit, however short its payload: credit is
     staging slots times their size, so a frame within its credit always finds a slot. Credit and
-    ``Ack.received_bytes`` count from this ``Grant`` on.
+    ``Ack.received_bytes`` count from this ``Grant`` on. ``codec`` is what payloads may come in,
+    besides raw.
 
     ``arrived``, when the transfer was granted before: per group, component and layer of the
     ``KvSpec``, in this order, how many tokens at the beginning are here (version 2).
@@ -177,8 +185,8 @@ class Deny(_Frame, frozen=True, tag=33):
 
 
 class Ack(_Frame, frozen=True, tag=34):
-    """D -> P: ``received_bytes`` payload bytes in all have arrived, parts of pieces counted; more
-    credit, or none."""
+    """D -> P: ``received_bytes`` bytes of KV in all have arrived, parts of pieces counted, packed
+    ones by their share of the piece; more credit, or none."""
 
     transfer: TransferId
     attempt: U32

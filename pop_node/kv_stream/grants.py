@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from pop_node.kv_stream.credit import SlotPool
 from pop_node.kv_stream.events import Reply
-from pop_node.kv_stream.frames import CODEC_RAW, Ack, Grant
+from pop_node.kv_stream.frames import Ack, Grant
 from pop_node.kv_stream.incoming import Incoming
 
 
@@ -69,5 +69,5 @@ class Grants:
         incoming.granted = True
         incoming.grants += 1
         incoming.last_progress = now
-        grant = Grant(e.transfer, e.attempt, credit_bytes, have, CODEC_RAW, arrived)
+        grant = Grant(e.transfer, e.attempt, credit_bytes, have, incoming.codec, arrived)
         return Reply(incoming.conn, grant)

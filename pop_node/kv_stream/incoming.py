@@ -22,7 +22,7 @@ IMPORT_WAIT_S = 30.0
 
 @dataclass(slots=True)
 class Landed:
-    """A piece whose bytes come in, ``nbytes`` of them so far."""
+    """A piece whose bytes come in, or are unpacked: ``nbytes`` bytes of KV so far."""
 
     piece: Piece
     nbytes: int = 0
@@ -44,6 +44,7 @@ class Incoming:
     coverage: Coverage = field(init=False)
     conn: int | None = None
     link: int = 0
+    codec: str = CODEC_RAW
     rtt_s: float = 0.0
     have_tokens: int | None = None
     granted: bool = False
@@ -56,8 +57,9 @@ class Incoming:
     def __post_init__(self) -> None:
         self.coverage = Coverage(self.expected.spec)
 
-    def attach(self, conn: int, link: int, now: float) -> None:
-        """The peer opened the transfer here, or took it up again after its connection broke.
+    def attach(self, conn: int, link: int, codecs: list[str], now: float) -> None:
+        """The peer, which has these ``codecs``, opened the transfer here, or took it up again after
+        its connection broke.
 
         What lies behind a hole is forgotten: the peer sends each place from its first missing token
         on. So is a ``Commit``, which the peer will repeat.
@@ -67,6 +69,7 @@ class Incoming:
         self.landing.clear()
         self.received_bytes, self.ids = 0, None
         self.conn, self.link, self.last_progress = conn, link, now
+        self.codec = next(codec for codec in self.expected.codecs if codec in codecs)
 
     def detach(self, now: float, *, is_silent: bool = False) -> None:
         """The connection broke; what is verified stays. A peer that was silent has used up its
@@ -86,7 +89,7 @@ class Incoming:
 
     @property
     def bytes_seen(self) -> int:
-        """Payload bytes that arrived over this link, those of unfinished pieces too."""
+        """Bytes of KV that arrived over this link, those of unfinished pieces too."""
         return self.received_bytes + sum(landed.nbytes for landed in self.landing.values())
 
     @property
@@ -165,13 +168,15 @@ class Incoming:
         piece = data.piece
         if not self.granted or self.have_tokens is None:
             return violation("Data before the Grant")
-        if data.codec != CODEC_RAW:
+        if data.codec not in (CODEC_RAW, self.codec):
             return violation(f"Data in codec {data.codec!r}, which was not granted")
         wrong = validate_piece(self.expected.spec, piece)
         if wrong is not None:
             return violation(f"Data for {wrong}")
-        if nbytes != piece.nbytes(self.expected.spec) or nbytes > slot_bytes:
-            return violation(f"Data with {nbytes} bytes for {piece.nbytes(self.expected.spec)}")
+        whole = piece.nbytes(self.expected.spec)
+        fits = nbytes == whole if data.codec == CODEC_RAW else nbytes < whole
+        if not fits or whole > slot_bytes:
+            return violation(f"Data with {nbytes} bytes ({data.codec}) for {whole}")
         if piece.token_lo < self.have_tokens or piece.token_hi > self.most_tokens:
             return violation(
                 f"Data for tokens [{piece.token_lo}, {piece.token_hi}), wanted are "
@@ -196,7 +201,7 @@ class Incoming:
 
 @dataclass(slots=True)
 class ReceiverCounts:
-    """Totals since the start."""
+    """Totals since the start; bytes of KV, and of the payloads that carried them."""
 
     expected: int = 0
     committed: int = 0
@@ -206,6 +211,8 @@ class ReceiverCounts:
     late_frames: int = 0
     bad_checksums: int = 0
     received_bytes: int = 0
+    received_wire_bytes: int = 0
+    unpacked_pieces: int = 0
 
 
 def _short(identity: str) -> str:

@@ -1,8 +1,8 @@
-"""Import slots in use: pieces whose bytes come in, and pieces that the engine reads.
+"""Import slots in use: pieces whose bytes come in, are unpacked, or are read by the engine.
 
 Pure. A slot that is taken here stays taken, whatever becomes of its transfer, until its bytes are
-in or its connection is gone, and the engine let go of it: late bytes never land in a slot that has
-a new owner.
+in or its connection is gone, its block is unpacked, and the engine let go of it: late bytes never
+land in a slot that has a new owner.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Landing:
     def __init__(self, pool: SlotPool) -> None:
         self.pool = pool
         self._receiving: dict[int, Receiving] = {}
+        self._unpacking: dict[int, Receiving] = {}
         self._importing: dict[int, Importing] = {}
 
     def begin(self, receiving: Receiving) -> int | None:
@@ -51,9 +52,17 @@ class Landing:
         """What is being received into a slot."""
         return self._receiving[slot]
 
+    def unpack(self, slot: int) -> None:
+        """The bytes are in; a thread unpacks them, whether or not their connection lives on."""
+        self._unpacking[slot] = self._receiving.pop(slot)
+
+    def unpacking(self, slot: int) -> Receiving:
+        """What is being unpacked in a slot."""
+        return self._unpacking[slot]
+
     def end(self, slot: int, importing: Importing | None) -> None:
-        """The bytes are in; the engine reads them now, or nobody wants them."""
-        del self._receiving[slot]
+        """The piece is there; the engine reads it now, or nobody wants it."""
+        del (self._unpacking if slot in self._unpacking else self._receiving)[slot]
         if importing is None:
             self.pool.release(slot)
         else:

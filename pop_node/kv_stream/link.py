@@ -1,8 +1,9 @@
 """The prefill side's connections to one decode node: dialling, striping, measuring.
 
 Pieces of all transfers wait in one queue; whichever connection can write takes the next one, so the
-faster stripe carries more. Control frames go over the first connection. When one connection is lost
-the link is lost: what was in flight on it is unknown. Those transfers go on over a new link.
+faster stripe carries more. Where packing pays, a few are packed ahead of that. Control frames go
+over the first connection. When one connection is lost the link is lost: what was in flight on it is
+unknown. Those transfers go on over a new link.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+from pop_node.kv_stream.codec_threads import CodecThreads
 from pop_node.kv_stream.connection import Connection, PieceFrame
 from pop_node.kv_stream.events import (
     FromPeer,
@@ -26,6 +30,7 @@ from pop_node.kv_stream.events import (
 )
 from pop_node.kv_stream.faults import violation
 from pop_node.kv_stream.frames import (
+    CODEC_PACKED,
     CODEC_RAW,
     Abort,
     Ack,
@@ -41,6 +46,7 @@ from pop_node.kv_stream.frames import (
     sender_decoder,
 )
 from pop_node.kv_stream.liveness import MIN_WAIT_S
+from pop_node.kv_stream.packing import PackingRule
 from pop_node.kv_stream.rates import RateMeter
 from pop_node.kv_stream.staging import Staging
 from wire.errors import MeshError, PeerError
@@ -49,7 +55,20 @@ from wire.messages import LinkRate
 STRIPES = 2
 """Connections per link: a loss halves the window of one of them only. Guess."""
 
+AHEAD = 2 * STRIPES
+"""Pieces that are ready to be written or being packed: the next for each stripe, and another that
+is packed meanwhile. More would be decided on what was measured long ago."""
+
 Authorize = Callable[[str, ssl.SSLObject | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A piece as it will be written."""
+
+    item: SendPiece
+    payload: memoryview
+    codec: str
 
 
 class PeerLink:
@@ -62,6 +81,7 @@ class PeerLink:
         peer: str,
         hello: Hello,
         staging: Staging,
+        codec: CodecThreads,
         emit: Callable[[SenderEvent], None],
         is_open: Callable[[bytes], bool],
         authorize: Authorize,
@@ -76,11 +96,15 @@ class PeerLink:
         self.is_down = False
         self._hello = hello
         self._staging = staging
+        self._codec = codec
+        self._packing_rule = PackingRule()
         self._emit = emit
         self._is_open = is_open
         self._authorize = authorize
         self._watch = watch
         self._queue: deque[SendPiece] = deque()  # bounded by the export slots
+        self._ready: deque[_Ready] = deque()  # with those being packed, at most AHEAD
+        self._packing = 0
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -123,8 +147,8 @@ class PeerLink:
             self._emit(Written(piece.slot))
             return
         self._queue.append(piece)
-        for conn in self.connections:
-            conn.flush()
+        self._prepare()
+        self._flush()
 
     def close(self, error: MeshError, *, is_silent: bool = False) -> None:
         """End the link: every connection goes, queued slots come back, ``LinkDown`` once."""
@@ -133,6 +157,8 @@ class PeerLink:
         self.is_down = True
         while self._queue:
             self._emit(Written(self._queue.popleft().slot))
+        while self._ready:
+            self._emit(Written(self._ready.popleft().item.slot))
         for conn in self.connections:
             conn.fail(error)
         self._emit(LinkDown(self.key, error, is_silent))
@@ -175,14 +201,16 @@ class PeerLink:
         self._emit(LinkRtt(self.key, self.rtt_s))
 
     def next_piece(self, conn: Connection[FromReceiver]) -> PieceFrame | None:
-        while self._queue:
-            item = self._queue.popleft()
+        while True:
+            self._prepare()
+            if not self._ready:
+                return None  # what is being packed asks again
+            ready = self._ready.popleft()
+            item, payload, p = ready.item, ready.payload, ready.item.piece
             if not self._is_open(item.transfer):
                 self._emit(Written(item.slot))
                 continue
-            payload = self._staging.slot(item.slot)[: item.nbytes]
-            p = item.piece
-            checksum = data_checksum(item.transfer, item.attempt, p, CODEC_RAW, payload)
+            checksum = data_checksum(item.transfer, item.attempt, p, ready.codec, payload)
             data = Data(
                 item.transfer,
                 item.attempt,
@@ -192,14 +220,15 @@ class PeerLink:
                 p.layer_hi,
                 p.token_lo,
                 p.token_hi,
-                CODEC_RAW,
+                ready.codec,
                 checksum,
             )
-            head = encode(data, item.nbytes)
+            head = encode(data, len(payload))
             self.rates.sent(item.transfer, item.nbytes)
-            self._emit(Sending(item.transfer, item.nbytes, len(head) + item.nbytes))
+            self._packing_rule.sent(item.nbytes, len(payload))
+            wire_bytes = len(head) + len(payload)
+            self._emit(Sending(item.transfer, item.nbytes, wire_bytes, ready.codec))
             return PieceFrame(head, payload, item.slot)
-        return None
 
     def on_written(self, conn: Connection[FromReceiver], slot: int) -> None:
         self._emit(Written(slot))
@@ -209,6 +238,40 @@ class PeerLink:
 
     def on_lost(self, conn: Connection[FromReceiver], error: MeshError) -> None:
         self.close(error, is_silent=conn.is_silent)
+
+    def _prepare(self) -> None:
+        """Decide how the next pieces go, and have those packed for which it pays."""
+        while self._queue and len(self._ready) + self._packing < AHEAD:
+            item = self._queue.popleft()
+            if not self._is_open(item.transfer):
+                self._emit(Written(item.slot))
+                continue
+            payload = self._staging.slot(item.slot)[: item.nbytes]
+            rate = self.rates.limit(time.monotonic())
+            if item.dtype is None or not self._packing_rule.wants(rate):
+                self._ready.append(_Ready(item, payload, CODEC_RAW))
+                continue
+            self._packing += 1
+            self._codec.pack(payload, item.dtype, partial(self._packed, item, payload))
+
+    def _packed(
+        self, item: SendPiece, payload: memoryview, block: bytes | None, seconds: float
+    ) -> None:
+        self._packing -= 1
+        if self.is_down:
+            self._emit(Written(item.slot))
+            return
+        codec = CODEC_RAW
+        if block is not None:
+            self._packing_rule.packed(item.nbytes, len(block), seconds)
+            if len(block) < item.nbytes:
+                payload, codec = memoryview(block), CODEC_PACKED
+        self._ready.append(_Ready(item, payload, codec))
+        self._flush()
+
+    def _flush(self) -> None:
+        for conn in self.connections:
+            conn.flush()
 
     def _check_up(self) -> None:
         peers = [conn.peer for conn in self.connections if conn.peer is not None]

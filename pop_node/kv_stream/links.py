@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from pop_node.kv_stream.codec_threads import CodecThreads
 from pop_node.kv_stream.connection import Connection
 from pop_node.kv_stream.events import SenderEvent, SendPiece
 from pop_node.kv_stream.frames import FromReceiver, Hello, ToReceiver
@@ -37,6 +38,7 @@ class Links:
         self,
         hello: Hello,
         staging: Staging,
+        codec: CodecThreads,
         dialer: Dialer,
         client_ssl: ssl.SSLContext | None,
         authorize: Authorize,
@@ -47,6 +49,7 @@ class Links:
     ) -> None:
         self._hello = hello
         self._staging = staging
+        self._codec = codec
         self._dialer = dialer
         self._client_ssl = client_ssl
         self._authorize = authorize
@@ -78,6 +81,7 @@ class Links:
             peer,
             msgspec.structs.replace(self._hello, link=next(self._link_numbers)),
             self._staging,
+            self._codec,
             self._emit,
             self._is_open,
             self._authorize,

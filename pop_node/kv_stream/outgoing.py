@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kernels.codec.layout import FLOAT_TYPES
 from pop_node.kv_stream.coverage import Coverage, validate_piece
 from pop_node.kv_stream.events import Opened, Staged
 from pop_node.kv_stream.frames import CODEC_RAW, Commit, Grant, Open
 from pop_node.kv_stream.liveness import dial_limit_s, wait_limit_s
 from pop_node.kv_stream.report import TransferMeter
+from pop_node.kv_stream.spec import Piece
 from wire.errors import MeshError
 
 State = Literal["connecting", "opening", "granted", "committing"]
@@ -66,10 +68,11 @@ class Outgoing:
     """State of one transfer.
 
     ``sent_bytes`` and ``acked_bytes`` count from the last ``Grant``; ``sure_bytes`` is what was
-    there before it. ``waiting_since`` is the last progress before the wait for a link, which lasts
-    until ``dial_until`` at least; ``moved_at`` is the last step towards the end, ``incarnation``
-    the decode node's that was told of the transfer. ``is_late``: it came after the dial that it
-    waits for had begun, when perhaps nobody listened yet, and is owed one of its own.
+    there before it; all three are of KV, however it travels. ``waiting_since`` is the last progress
+    before the wait for a link, which lasts until ``dial_until`` at least; ``moved_at`` is the last
+    step towards the end, ``incarnation`` the decode node's that was told of the transfer.
+    ``is_late``: it came after the dial that it waits for had begun, when perhaps nobody listened
+    yet, and is owed one of its own.
     """
 
     opened: Opened
@@ -82,6 +85,7 @@ class Outgoing:
     was_granted: bool = False
     was_committed: bool = False
     resume: int = 0
+    codec: str = CODEC_RAW
     credit_bytes: int = 0
     have_tokens: int = 0
     queue: deque[Staged] = field(default_factory=deque)  # bounded by the export slots
@@ -107,7 +111,7 @@ class Outgoing:
             o.spec.digest(),
             o.prompt_tokens,
             o.prompt_digest,
-            [CODEC_RAW],
+            list(o.codecs),
             self.was_granted,
         )
 
@@ -128,7 +132,7 @@ class Outgoing:
     def take_grant(self, grant: Grant) -> str | None:
         """Go on from what the decode node has; what is wrong with its ``Grant``, or None."""
         opened, spec = self.opened, self.opened.spec
-        if grant.codec != CODEC_RAW or grant.have_tokens > opened.prompt_tokens:
+        if grant.codec not in opened.codecs or grant.have_tokens > opened.prompt_tokens:
             return "a Grant that does not fit its Open"
         if self.was_granted and grant.have_tokens != self.have_tokens:
             return "a Grant that forgot its cache"
@@ -140,6 +144,7 @@ class Outgoing:
         self.resume += self.was_granted
         self.was_granted = True
         self.state = "granted"
+        self.codec = grant.codec
         self.credit_bytes = grant.credit_bytes
         self.have_tokens = grant.have_tokens
         self.sure_bytes = coverage.nbytes()
@@ -162,6 +167,11 @@ class Outgoing:
         if event.nbytes > slot_bytes:
             return f"a piece of {event.nbytes} bytes does not fit the peer's staging slots"
         return None
+
+    def packs_as(self, piece: Piece) -> str | None:
+        """The type of a piece's values, if there is a codec for it that was granted."""
+        dtype = self.opened.spec.groups[piece.group].components[piece.component].dtype
+        return dtype if self.codec != CODEC_RAW and dtype in FLOAT_TYPES else None
 
     def commit_frame(self) -> Commit | None:
         """The ``Commit``, once all that it needs has been sent."""
@@ -198,7 +208,7 @@ class Outgoing:
 
 @dataclass(slots=True)
 class SenderCounts:
-    """Totals since the start."""
+    """Totals since the start; bytes of KV, and of the data frames that carried them."""
 
     opened: int = 0
     resumed: int = 0
@@ -207,3 +217,6 @@ class SenderCounts:
     denied: int = 0
     late_frames: int = 0
     sent_bytes: int = 0
+    sent_wire_bytes: int = 0
+    packed_pieces: int = 0
+    raw_pieces: int = 0

@@ -25,7 +25,10 @@ requests of a link in use, and one slow hand-over a minute is cheap."""
 
 
 class RateMeter:
-    """Measured rate of one link. ``bytes_per_s`` is the last estimate, of payload; 0 until then."""
+    """Measured rate of one link. ``bytes_per_s`` is the last estimate, of KV; 0 until then.
+
+    Pieces count as what they are unpacked, so a link that carries them packed is faster by that: it
+    is what a hand-over over it takes, which is what routers price."""
 
     def __init__(self) -> None:
         self.bytes_per_s = 0.0
@@ -35,13 +38,26 @@ class RateMeter:
         self._first_ack: float | None = None
         self._bytes = 0  # acknowledged since the first acknowledgement of the period
         self._waited = False
+        self._limited_at: float | None = None
+
+    def limit(self, now: float) -> float:
+        """``current`` where the link, not the prefill, set the pace of late; 0 otherwise.
+
+        The busy period under way counts as soon as it is long enough for a sample.
+        """
+        if self._limited_at is not None and now - self._limited_at <= MEMORY_S:
+            return self.current(now)
+        first = self._first_ack
+        if self._waited and first is not None and first < now and self._bytes >= MIN_SAMPLE_BYTES:
+            return self._bytes / (now - first)
+        return 0.0
 
     def current(self, now: float) -> float:
         """The estimate in bytes per second, 0 if there is none or it is older than ``MEMORY_S``."""
         return self.bytes_per_s if now - self._sampled_at <= MEMORY_S else 0.0
 
     def sent(self, transfer: bytes, nbytes: int) -> None:
-        """Payload bytes of a transfer went to the transport."""
+        """Bytes of a transfer's KV went to the transport."""
         self._unacked[transfer] = self._unacked.get(transfer, 0) + nbytes
 
     def waited(self) -> None:
@@ -73,6 +89,8 @@ class RateMeter:
         self._first_ack, self._bytes, self._waited = None, 0, False
         if first is None or now <= first or nbytes < MIN_SAMPLE_BYTES:
             return
+        if waited:
+            self._limited_at = now
         rate, before = nbytes / (now - first), self.current(now)
         if waited and before:
             self.bytes_per_s = before + GAIN * (rate - before)

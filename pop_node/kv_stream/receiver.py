@@ -25,6 +25,7 @@ from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.credit import SlotPool
 from pop_node.kv_stream.faults import as_text, expired, reported, timed_out
 from pop_node.kv_stream.frames import (
+    CODEC_RAW,
     Abort,
     Commit,
     Data,
@@ -99,6 +100,8 @@ class Receiver:
                 return self._data_moved(slot, nbytes, now)
             case ev.DataEnded(slot, checksum):
                 return self._data_ended(slot, checksum, now)
+            case ev.Unpacked(slot, is_sound):
+                return self._piece_in(slot, self._landing.unpacking(slot), is_sound, now)
             case ev.Imported(slot):
                 return self._imported(slot, now)
             case ev.Expected():
@@ -165,7 +168,7 @@ class Receiver:
         if incoming.conn is not None:  # we have not noticed yet that the older link is gone
             self._detach(incoming, now)
         self.counts.resumed += incoming.grants > 0
-        incoming.attach(caller.conn, caller.link, now)
+        incoming.attach(caller.conn, caller.link, caller.open.codecs, now)
         return self._ready(incoming, now)
 
     def _allocated(self, transfer: bytes, have_tokens: int, now: float) -> list[ev.ReceiverEffect]:
@@ -201,22 +204,35 @@ class Receiver:
         return [ev.ReceiveInto(slot)]
 
     def _data_moved(self, slot: int, nbytes: int, now: float) -> list[ev.ReceiverEffect]:
-        incoming = self._receiver_of(self._landing.coming_into(slot))
+        held = self._landing.coming_into(slot)
+        incoming = self._receiver_of(held)
         if incoming is None or incoming.conn is None:
             return []
-        incoming.landing[slot].nbytes = nbytes
+        kv_bytes = held.data.piece.nbytes(incoming.expected.spec)
+        incoming.landing[slot].nbytes = nbytes * kv_bytes // held.nbytes
         incoming.last_progress = now
         return [self._grants.give(incoming, 0, now)]
 
     def _data_ended(self, slot: int, checksum: bytes, now: float) -> list[ev.ReceiverEffect]:
         held = self._landing.coming_into(slot)
+        incoming, is_sound = self._receiver_of(held), checksum == held.data.checksum
+        if incoming is not None and is_sound and held.data.codec != CODEC_RAW:
+            self._landing.unpack(slot)
+            kv_bytes = held.data.piece.nbytes(incoming.expected.spec)
+            return [ev.Unpack(slot, held.nbytes, kv_bytes)]
+        return self._piece_in(slot, held, is_sound, now)
+
+    def _piece_in(
+        self, slot: int, held: Receiving, is_sound: bool, now: float
+    ) -> list[ev.ReceiverEffect]:
+        """A piece lies in its slot as the engine wants it, or is damaged."""
         incoming = self._receiver_of(held)
         if incoming is None:
             self.counts.late_frames += 1
             self._landing.end(slot, None)
             return [*self._grants.share(now)]
         del incoming.landing[slot]
-        if checksum != held.data.checksum:
+        if not is_sound:
             self.counts.bad_checksums += 1
             self._landing.end(slot, None)
             error = TransferError("a KV piece arrived damaged", code="checksum_mismatch")
@@ -225,9 +241,12 @@ class Receiver:
         self._landing.end(slot, Importing(e.transfer, e.attempt, e.model))
         incoming.coverage.add(held.data.piece)
         incoming.importing += 1
-        incoming.received_bytes += held.nbytes
+        kv_bytes = held.data.piece.nbytes(e.spec)
+        incoming.received_bytes += kv_bytes
         incoming.last_progress = now
-        self.counts.received_bytes += held.nbytes
+        self.counts.received_bytes += kv_bytes
+        self.counts.received_wire_bytes += held.nbytes
+        self.counts.unpacked_pieces += held.data.codec != CODEC_RAW
         effects: list[ev.ReceiverEffect] = [ev.Import(e.transfer, slot, held.data.piece)]
         if incoming.conn is not None:  # else it came over the stripe that was left
             effects.append(self._grants.give(incoming, 0, now))

@@ -13,8 +13,8 @@ class TransferMeter:
 
     A byte counts as received when its ``Ack`` came back, less half a round trip. Bytes acknowledged
     while the prefill still computes are hidden by it whatever follows; those acknowledged later are
-    hidden when their corrected time is not after its end. ``wire_bytes`` counts data frames with
-    their headers; control frames and TLS records are left out.
+    hidden when their corrected time is not after its end. ``wire_bytes`` counts data frames
+    with their headers, packed or not; control frames and TLS records are left out.
     """
 
     kv_bytes: int = 0

@@ -46,6 +46,7 @@ from pop_node.kv_stream.events import (
 )
 from pop_node.kv_stream.faults import as_text, expired, reported, timed_out, violation
 from pop_node.kv_stream.frames import (
+    CODEC_RAW,
     MAX_COMMIT_IDS,
     Abort,
     Ack,
@@ -130,8 +131,11 @@ class Sender:
         match event:
             case Staged():
                 return self._staged(transfer, event, now)
-            case Sending(_, nbytes, wire_bytes):
+            case Sending(_, nbytes, wire_bytes, codec):
                 self.counts.sent_bytes += nbytes
+                self.counts.sent_wire_bytes += wire_bytes
+                self.counts.packed_pieces += codec != CODEC_RAW
+                self.counts.raw_pieces += codec == CODEC_RAW
                 transfer.meter.sent(wire_bytes, now)
             case CommitReady(_, ids):
                 if not 1 <= len(ids) <= MAX_COMMIT_IDS:
@@ -328,6 +332,7 @@ class Sender:
                     staged.slot,
                     staged.piece,
                     staged.nbytes,
+                    transfer.packs_as(staged.piece),
                 )
             )
         commit = transfer.commit_frame()

@@ -10,7 +10,11 @@ from pop_node.kv_stream.sender import Sender
 
 @dataclass(frozen=True, slots=True)
 class KvStatistics:
-    """State and totals of one endpoint; ``*_now`` are gauges, the rest counts since the start."""
+    """State and totals of one endpoint; ``*_now`` are gauges, the rest counts since the start.
+
+    ``sent_bytes`` and ``received_bytes`` are of KV. What went over the wire for them, packed or
+    raw, is ``sent_wire_bytes`` (frames with their headers) and ``received_wire_bytes`` (payloads).
+    """
 
     outgoing_now: int
     incoming_now: int
@@ -29,7 +33,12 @@ class KvStatistics:
     late_frames: int
     bad_checksums: int
     sent_bytes: int
+    sent_wire_bytes: int
+    packed_pieces: int
+    raw_pieces: int
     received_bytes: int
+    received_wire_bytes: int
+    unpacked_pieces: int
 
 
 def statistics(sender: Sender, receiver: Receiver, connections: int) -> KvStatistics:
@@ -53,5 +62,10 @@ def statistics(sender: Sender, receiver: Receiver, connections: int) -> KvStatis
         late_frames=sent.late_frames + got.late_frames,
         bad_checksums=got.bad_checksums,
         sent_bytes=sent.sent_bytes,
+        sent_wire_bytes=sent.sent_wire_bytes,
+        packed_pieces=sent.packed_pieces,
+        raw_pieces=sent.raw_pieces,
         received_bytes=got.received_bytes,
+        received_wire_bytes=got.received_wire_bytes,
+        unpacked_pieces=got.unpacked_pieces,
     )

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.faults import violation
 from pop_node.kv_stream.frames import (
+    CODEC_PACKED,
     CODEC_RAW,
     Abort,
     Ack,
@@ -159,16 +160,19 @@ class SimPeerLink:
                 continue
             content = endpoint.staging.slots[item.slot]
             piece: Piece = item.piece
-            checksum = data_checksum(item.transfer, item.attempt, piece, CODEC_RAW, content)
+            codec, nbytes = CODEC_RAW, item.nbytes
+            if item.dtype is not None:
+                codec, nbytes = CODEC_PACKED, item.nbytes * 2 // 3
+            checksum = data_checksum(item.transfer, item.attempt, piece, codec, content)
             data = Data(
                 item.transfer,
                 item.attempt,
                 *piece.numbers,
-                CODEC_RAW,
+                codec,
                 checksum,
             )
-            endpoint.to_sender(ev.Sending(item.transfer, item.nbytes, item.nbytes + 60))
-            return PieceFrame(data, item.slot, item.nbytes)
+            endpoint.to_sender(ev.Sending(item.transfer, item.nbytes, nbytes + 60, codec))
+            return PieceFrame(data, item.slot, nbytes)
         return None
 
     def on_written(self, conn: KvConn, slot: int) -> None:

@@ -12,6 +12,8 @@ from msgspec.structs import replace
 
 from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.frames import (
+    CODEC_PACKED,
+    CODEC_RAW,
     Abort,
     Commit,
     Data,
@@ -29,8 +31,15 @@ from tests.sim.engine_shell import SimStaging
 from tests.sim.kv_conn import KvConn, Mangler, PieceFrame
 from tests.sim.kv_link import SimPeerLink
 from tests.sim.links import End, Network
+from tests.sim.model import WIDTH
 from wire.errors import MeshError, PeerError
 from wire.messages import LinkRate
+
+UNPACK_S = 0.02
+"""A thread on a machine that is busy: many events happen meanwhile."""
+
+HALF_UNPACKED = b"\xdd" * WIDTH
+"""What lies in a slot until then; its block is as it was, which makes the codec a fake."""
 
 
 class SimKvEndpoint:
@@ -56,6 +65,8 @@ class SimKvEndpoint:
         self.receiver = Receiver(layout.export_slots, layout.import_slots, layout.slot_bytes)
         self.links: dict[str, SimPeerLink] = {}
         self.accepted: dict[int, KvConn] = {}
+        knows_packing = sum(hello.name.encode()) % 4 > 0
+        self.codecs = (CODEC_PACKED, CODEC_RAW) if knows_packing else (CODEC_RAW,)
         self.closed = False
         self._address = ""
         self._numbers = 0
@@ -108,7 +119,7 @@ class SimKvEndpoint:
     ) -> None:
         key, deadline = link_key(peer, address), self.process.time() + deadline_s
         same = (model, identity, spec, prompt_tokens, prompt_digest, deadline)
-        self.to_sender(ev.Opened(transfer_id, attempt, peer, key, *same))
+        self.to_sender(ev.Opened(transfer_id, attempt, peer, key, *same, self.codecs))
 
     def expect(
         self,
@@ -124,7 +135,7 @@ class SimKvEndpoint:
     ) -> None:
         deadline = self.process.time() + deadline_s
         same = (model, identity, spec, prompt_tokens, prompt_digest, deadline)
-        self.to_receiver(ev.Expected(transfer_id, attempt, peer, *same))
+        self.to_receiver(ev.Expected(transfer_id, attempt, peer, *same, codecs=self.codecs))
 
     def compute_started(self, transfer: bytes) -> None:
         self.to_sender(ev.ComputeStarted(transfer))
@@ -229,6 +240,9 @@ class SimKvEndpoint:
                         conn.send(message)
                 case ev.ReceiveInto(slot):
                     self._into = slot
+                case ev.Unpack(slot):
+                    block, self.staging.slots[slot] = self.staging.slots[slot], HALF_UNPACKED
+                    self.process.call_later(UNPACK_S, self._unpacked, slot, block)
                 case ev.Import(transfer, slot, piece):
                     self.events.on_import(transfer, slot, piece)
                 case ev.Committed(transfer, ids):
@@ -237,6 +251,10 @@ class SimKvEndpoint:
                     self.events.on_failed(transfer, error, kept_tokens)
                 case _:
                     raise AssertionError(f"unknown effect {effect}")
+
+    def _unpacked(self, slot: int, block: bytes) -> None:
+        self.staging.slots[slot] = block
+        self.to_receiver(ev.Unpacked(slot, True))
 
     def _connect(self, key: str, peer: str) -> None:
         if key not in self.links:

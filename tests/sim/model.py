@@ -28,11 +28,12 @@ SPEC = KvSpec(
         KvGroup(
             "tokens",
             tuple(range(LAYERS)),
-            (KvComponent("k", "float32", (4096,)), KvComponent("v", "float32", (4096,))),
+            (KvComponent("k", "float32", (4096,)), KvComponent("v", "bfloat16", (8192,))),
         ),
     )
 )
-"""16 KiB a token, layer and component: a few tokens fill a slot, so transfers have many pieces."""
+"""16 KiB a token, layer and component: a few tokens fill a slot, so transfers have many pieces.
+Nodes pack V and cannot pack K."""
 
 WIDTH = 8  # bytes that stand for those 16 KiB
 _TAGS = [[bytes([16 * c + layer]) for layer in range(LAYERS)] for c in range(2)]

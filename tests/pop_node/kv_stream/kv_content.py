@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.coverage import required_tokens
-from pop_node.kv_stream.frames import Commit
+from pop_node.kv_stream.frames import CODEC_PACKED, CODEC_RAW, Commit
 from pop_node.kv_stream.prompt import prompt_digest
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec, Piece
 
@@ -98,6 +98,12 @@ class Plan:
     ids: tuple[int, ...] = (5,)
     attempt: int = 1
     deadline: float = DEADLINE_S
+    packs: bool = False
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """What both nodes offer."""
+        return (CODEC_PACKED, CODEC_RAW) if self.packs else (CODEC_RAW,)
 
     @property
     def digest(self) -> bytes:
@@ -110,13 +116,13 @@ class Plan:
     def opened(self, link: str) -> ev.Opened:
         """What the prefill node is told."""
         head = (self.transfer, self.attempt, "d", link, "m", "ident", SPEC)
-        return ev.Opened(*head, self.prompt_tokens, self.digest, self.deadline)
+        return ev.Opened(*head, self.prompt_tokens, self.digest, self.deadline, self.codecs)
 
     def expected(self) -> ev.Expected:
         """What the decode node is told."""
         head = (self.transfer, self.attempt, "p", "m", "ident", SPEC)
         tail = (self.prompt_tokens, self.digest, self.deadline)
-        return ev.Expected(*head, *tail, max_ids=len(self.ids))
+        return ev.Expected(*head, *tail, max_ids=len(self.ids), codecs=self.codecs)
 
 
 def altered(frame: tuple, how: int) -> tuple:

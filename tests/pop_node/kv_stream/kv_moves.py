@@ -25,6 +25,7 @@ def step(pair: Pair, *, but: str = "") -> bool:
         pair.write_one,
         pair.deliver_up,
         pair.finish_one,
+        pair.unpack_one,
         pair.import_one,
         pair.deliver_down,
     ]

@@ -26,18 +26,15 @@ from wire.errors import MeshError, PeerError
 from wire.messages import TransferReport
 
 LAYERS, HEADS, DIM = 4, 3, 16
-SPEC = KvSpec(
-    (
-        KvGroup(
-            "tokens",
-            tuple(range(LAYERS)),
-            (
-                KvComponent("k", "float32", (HEADS, DIM), 0),
-                KvComponent("v", "float32", (HEADS, DIM), 0),
-            ),
-        ),
-    )
-)
+
+
+def spec_of(dtype: str) -> KvSpec:
+    """K and V of values of this type."""
+    components = tuple(KvComponent(name, dtype, (HEADS, DIM), 0) for name in ("k", "v"))
+    return KvSpec((KvGroup("tokens", tuple(range(LAYERS)), components),))
+
+
+SPEC = spec_of("float32")
 CHUNK = 32
 Run = Callable[[Coroutine[Any, Any, None]], None]
 LAYOUT = StagingLayout(slot_bytes=CHUNK * HEADS * DIM * 4, export_slots=6, import_slots=8)
@@ -59,8 +56,11 @@ class Node:
         client_ssl: ssl.SSLContext | None = None,
         mesh: str = "test",
         incarnation: str = "",
+        dtype: str = "float32",
     ) -> None:
         self.name = name
+        self.dtype = dtype
+        self.spec = spec_of(dtype)
         self.staging = Staging.create(LAYOUT)
         self.seen: list[str] = []
         self.endpoint = KvEndpoint(
@@ -111,7 +111,7 @@ class Node:
         tokens = cache.shape[2]
         digest = prompt_digest(range(tokens))
         self.endpoint.open(
-            transfer, 1, to.name, to.address, "m", identity, SPEC, tokens, digest, 20.0
+            transfer, 1, to.name, to.address, "m", identity, self.spec, tokens, digest, 20.0
         )
         self.endpoint.compute_started(transfer)
         self.endpoint.compute_ended(transfer)
@@ -119,11 +119,11 @@ class Node:
 
     def receive(self, transfer: bytes, sender: str, tokens: int, have: np.ndarray | None) -> None:
         cache = self.caches[transfer] = np.full(
-            (2, LAYERS, tokens, HEADS, DIM), np.nan, dtype=np.float32
+            (2, LAYERS, tokens, HEADS, DIM), np.nan, dtype=self.dtype
         )
         self.ends[transfer] = asyncio.get_running_loop().create_future()
         digest = prompt_digest(range(tokens))
-        self.endpoint.expect(transfer, 1, sender, "m", "ident", SPEC, tokens, digest, 20.0)
+        self.endpoint.expect(transfer, 1, sender, "m", "ident", self.spec, tokens, digest, 20.0)
         have_tokens = 0 if have is None else have.shape[2]
         if have is not None:
             cache[:, :, :have_tokens] = have
@@ -178,12 +178,12 @@ class Node:
         self.first_import.set()
         if transfer in self.caches:
             layers, tokens = piece.layer_hi - piece.layer_lo, piece.token_hi - piece.token_lo
-            raw = bytes(self.staging.slot(slot)[: piece.nbytes(SPEC)])
+            raw = bytes(self.staging.slot(slot)[: piece.nbytes(self.spec)])
             self.caches[transfer][
                 piece.component,
                 piece.layer_lo : piece.layer_hi,
                 piece.token_lo : piece.token_hi,
-            ] = np.frombuffer(raw, dtype=np.float32).reshape(layers, tokens, HEADS, DIM)
+            ] = np.frombuffer(raw, dtype=self.dtype).reshape(layers, tokens, HEADS, DIM)
         self.imports.append((transfer, slot))
         if not self.imports_held:
             self.import_held()

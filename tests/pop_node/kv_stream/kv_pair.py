@@ -1,7 +1,8 @@
 """A real sender and a real receiver back to back, with engines and a network made of lists.
 
 The network keeps every frame until the test decides what becomes of it. Misplaced bytes show: see
-``kv_content.py``.
+``kv_content.py``. Its codec is a fake: a block is a number of half the piece's length, and what it
+decodes to is looked up.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from pop_node.kv_stream import events as ev
-from pop_node.kv_stream.frames import CODEC_RAW, Data, data_checksum
+from pop_node.kv_stream.frames import CODEC_PACKED, CODEC_RAW, Data, data_checksum
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.sender import Sender
 from pop_node.kv_stream.spec import Piece
@@ -50,6 +51,8 @@ class Pair:
     to_write: list[ev.SendPiece] = field(default_factory=list)
     to_stage: list[tuple[bytes, Piece]] = field(default_factory=list)
     to_import: list[ev.Import] = field(default_factory=list)
+    to_unpack: list[ev.Unpack] = field(default_factory=list)
+    unpacked: dict[bytes, bytes] = field(default_factory=dict)  # by block
     arriving: list[tuple[int, Data, bytes]] = field(default_factory=list)
     arriving_on: dict[int, int] = field(default_factory=dict)  # slot -> connection
     export: dict[int, bytes | None] = field(
@@ -156,6 +159,8 @@ class Pair:
                 left = range(CONN, CONN + self.link - self.link_is_up)  # nobody hears it there
                 if conn not in left:
                     self.down.append(message)
+            case ev.Unpack():
+                self.to_unpack.append(effect)
             case ev.Import():
                 self.to_import.append(effect)
             case ev.Committed(transfer, ids):
@@ -208,8 +213,10 @@ class Pair:
         s = self.to_write.pop(0)
         payload = self.export[s.slot]
         assert payload is not None, "a slot was freed before it was written"
-        p = s.piece
-        checksum = data_checksum(s.transfer, s.attempt, p, CODEC_RAW, payload)
+        p, codec = s.piece, CODEC_RAW
+        if s.dtype is not None and p.layer_lo + p.token_lo // CHUNK != 1:  # that one stays raw
+            payload, codec = self.pack(payload), CODEC_PACKED
+        checksum = data_checksum(s.transfer, s.attempt, p, codec, payload)
         data = Data(
             s.transfer,
             s.attempt,
@@ -219,13 +226,18 @@ class Pair:
             p.layer_hi,
             p.token_lo,
             p.token_hi,
-            CODEC_RAW,
+            codec,
             checksum,
         )
         self.up.append((data, payload))
-        self.p(ev.Sending(s.transfer, s.nbytes, s.nbytes + 60))
+        self.p(ev.Sending(s.transfer, s.nbytes, len(payload) + 60, codec))
         self.p(ev.Written(s.slot))
         return True
+
+    def pack(self, payload: bytes) -> bytes:
+        block = len(self.unpacked).to_bytes(len(payload) // 2, "big")
+        self.unpacked[block] = payload
+        return block
 
     def deliver_up(self, at: int = 0) -> bool:
         if not self.up:
@@ -270,11 +282,27 @@ class Pair:
         slot, data, payload = self.arriving.pop(at % len(self.arriving))
         self.slots[slot] = payload
         checksum = data_checksum(data.transfer, data.attempt, data.piece, data.codec, payload)
-        imports = len(self.to_import)
         self.d(ev.DataEnded(slot, checksum))
-        if len(self.to_import) == imports:
-            self.slots.pop(slot, None)
+        self.drop_unused(slot)
         return True
+
+    def unpack_one(self, at: int = 0) -> bool:
+        """A thread is done with a block. Its slot is nobody else's, whatever happened."""
+        if not self.to_unpack:
+            return False
+        item = self.to_unpack.pop(at % len(self.to_unpack))
+        block = self.slots[item.slot]
+        assert len(block) == item.nbytes
+        found = self.unpacked.get(block, b"")
+        self.slots[item.slot] = found
+        self.d(ev.Unpacked(item.slot, len(found) == item.kv_bytes))
+        self.drop_unused(item.slot)
+        return True
+
+    def drop_unused(self, slot: int) -> None:
+        """A slot that was neither imported nor is unpacked is free."""
+        if slot not in {item.slot for item in [*self.to_unpack, *self.to_import]}:
+            self.slots.pop(slot, None)
 
     def deliver_down(self, at: int = 0) -> bool:
         if not self.down:
@@ -326,6 +354,7 @@ class Pair:
             or self.deliver_stale()
             or self.deliver_up()
             or self.finish_one()
+            or self.unpack_one()
             or self.import_one()
             or self.deliver_down()
         ):
@@ -334,7 +363,9 @@ class Pair:
     def run_moves(self, count: int) -> None:
         """Some of what ``run`` does, but for what D hears of links that P left."""
         for _ in range(count):
-            if not (self.deliver_up() or self.finish_one(-1) or self.import_one()):
+            if not (
+                self.deliver_up() or self.finish_one(-1) or self.unpack_one() or self.import_one()
+            ):
                 break
 
     def rest_until_dialled(self) -> None:

@@ -12,6 +12,7 @@ from tests.pop_node.kv_stream.kv_moves import start
 from tests.pop_node.kv_stream.kv_pair import Pair
 
 MOVES = st.tuples(st.integers(0, 19), st.integers(0, 2**16))
+PACKS = st.booleans()
 
 
 def run_move(pair: Pair, plans: list[Plan], move: int, arg: int, *, faults: bool) -> None:
@@ -26,7 +27,8 @@ def run_move(pair: Pair, plans: list[Plan], move: int, arg: int, *, faults: bool
         case 6 | 7:
             pair.finish_one(arg)
         case 8 | 9:
-            pair.import_one(arg)
+            if not (arg % 3 and pair.unpack_one(arg)):
+                pair.import_one(arg)
         case 10 | 11:
             pair.deliver_down()
         case 12 if plan.transfer not in pair.plans:
@@ -67,10 +69,15 @@ def run_move(pair: Pair, plans: list[Plan], move: int, arg: int, *, faults: bool
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(MOVES, max_size=120), st.lists(st.integers(1, 20), min_size=1, max_size=4))
-def test_any_order_delivers_every_byte(moves: list[tuple[int, int]], sizes: list[int]) -> None:
+@given(st.lists(MOVES, max_size=120), st.lists(st.integers(1, 20), min_size=1, max_size=4), PACKS)
+def test_any_order_delivers_every_byte(
+    moves: list[tuple[int, int]], sizes: list[int], packs: bool
+) -> None:
     pair = Pair()
-    plans = [Plan(bytes([n]) * 16, size, size * n // 5) for n, size in enumerate(sizes)]
+    plans = [
+        Plan(bytes([n]) * 16, size, size * n // 5, packs=packs and n < 3)
+        for n, size in enumerate(sizes)
+    ]
     for move, arg in moves:
         run_move(pair, plans, move, arg, faults=False)
     for plan in plans:
@@ -88,10 +95,12 @@ def test_any_order_delivers_every_byte(moves: list[tuple[int, int]], sizes: list
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(MOVES, max_size=150), st.lists(st.integers(1, 20), min_size=1, max_size=3))
-def test_faults_leak_nothing_and_end_once(moves: list[tuple[int, int]], sizes: list[int]) -> None:
+@given(st.lists(MOVES, max_size=150), st.lists(st.integers(1, 20), min_size=1, max_size=3), PACKS)
+def test_faults_leak_nothing_and_end_once(
+    moves: list[tuple[int, int]], sizes: list[int], packs: bool
+) -> None:
     pair = Pair()
-    plans = [Plan(bytes([n]) * 16, size) for n, size in enumerate(sizes)]
+    plans = [Plan(bytes([n]) * 16, size, packs=packs and n < 2) for n, size in enumerate(sizes)]
     for move, arg in moves:
         run_move(pair, plans, move, arg, faults=True)
     pair.check_at_rest()  # bytes were compared at each commit
@@ -104,7 +113,7 @@ def test_fault_sweep(kind: str) -> None:
     """Fail the Nth effect for N = 1, 2, ... until a run meets no fault."""
     for n in range(1000):
         pair = Pair(version=1)
-        plans = [Plan(bytes([k]) * 16, 6 + k) for k in range(2)]
+        plans = [Plan(bytes([k]) * 16, 6 + k, packs=k == 1) for k in range(2)]
 
         def strike(pair: Pair = pair) -> None:
             match kind:
