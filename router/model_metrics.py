@@ -1,4 +1,4 @@
-"""Models in the mesh, read from the view: what is warm, how long loads take, what is guessed."""
+"""Models in the mesh, read from the view: what is warm, loaded, guessed, sent."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def model_metrics(builder: ViewBuilder) -> list[Metric]:
     def used() -> dict[Labels, float]:
         nodes = builder.snapshot().nodes.values()
         return {(node.name,): float(node.memory_used_bytes) for node in nodes if node.memory_bytes}
+
+    def pieces() -> dict[Labels, float]:
+        seen = engines()
+        packed = {(*at, "packed"): float(engine.kv_packed_pieces) for at, engine in seen}
+        return packed | {(*at, "raw"): float(engine.kv_raw_pieces) for at, engine in seen}
 
     return [
         Gauge(
@@ -56,5 +61,23 @@ def model_metrics(builder: ViewBuilder) -> list[Metric]:
             "Guessed tokens that were right; acceptance = accepted / drafted.",
             lambda: {at: float(engine.accepted_tokens) for at, engine in engines()},
             ("node", "model"),
+        ),
+        ToldCounter(
+            "popmesh_model_kv_sent_bytes_total",
+            "KV that was sent from there, counted as what it is unpacked.",
+            lambda: {at: float(engine.kv_sent_bytes) for at, engine in engines()},
+            ("node", "model"),
+        ),
+        ToldCounter(
+            "popmesh_model_kv_wire_bytes_total",
+            "Data frames that carried it; wire bytes / sent bytes is what packing leaves.",
+            lambda: {at: float(engine.kv_wire_bytes) for at, engine in engines()},
+            ("node", "model"),
+        ),
+        ToldCounter(
+            "popmesh_model_kv_pieces_total",
+            "Pieces that it was sent in, by how they travelled.",
+            pieces,
+            ("node", "model", "as"),
         ),
     ]

@@ -60,4 +60,8 @@ class ModelFacts:
             streams=streams,
             drafted_tokens=last.drafted,
             accepted_tokens=last.accepted,
+            kv_sent_bytes=kv.sent_bytes if kv is not None else 0,
+            kv_wire_bytes=kv.sent_wire_bytes if kv is not None else 0,
+            kv_packed_pieces=kv.packed_pieces if kv is not None else 0,
+            kv_raw_pieces=kv.raw_pieces if kv is not None else 0,
         )

@@ -98,9 +98,10 @@ def summary_line(record: Record) -> str:
 
 def _transfer_rows(facts: Table, transfer: Transfer) -> None:
     rate = f"link RTT {transfer.rtt_ms:.1f} ms"
-    facts.add_row(
-        "KV cache sent", _bytes(transfer.kv_bytes), f"in {_ms(transfer.transfer_ms)}, {rate}"
-    )
+    sent = f"in {_ms(transfer.transfer_ms)}, {rate}"
+    if transfer.wire_bytes < transfer.kv_bytes:
+        sent += f", packed into {_bytes(transfer.wire_bytes)}"
+    facts.add_row("KV cache sent", _bytes(transfer.kv_bytes), sent)
     facts.add_row(
         "Hidden behind compute",
         _hidden(transfer),

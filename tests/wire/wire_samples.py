@@ -118,6 +118,10 @@ NODE_SAYS: dict[str, Message] = {
                 *("smollm2-135m", True, 0, 3, 1, 900, 60, 1024, 1100.5, 28.25, 1, 2, 4),
                 drafted_tokens=700,
                 accepted_tokens=350,
+                kv_sent_bytes=23_592_960,
+                kv_wire_bytes=15_851_520,
+                kv_packed_pieces=119,
+                kv_raw_pieces=1,
             )
         ],
         [],

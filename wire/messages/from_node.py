@@ -60,7 +60,8 @@ class TransferReport(WireStruct, frozen=True):
     ``compute_ms``: start of prefill to last layer computed. ``transfer_ms``: first byte sent to
     last byte known received. ``tail_ms``: last layer computed to last byte known received (a byte
     counts as received at the time its acknowledgement came back, less half a round trip).
-    ``hidden_bytes``: KV bytes received before the last layer was computed.
+    ``hidden_bytes``: KV bytes received before the last layer was computed. ``wire_bytes``: data
+    frames that carried ``kv_bytes``; below it where pieces were packed.
     """
 
     kv_bytes: int

@@ -19,7 +19,9 @@ class EngineLoad(WireStruct, frozen=True):
     wanted now (0: it can, or nobody knows), ``memory_bytes`` what it takes in memory while it is
     warm, ``warm_refused`` why it cannot be loaded at the moment (empty: it can), ``last_load_ms``
     how long its last load took until the first token (0: never). ``drafted_tokens`` were
-    guessed ahead since its engine began, ``accepted_tokens`` of them rightly (version 4).
+    guessed ahead since its engine began, ``accepted_tokens`` of them rightly; in the same time
+    ``kv_sent_bytes`` of KV left in frames of ``kv_wire_bytes``, as ``kv_packed_pieces`` that were
+    packed and ``kv_raw_pieces`` that were not (version 4).
     """
 
     model: str
@@ -42,10 +44,17 @@ class EngineLoad(WireStruct, frozen=True):
     last_load_ms: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    kv_sent_bytes: int = 0
+    kv_wire_bytes: int = 0
+    kv_packed_pieces: int = 0
+    kv_raw_pieces: int = 0
 
 
 class LinkRate(WireStruct, frozen=True):
-    """Measured KV link from the sending node to a peer; 0 means not measured yet."""
+    """Measured KV link from the sending node to a peer; 0 means not measured yet.
+
+    ``bytes_per_s`` is of KV: a link over which it travels packed is so much faster.
+    """
 
     peer: str
     rtt_ms: float
