@@ -1,8 +1,8 @@
 """Engines side by side: popmesh, transformers, llama.cpp and vLLM on the same weights and prompts.
 
     python benchmarks/engine.py --store .cache/store-2 --out benchmarks/results/engine.json \\
-        [--transformers VENV] [--vllm VENV] [--llama LLAMA_SERVER --gguf BF16.gguf] [--rounds 2] \\
-        [--only popmesh vllm] [--add]
+        [--huggingface DIR --transformers VENV --vllm VENV] \\
+        [--llama LLAMA_SERVER --gguf BF16.gguf] [--rounds 2] [--only popmesh vllm] [--add]
 
 Every engine gets all cores, bfloat16, and is alone on the machine while it runs. Within a round
 the engines take turns, and rounds repeat, so that a slow minute of a shared machine hits all of
