@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONSUL := .cache/consul/consul
 STORE := .cache/store-2
 SOAK_KILLS ?= 200
-NATIVE_SOURCES := $(wildcard kernels/native/*.c kernels/native/*.h kernels/native/*.py)
+NATIVE_SOURCES := $(wildcard $(addprefix kernels/native/,*.py *.[ch] */*.[ch]))
 SETUP_INPUTS := pyproject.toml constraints.txt scripts/setup.sh
 CHECKED := popmesh router pop_node registry kernels topology wire tests benchmarks
 

@@ -18,7 +18,7 @@ if [ ! -e "$library" ]; then
 	flags+=(-O1 -g1 -fno-var-tracking-assignments -fsanitize=address,undefined -fno-sanitize-recover=all)
 	objects=$(mktemp -d)
 	trap 'rm -rf "$objects"' EXIT
-	printf '%s\0' kernels/native/*.c | xargs -0 -P "$(nproc)" -I{} bash -c \
+	find kernels/native -name '*.c' -print0 | xargs -0 -P "$(nproc)" -I{} bash -c \
 		'"${@:3}" -c "$1" -o "$2/$(basename "$1").o"' compile {} "$objects" \
 		"$compiler" "${flags[@]/#-shared/-fPIC}"
 	mkdir -p "$(dirname "$library")"

@@ -29,7 +29,7 @@ _MESSAGES = {
     -6: "a block's header makes no sense",
     -8: "a block's content is damaged",
 }
-"""Of codec.c."""
+"""Of codec/codec.c."""
 
 
 def _address(data: Bytes) -> int:

@@ -1,4 +1,4 @@
-"""Compiles the C sources of this folder into a shared library, once per machine.
+"""Compiles the C sources of this folder and those below into a shared library, once per machine.
 
 The library lands in ``$POPMESH_CACHE/native`` (default ``~/.cache/popmesh/native``) under a name
 that hashes everything it depends on: sources, flags, compiler version, machine type. It holds
@@ -85,8 +85,9 @@ def _run_compiler(command: list[str]) -> str:
 def library_digest(compiler: str) -> str:
     """Name of the library: a hash of all that decides its bytes."""
     digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(SOURCE_FOLDER.glob("*.[ch]")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(SOURCE_FOLDER.rglob("*.[ch]")):
+        name = path.relative_to(SOURCE_FOLDER).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     version = _run_compiler([compiler, "--version"])
     for word in (*FLAGS, *LIBRARIES, compiler, version, platform.system(), platform.machine()):
         digest.update(word.encode() + b"\0")
@@ -94,12 +95,12 @@ def library_digest(compiler: str) -> str:
 
 
 def compile_library(target: Path) -> None:
-    """Compile the sources of this folder into ``target``.
+    """Compile the sources into ``target``.
 
     Raises:
         NativeUnavailableError: no compiler, or it failed.
     """
-    sources = [str(path) for path in sorted(SOURCE_FOLDER.glob("*.c"))]
+    sources = [str(path) for path in sorted(SOURCE_FOLDER.rglob("*.c"))]
     _run_compiler([find_compiler(), *FLAGS, *sources, "-o", str(target), *LIBRARIES])
 
 

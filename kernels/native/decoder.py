@@ -1,6 +1,6 @@
 """A decoder on the native kernels: one call into C per step.
 
-Knows the C structures of ``decoder.h`` and the lifetime of what they point to.
+Knows the C structures of ``forward/decoder.h`` and the lifetime of what they point to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-/* The exported operations one by one (decoder.c has a whole model), and the choice of kernels for
+/* The exported operations one by one (forward/decoder.c has a whole model), and the choice of kernels for
  * this processor.
  *
  * All pointers are borrowed for the call; arrays are row-major and contiguous except where a row
@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "phases.h"
+#include "forward/phases.h"
 
 static const pm_kernels *find_kernels(const char *isa)
 {

@@ -1,6 +1,6 @@
 """Resident weights on the native kernels: making them, multiplying with them, reading rows.
 
-Knows the C structure of ``resident.h`` and the lifetime of what it points to.
+Knows the C structure of ``weights/resident.h`` and the lifetime of what it points to.
 """
 
 from __future__ import annotations

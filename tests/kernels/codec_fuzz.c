@@ -10,7 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "codec.h"
+#include "codec/codec.h"
 
 long pm_codec_bound(long bytes);
 long pm_codec_encode(const char *isa, const uint8_t *data, long bytes, int dtype, uint8_t *out,

@@ -58,11 +58,13 @@ def test_the_cache_folder_follows_the_environment(
 def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = build.find_compiler()
     before = build.library_digest(compiler)
-    for path in build.SOURCE_FOLDER.glob("*.[ch]"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for path in build.SOURCE_FOLDER.rglob("*.[ch]"):
+        copy = tmp_path / path.relative_to(build.SOURCE_FOLDER)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
     monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
     assert build.library_digest(compiler) == before
-    (tmp_path / "vmath.h").write_bytes(b"/* changed */")
+    (tmp_path / "isa" / "vmath.h").write_bytes(b"/* changed */")
     assert build.library_digest(compiler) != before
 
 

@@ -7,7 +7,7 @@
 
 #include <stdlib.h>
 
-#include "pool.h"
+#include "../pool.h"
 
 #define PM_API __attribute__((visibility("default")))
 

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "phases.h"
+#include "../forward/phases.h"
 
 enum { PM_TOO_MANY_ESCAPES = -2, PM_PACK_TILES = 16 };
 

@@ -4,7 +4,7 @@
 #define PM_TABLE pm_kernels_portable
 #define PM_NAME "portable"
 #define PM_SIMD "simd_portable.h"
-#define PM_RESIDENT "resident_portable.h"
+#define PM_RESIDENT "../weights/resident_portable.h"
 #define PM_FUSED 0
 #define PM_PLAIN_C 1
 #define PM_GEMM_MR 4

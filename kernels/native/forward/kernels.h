@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "resident.h"
+#include "../weights/resident.h"
 
 enum { PM_F32 = 0, PM_BF16 = 1, PM_DTYPES = 2 };
 

@@ -5,7 +5,7 @@
 #define PM_TABLE pm_kernels_avx512_bf16
 #define PM_NAME "avx512_bf16"
 #define PM_SIMD "simd_avx512.h"
-#define PM_RESIDENT "resident_avx512.h"
+#define PM_RESIDENT "../weights/resident_avx512.h"
 #define PM_FUSED 1
 #define PM_PLAIN_C 0
 #define PM_GEMM_MR 6

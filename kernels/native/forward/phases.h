@@ -4,7 +4,7 @@
 #define PM_PHASES_H
 
 #include "kernels.h"
-#include "pool.h"
+#include "../pool.h"
 
 #define PM_API __attribute__((visibility("default")))
 

@@ -12,7 +12,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "../forward/kernels.h"
 #include PM_SIMD
 #include PM_RESIDENT
 #include "vmath.h"
@@ -21,22 +21,22 @@ _Static_assert(PM_GEMM_MR == GEMM_MR && PM_DOT_T == DOT_T, "tile sizes disagree"
 
 #define PM_BF16 0
 #include "element.h"
-#include "gemm.inc.h"
-#include "linear.inc.h"
-#include "pointwise.inc.h"
-#include "attention.inc.h"
+#include "../forward/gemm.inc.h"
+#include "../forward/linear.inc.h"
+#include "../forward/pointwise.inc.h"
+#include "../forward/attention.inc.h"
 #undef PM_BF16
 
 #define PM_BF16 1
 #include "element.h"
-#include "gemm.inc.h"
-#include "resident.inc.h"
-#include "linear.inc.h"
-#include "pointwise.inc.h"
-#include "attention.inc.h"
+#include "../forward/gemm.inc.h"
+#include "../weights/resident.inc.h"
+#include "../forward/linear.inc.h"
+#include "../forward/pointwise.inc.h"
+#include "../forward/attention.inc.h"
 #undef PM_BF16
 
-#include "sample.inc.h"
+#include "../forward/sample.inc.h"
 
 #define BOTH(name) {name##_f32, name##_bf16}
 const pm_kernels PM_TABLE = {
