@@ -131,7 +131,7 @@ async def serve_backend(port: int) -> None:
     """An OpenAI-like HTTP backend that emits the events which the router would."""
     waiting: list[asyncio.Future[None]] = []
     renderer = StreamRenderer("chat", "chatcmpl-" + "0" * 32, MODEL, 0, False)
-    event = renderer.text(TEXT.encode(), 1)
+    event = renderer.text(TEXT.encode(), b"1")
 
     async def steps() -> None:
         while True:
@@ -154,7 +154,7 @@ async def serve_backend(port: int) -> None:
             waiting.append(future)
             await future
             await response.write(event)
-        await response.write_eof(renderer.closing("length", usage))
+        await response.write_eof(renderer.closing("length", usage, None))
         return response
 
     async with asyncio.TaskGroup() as tasks:

@@ -53,7 +53,7 @@ class RouterMetrics:
         default_factory=lambda: Counter(
             "popmesh_resumed_total",
             "Answers asked for with Last-Event-ID, by where they were found: here, elsewhere "
-            "(at nodes that another router used), unknown.",
+            "(at nodes that another router used), recomputed (nobody knew it), unknown.",
             ("found",),
         )
     )

@@ -111,6 +111,7 @@ class Observation:
 
 
 def upto_of(event_id: str) -> int | None:
-    """The token count in an event id (``REQUEST:UPTO``); None if it has another form."""
-    _, colon, count = event_id.rpartition(":")
+    """The token count in an event id (``REQUEST:UPTO~PROOF``); None if it has another form."""
+    _, colon, place = event_id.rpartition(":")
+    count, _, _ = place.partition("~")
     return int(count) if colon and count.isdecimal() else None

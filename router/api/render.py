@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from router.api.event_id import TextProof, place_of
 from router.api.types import ApiKind
 
 DONE = b"data: [DONE]\n\n"
@@ -75,22 +76,23 @@ class StreamRenderer:
             return b""
         return (
             self.id
-            + b"0"
+            + place_of(0, TextProof())
             + self._start
             + b'{"index":0,"delta":{"role":"assistant","content":""},'
             + b'"logprobs":null,"finish_reason":null}'
             + self._end
         )
 
-    def text(self, escaped: bytes, upto: int) -> bytes:
-        """One event; ``escaped`` is JSON-escaped UTF-8 without quotes, up to token ``upto``."""
-        return b"".join((self.id, b"%d" % upto, self.head, escaped, self.tail))
+    def text(self, escaped: bytes, place: bytes) -> bytes:
+        """One event; ``escaped`` is JSON-escaped UTF-8 without quotes, ``place`` is its id without
+        the request's."""
+        return b"".join((self.id, place, self.head, escaped, self.tail))
 
-    def closing(self, reason: ClientFinish, usage: Usage) -> bytes:
-        """The finish reason, the usage if asked for, and ``[DONE]``."""
+    def closing(self, reason: ClientFinish, usage: Usage, proof: TextProof | None) -> bytes:
+        """The finish reason, the usage if asked for, and ``[DONE]``; ``proof`` of all text."""
         finish = reason.encode()
         delta = b'{"index":0,"delta":{},' if self._chat else b'{"index":0,"text":"",'
-        start = b"%b%d%b" % (self.id, usage.completion_tokens, self._start)
+        start = self.id + place_of(usage.completion_tokens, proof) + self._start
         out = start + delta + b'"logprobs":null,"finish_reason":"' + finish + b'"}' + self._end
         if self._include_usage:
             out += start + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"

@@ -14,11 +14,20 @@ from dataclasses import dataclass, replace
 
 from aiohttp import web
 
-from router.api.event_id import HEADER, ID_BYTES, ID_PREFIX, parse_event_id
+from router.api.event_id import (
+    HEADER,
+    ID_BYTES,
+    ID_PREFIX,
+    EventId,
+    TextProof,
+    drawn_seed,
+    parse_event_id,
+)
 from router.api.parse import parse_chat, parse_completion
 from router.api.render import StreamRenderer, whole_answer
 from router.api.types import ApiKind, ParsedRequest
 from router.dispatch import Dispatch
+from router.http.again import UnheardSink, can_be_computed
 from router.http.auth import Authenticator, Caller
 from router.http.resume import Resumer, Sender
 from router.http.sinks import SseSink, WholeSink
@@ -26,7 +35,7 @@ from router.http.streaming import route_headers, send_stream
 from router.placement.placer import Placer
 from router.request.admission import MAX_BODY_BYTES, Limits
 from router.request.events import RequestSpec
-from router.request.exchange import Exchange
+from router.request.exchange import AnswerSink, Exchange
 from router.request.record import RequestRecord
 from router.request.resume_book import Resumable
 from router.routing.geo import GEO_HEADER, ClientLocator, ClientPlace
@@ -132,42 +141,60 @@ class ModelApi:
             last_event = request.headers.get(HEADER)
             if last_event:
                 return await self._resume(request, kind, caller, last_event)
-            try:
-                prepared = await self.prepare(request, kind, caller)
-                self._placer.asked(prepared.routing)
-                plan = self._dispatch.choose(prepared.routing)
-            except MeshError as exc:
-                self._dispatch.metrics.refused.add(exc.code)
-                raise
-            self._dispatch.retry_budget.deposit()
-            if prepared.parsed.stream:
-                return await self._stream(request, kind, prepared, plan)
-            return await self._whole(kind, prepared, plan)
+            return await self._compute(request, kind, caller)
         finally:
             admission.leave(caller.tenant)
 
+    async def _compute(
+        self, request: web.Request, kind: ApiKind, caller: Caller, read: EventId | None = None
+    ) -> web.StreamResponse:
+        """An answer from its beginning; ``read`` says what its client knows of it already."""
+        try:
+            prepared = await self.prepare(request, kind, caller)
+            self._placer.asked(prepared.routing)
+            plan = self._dispatch.choose(prepared.routing)
+        except MeshError as exc:
+            self._dispatch.metrics.refused.add(exc.code)
+            raise
+        self._dispatch.retry_budget.deposit()
+        if prepared.parsed.stream:
+            return await self._stream(request, kind, prepared, plan, read)
+        return await self._whole(kind, prepared, plan)
+
     async def _stream(
-        self, request: web.Request, kind: ApiKind, prepared: Prepared, plan: Plan
+        self,
+        request: web.Request,
+        kind: ApiKind,
+        prepared: Prepared,
+        plan: Plan,
+        read: EventId | None,
     ) -> web.StreamResponse:
         parsed, created_s = prepared.parsed, int(time.time())
-        spec = self._spec(kind, prepared)
+        spec = self._spec(kind, prepared, None if read is None else read.request_id)
         answer = Resumable(spec, created_s, prepared.prompt_bytes)
         renderer = StreamRenderer(
             kind, spec.request_id, parsed.model, created_s, parsed.include_usage
         )
-        sink = SseSink(renderer, answer, _cutter(request), renderer.opening())
-        record = self._record(spec, prepared.place)
+        record = self._record(spec, prepared.place, None if read is None else read.upto)
+        sent = TextProof() if read is None else read.proof
+        opening = renderer.opening() if read is None else b""
+        sink = SseSink(renderer, answer, _cutter(request), sent, opening)
+        hears: AnswerSink = sink
+        if read is not None and read.proof is not None:
+            hears = UnheardSink(sink, answer, read.proof, self._dispatch.metrics.resumed)
         exchange = Exchange(
-            self._dispatch, spec, record, prepared.routing, prepared.prompt_bytes, sink
+            self._dispatch, spec, record, prepared.routing, prepared.prompt_bytes, hears
         )
+        sender = Sender(answer, sink, record, exchange)
         return await send_stream(
-            request, self.resumer, Sender(answer, sink, record, exchange), plan
+            request, self.resumer, sender, plan, replay=None if read is None else ()
         )
 
     async def _resume(
         self, request: web.Request, kind: ApiKind, caller: Caller, header: str
     ) -> web.StreamResponse:
-        """The rest of an answer. Of the body only counts how it wants to be answered."""
+        """The rest of an answer. Of the body only counts how it wants to be answered, unless nobody
+        knows the answer: then it is computed again."""
         parsed = _PARSERS[kind](await self.read_body(request))
         if not parsed.stream:
             raise RequestError(
@@ -177,11 +204,16 @@ class ModelApi:
             )
         event = parse_event_id(header, kind)
         pin = _pin(request.headers.get(ROUTE_HEADER), caller)
-        answer = await self.resumer.find(caller.tenant, event)
+        try:
+            answer = await self.resumer.find(caller.tenant, event)
+        except RequestError as exc:
+            if not can_be_computed(exc, event):
+                raise
+            return await self._compute(request, kind, caller, event)
         request_id, model = answer.key[1], answer.spec.model
         renderer = StreamRenderer(kind, request_id, model, answer.created_s, parsed.include_usage)
-        replay = [renderer.text(escaped, upto) for escaped, upto in answer.after(event.upto)]
-        sink = SseSink(renderer, answer, _cutter(request))
+        sink = SseSink(renderer, answer, _cutter(request), event.proof)
+        replay = [sink.replayed(escaped, upto) for escaped, upto in answer.after(event)]
         place = self._place(request)
         exchange = None
         if answer.ended is not None:
@@ -227,15 +259,18 @@ class ModelApi:
             headers=route_headers(spec.request_id, ended.served),
         )
 
-    def _spec(self, kind: ApiKind, prepared: Prepared) -> RequestSpec:
-        """A new request, with an id of its own."""
+    def _spec(
+        self, kind: ApiKind, prepared: Prepared, request_id: str | None = None
+    ) -> RequestSpec:
+        """A request; a new one, with an id of its own, where none is given."""
         parsed = prepared.parsed
+        request_id = request_id or ID_PREFIX[kind] + secrets.token_hex(ID_BYTES)
         return RequestSpec(
-            request_id=ID_PREFIX[kind] + secrets.token_hex(ID_BYTES),
+            request_id=request_id,
             model=parsed.model,
             tenant=prepared.caller.tenant,
             input=parsed.input,
-            sampling=parsed.sampling(secrets.randbits(64)),
+            sampling=parsed.sampling(drawn_seed(request_id)),
             chain=prepared.chain,
             deadline=prepared.routing.deadline,
         )

@@ -10,7 +10,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from router.api.event_id import HEADER, EventId
+from router.api.event_id import HEADER, EventId, TextProof
 from router.api.render import ClientFinish, Usage
 from router.dispatch import Dispatch
 from router.http.sinks import SseSink
@@ -66,7 +66,8 @@ class Resumer:
     # ---- connections --------------------------------------------------------------------------
 
     def hold(self, sender: Sender) -> None:
-        """An answer is being sent from now on."""
+        """An answer is being sent from now on, over this connection alone."""
+        self.hang_up(sender.answer.key)
         self._senders[sender.answer.key] = sender
         self.book.sending(sender.answer)
         if self._timer is None:
@@ -96,15 +97,17 @@ class Resumer:
         """The answer, at rest, with a ``position`` for the event.
 
         Whoever sent it, here or elsewhere, sends it no more. Raises ``RequestError``
-        (``stream_unknown``, whatever the reason; ``invalid_value`` for an id that no event of a
-        known answer had) or ``OverloadError``.
+        (``stream_unknown``, whatever the reason; ``invalid_value`` for an id without proof that no
+        event of a known answer had) or ``OverloadError``.
         """
         key, where = (tenant, event.request_id), "here"
         answer = self._here(key)
-        if answer is None or answer.position(event.upto) is None:
-            found = await self._elsewhere(key, event.upto)
+        if answer is None or answer.position(event) is None:
+            found = await self._elsewhere(key, event)
             answer = self._here(key)  # another connection may have been quicker
-            if answer is None or answer.position(event.upto) is None:
+            if answer is None or answer.position(event) is None:
+                if found is None and event.proof is not None:
+                    raise _unknown()  # it may be computed again, see router.http.again
                 if found is None:
                     self._dispatch.metrics.resumed.add("unknown")
                     raise _unknown() if answer is None else _never_sent(event)
@@ -122,18 +125,22 @@ class Resumer:
 
     def _take_over(self, answer: Resumable) -> None:
         """End the connection that sends it, if there is one; keep it for the next."""
-        sender = self._senders.pop(answer.key, None)
+        self.hang_up(answer.key)
+        self.book.sending(answer)
+        self.book.released(answer, self._loop.time())
+
+    def hang_up(self, key: Key) -> None:
+        """End the connection that sends an answer, if there is one."""
+        sender = self._senders.pop(key, None)
         if sender is not None:
             if sender.exchange is not None:
                 sender.exchange.client_gone("taken_over")
             sender.sink.taken_over()
-        self.book.sending(answer)
-        self.book.released(answer, self._loop.time())
 
     # ---- asking nodes -------------------------------------------------------------------------
 
-    async def _elsewhere(self, key: Key, upto: int) -> Resumable | None:
-        """The fullest answer that any node knows, from token ``upto`` on."""
+    async def _elsewhere(self, key: Key, event: EventId) -> Resumable | None:
+        """The fullest answer that any node knows, from the event on."""
         if self._num_searches >= MAX_SEARCHES:
             raise OverloadError("many answers are being looked for", retry_after_s=1.0)
         self._num_searches += 1
@@ -141,35 +148,50 @@ class Resumer:
             async with asyncio.TaskGroup() as group:
                 links = [link for link in self._dispatch.pool.all() if link.version >= 2]
                 asked = {
-                    link.node.name: group.create_task(self._ask(link, key, upto)) for link in links
+                    link.node.name: group.create_task(self._ask(link, key, event)) for link in links
                 }
         finally:
             self._num_searches -= 1
         told = {node: task.result() for node, task in asked.items()}
-        known = [(node, answer) for node, answer in told.items() if answer is not None]
-        if not known:
-            return None
-        node, best = max(known, key=lambda item: (len(item[1].ids), item[1].reason != ""))
-        # What of the prompt was cached is the prefill node's to say.
-        prompts = [answer for _, answer in known if answer.submit.leg != "decode"]
-        return _resumable(key, upto, node, best, prompts[0] if prompts else best)
+        return fullest(key, event, {node: one for node, one in told.items() if one is not None})
 
-    async def _ask(self, link: NodeLink, key: Key, upto: int) -> Attached | None:
+    async def _ask(self, link: NodeLink, key: Key, event: EventId) -> Attached | None:
         tenant, request_id = key
         number = self._dispatch.next_stream()
+        question = Attach(number, request_id, tenant, first_asked(event))
         try:
-            answer = await link.ask(number, Attach(number, request_id, tenant, upto))
+            answer = await link.ask(number, question)
         except MeshError:
             return None
-        if not isinstance(answer, Attached) or len(answer.ids) < upto:
-            return None
-        claims = (answer.submit.tenant, answer.submit.request_id)
-        return answer if claims == key else None
+        return answer if isinstance(answer, Attached) else None
 
 
-def _resumable(key: Key, upto: int, node: str, told: Attached, prompt: Attached) -> Resumable:
-    """What a node told, as if it had been sent from here up to token ``upto``."""
+def first_asked(event: EventId) -> int:
+    """The token from which on a node is asked for the text: all of it where there is a proof."""
+    return event.upto if event.proof is None else 0
+
+
+def fullest(key: Key, event: EventId, told: dict[str, Attached]) -> Resumable | None:
+    """The fullest of what nodes told that goes on after the event."""
+    known = [
+        (node, answer)
+        for node, answer in told.items()
+        if len(answer.ids) >= event.upto
+        and (answer.submit.tenant, answer.submit.request_id) == key
+        and (event.proof is None or event.proof.end_in(answer.text, TextProof()) is not None)
+    ]
+    if not known:
+        return None
+    node, best = max(known, key=lambda item: (len(item[1].ids), item[1].reason != ""))
+    # What of the prompt was cached is the prefill node's to say.
+    prompts = [answer for _, answer in known if answer.submit.leg != "decode"]
+    return _resumable(key, event, node, best, prompts[0] if prompts else best)
+
+
+def _resumable(key: Key, event: EventId, node: str, told: Attached, prompt: Attached) -> Resumable:
+    """What a node told, as if it had been sent from here up to the event."""
     tenant, request_id = key
+    text = told.text if event.proof is None else told.text[event.proof.num_bytes :]
     submit = told.submit
     spec = RequestSpec(
         request_id=request_id,
@@ -180,13 +202,14 @@ def _resumable(key: Key, upto: int, node: str, told: Attached, prompt: Attached)
         chain=submit.chain,
         deadline=0.0,  # of its own at every start
     )
-    answer = Resumable(spec, int(time.time()), len(canonical_bytes(submit.input)), upto)
+    prompt_bytes = len(canonical_bytes(submit.input))
+    answer = Resumable(spec, int(time.time()), prompt_bytes, event.upto, event.proof)
     peer = node if submit.transfer is None else submit.transfer.peer
     answer.served = Served(peer, node) if submit.leg == "decode" else Served(node, peer)
     cached = min(prompt.cached_tokens, prompt.prompt_tokens)
     answer.rest(told.ids, Accepted(told.stream, prompt.prompt_tokens, cached))
-    if told.text:
-        answer.add(told.text, len(told.ids))
+    if text:
+        answer.add(text, len(told.ids))
     if told.reason:
         reason: ClientFinish = "length" if told.reason == "length" else "stop"
         answer.ended = Ended(reason, Usage(prompt.prompt_tokens, cached, len(told.ids)))

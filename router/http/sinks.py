@@ -6,10 +6,12 @@ Both bridge from synchronous calls of an ``Exchange`` to the one task that serve
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.api.errors import error_body
+from router.api.event_id import TextProof, place_of
 from router.api.render import ClientFinish, StreamRenderer, Usage, error_event
 from router.request.resume_book import Ended, Resumable, Served
 from wire.errors import MeshError, PeerError
@@ -38,9 +40,11 @@ class SseSink:
         renderer: StreamRenderer,
         answer: Resumable,
         on_stuck: Callable[[], None],
+        proof: TextProof | None,
         opening: bytes = b"",
     ) -> None:
-        """``opening`` goes before everything else."""
+        """``proof`` is of the text that the client has, None where none is known; ``opening`` goes
+        before everything else."""
         loop = asyncio.get_running_loop()
         self.begun: asyncio.Future[Served | MeshError] = loop.create_future()
         self.ended: asyncio.Future[bytes] = loop.create_future()
@@ -49,6 +53,9 @@ class SseSink:
         self._renderer = renderer
         self._answer = answer
         self._keep = answer.add
+        self._is_proven = proof is not None
+        sent = proof or TextProof()
+        self._num_bytes, self._crc = sent.num_bytes, sent.crc
         self._on_stuck = on_stuck
         self._waiting = bytearray(opening)
         self._transport: asyncio.Transport | None = None
@@ -68,10 +75,14 @@ class SseSink:
         if not self.begun.done():
             self.begun.set_result(Served(prefill, decode))
 
+    def replayed(self, escaped: bytes, upto: int) -> bytes:
+        """An event of the text that was sent before, for the caller to write first."""
+        return self._renderer.text(escaped, self._place(escaped, upto))
+
     def text(self, escaped: bytes, upto: int) -> None:
         """Write one event."""
         self._keep(escaped, upto)
-        index = b"%d" % upto
+        index = self._place(escaped, upto)
         transport = self._transport
         if transport is None:
             self._waiting += b"".join((self._id, index, self._head, escaped, self._tail))
@@ -92,7 +103,8 @@ class SseSink:
     def finish(self, reason: ClientFinish, usage: Usage) -> None:
         """The closing events are left to the caller, see ``ended``."""
         self._answer.ended = Ended(reason, usage)
-        self._end(self._renderer.closing(reason, usage))
+        proof = TextProof(self._num_bytes, self._crc) if self._is_proven else None
+        self._end(self._renderer.closing(reason, usage, proof))
 
     def error(self, error: MeshError) -> None:
         """An HTTP status if nothing was sent yet, else the one error event."""
@@ -105,6 +117,14 @@ class SseSink:
         self.error(TAKEN_OVER)
         if self._transport is not None and self._transport.get_write_buffer_size():
             self._on_stuck()
+
+    def _place(self, escaped: bytes, upto: int) -> bytes:
+        """The id of an event with this text, which counts as sent from now on."""
+        if not self._is_proven:
+            return place_of(upto, None)
+        self._num_bytes += len(escaped)
+        self._crc = zlib.crc32(escaped, self._crc)
+        return b"%d~%d.%08x" % (upto, self._num_bytes, self._crc)
 
     def _end(self, last: bytes) -> None:
         if not self.ended.done():

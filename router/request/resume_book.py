@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from router.api.event_id import EventId, TextProof
 from router.api.render import ClientFinish, Usage
 from router.request.events import RequestSpec
 from wire.messages import Accepted
@@ -55,9 +56,15 @@ class Resumable:
     """One answer: what its next attempt starts from, and what was sent."""
 
     def __init__(
-        self, spec: RequestSpec, created_s: int, prompt_bytes: int, first_index: int = 0
+        self,
+        spec: RequestSpec,
+        created_s: int,
+        prompt_bytes: int,
+        first_index: int = 0,
+        begin: TextProof | None = TextProof(),  # noqa: B008  (frozen)
     ) -> None:
-        """``first_index``: of the output token with which the text kept here begins."""
+        """``first_index``: of the output token with which the text kept here begins; ``begin``:
+        what was sent before it, None if that is not known."""
         self.spec = spec
         self.created_s = created_s
         self.served = Served("", "")
@@ -67,6 +74,7 @@ class Resumable:
         self.is_dropped = False
         self._prompt_bytes = prompt_bytes
         self._first_index = first_index
+        self._begin = begin
         self._ids = array("I")
         self._text = bytearray()
         self._uptos = array("I")
@@ -115,13 +123,17 @@ class Resumable:
             counts = (prompt.prompt_tokens, prompt.cached_tokens) if prompt else (0, 0)
             self.ended = Ended("length", Usage(*counts, self.num_tokens))
 
-    def position(self, upto: int) -> int | None:
+    def position(self, event: EventId) -> int | None:
         """Where in the text an event with this id ended; None: there was none.
 
-        The newest tokens may have made nothing printable yet; they count with the last event.
+        Its proof decides, if there is one: other events may have ended there. Without it the index
+        does; the newest tokens may have made nothing printable yet, they count with the last event.
         """
         if self.is_dropped:
             return None
+        if event.proof is not None and self._begin is not None:
+            return event.proof.end_in(self._text, self._begin)
+        upto = event.upto
         place = bisect_right(self._uptos, upto) - 1
         event_upto = self._first_index if place < 0 else self._uptos[place]
         is_last = place == len(self._uptos) - 1
@@ -129,10 +141,10 @@ class Resumable:
             return None
         return 0 if place < 0 else self._ends[place]
 
-    def after(self, upto: int) -> Iterator[tuple[bytes, int]]:
-        """(Escaped text, id) of the events that follow an id with a ``position``, small ones
-        joined."""
-        start = self.position(upto)
+    def after(self, event: EventId) -> Iterator[tuple[bytes, int]]:
+        """(Escaped text, token count) of the events that follow an id with a ``position``, small
+        ones joined."""
+        start = self.position(event)
         assert start is not None, "the caller has checked the id"
         text, ends = self._text, self._ends
         while start < len(text):

@@ -146,17 +146,22 @@ def router_process(mesh: Mesh, name: str) -> psutil.Process:
     raise AssertionError(f"no router {name} runs")
 
 
-async def read_until_killed(url: str, answer: Answer, events: int, victim: psutil.Process) -> None:
-    """Kill the router after so many events; ends with the connection."""
+async def read_until_killed(
+    url: str, answer: Answer, events: int, *victims: psutil.Process, route: str = ""
+) -> None:
+    """Kill the router (last), and others, after so many events; ends with the connection."""
+    headers = {"x-popmesh-route": route} if route else {}
     async with (
-        httpx.AsyncClient(timeout=120) as client,
+        httpx.AsyncClient(timeout=120, headers=headers) as client,
         client.stream("POST", f"{url}/v1/completions", json=ASK) as response,
     ):
         async for line in response.aiter_lines():
             answer.take(line)
-            if answer.events == events and not line and victim.is_running():
-                victim.send_signal(signal.SIGKILL)
-                victim.wait(10)
+            if answer.events == events and not line and victims[-1].is_running():
+                for victim in victims:
+                    victim.send_signal(signal.SIGKILL)
+                for victim in victims:
+                    victim.wait(10)
 
 
 @pytest.mark.parametrize("events", [1, 25])
@@ -171,6 +176,28 @@ async def test_a_router_is_killed_and_another_goes_on(mesh, urls, undisturbed, e
     answer.check(undisturbed)
     assert headers["x-popmesh-resumed"] == "true"
     assert headers["x-popmesh-request-id"] == answer.last_id.rpartition(":")[0]
+
+
+async def test_router_and_node_die_together_and_the_answer_is_computed_again(
+    mesh, urls, undisturbed
+):
+    """The only two that knew it."""
+    first, second = urls
+    await wait_ready(first)
+    agent, engine = mesh.pids("ams-1")
+    victims = psutil.Process(agent), router_process(mesh, "router-ams")
+    answer, route = Answer(), "prefill=ams-1,decode=ams-1"
+    with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+        await read_until_killed(first, answer, 25, *victims, route=route)
+    assert not answer.done
+    headers = await read(second, answer)
+    answer.check(undisturbed)
+    assert headers["x-popmesh-request-id"] == answer.last_id.rpartition(":")[0]
+    assert headers["x-popmesh-decode"] == "ord-1"
+    async with httpx.AsyncClient() as client:
+        metrics = (await client.get(f"{second}/metrics")).text
+    assert 'popmesh_resumed_total{found="recomputed"} 1' in metrics
+    await mesh.wait_reborn("ams-1", engine)
 
 
 @pytest.mark.parametrize("events", [1, 30, 75])

@@ -283,12 +283,12 @@ def test_events_are_json_whatever_the_text(text: str, kind: Any, usage: bool) ->
     text = text.encode("utf-8", "replace").decode()
     escaped = msgspec.json.encode(text)[1:-1]
     renderer = StreamRenderer(kind, 'id"', "mo\\del", 5, usage)
-    stream = renderer.opening() + renderer.text(escaped, 1)
-    stream += renderer.closing("stop", Usage(3, 2, 1))
+    stream = renderer.opening() + renderer.text(escaped, b"1")
+    stream += renderer.closing("stop", Usage(3, 2, 1), None)
     *events, done, end = stream.split(b"\n\n")
     assert (done, end) == (b"data: [DONE]", b"")
     ids, data = zip(*(event.split(b"\ndata: ") for event in events), strict=True)
-    opening = [b'id: id":0'] if kind == "chat" else []
+    opening = [b'id: id":0~0.00000000'] if kind == "chat" else []
     assert list(ids) == opening + [b'id: id":1'] * (len(ids) - len(opening))
     chunks = [json.loads(event) for event in data]
     choices = [choice for chunk in chunks for choice in chunk["choices"]]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.api.event_id import EventId, parse_event_id
+from router.api.event_id import EventId, TextProof, drawn_seed, parse_event_id, place_of
 from router.api.render import Usage
 from router.request import resume_book
 from router.request.events import RequestSpec
@@ -21,6 +21,11 @@ def answer(name="r", tenant="t", prompt_bytes=10, first_index=0, max_tokens=50):
     sampling = Sampling(max_tokens, 0.0, 1.0, 1, [], False)
     spec = RequestSpec(name, "m", tenant, TextInput("x"), sampling, [], 5.0)
     return Resumable(spec, 1, prompt_bytes, first_index)
+
+
+def answer_after(begin):
+    one = answer()
+    return Resumable(one.spec, 1, 10, 0, begin)
 
 
 EVENTS = st.lists(st.tuples(st.integers(1, 4), st.binary(min_size=1, max_size=9)), max_size=40)
@@ -36,26 +41,47 @@ def test_whatever_an_id_leaves_unread_follows_it_once(events, first, trailing, d
     whole = b"".join(text for _, text in events)
     place = data.draw(st.integers(0, len(events)))
     read = b"".join(text for _, text in events[:place])
-    pieces = list(one.after(uptos[place]))
+    pieces = list(one.after(EventId("r", uptos[place])))
     assert read + b"".join(text for text, _ in pieces) == whole
-    assert all(one.position(upto) is not None for _, upto in pieces)
+    assert all(one.position(EventId("r", upto)) is not None for _, upto in pieces)
     assert [upto for _, upto in pieces] == sorted({upto for _, upto in pieces})
     for upto in range(uptos[-1] + trailing + 3):
         known = upto in uptos or uptos[-1] < upto <= uptos[-1] + trailing
-        assert (one.position(upto) is not None) == known
-    assert list(one.after(uptos[-1] + trailing)) == []
+        assert (one.position(EventId("r", upto)) is not None) == known
+    assert list(one.after(EventId("r", uptos[-1] + trailing))) == []
+
+
+@given(events=EVENTS, cut=st.integers(0, 400), known=st.binary(max_size=9))
+def test_a_proof_finds_its_place_whatever_the_events_were(events, cut, known):
+    begin = TextProof().after(known)
+    one = answer_after(begin)
+    for number, (_, text) in enumerate(events):
+        one.add(text, number + 1)
+    whole = b"".join(text for _, text in events)
+    read = whole[:cut]
+    event = EventId("r", 99, begin.after(read))
+    assert one.position(event) == len(read)
+    assert read + b"".join(text for text, _ in one.after(event)) == whole
+    others = (
+        begin.after(whole + b"x"),
+        begin.after(read[:-1] + b"~~"),
+        begin.after(read + b"\x00"),
+    )
+    for other in others:
+        is_same = known + whole[: other.num_bytes - len(known)] == known + read + b"\x00"
+        assert one.position(EventId("r", 1, other)) is None or is_same
 
 
 def test_a_replay_comes_in_events_of_bounded_size():
     one = answer()
     for upto in range(1, 5001):
         one.add(b"x" * 100, upto)
-    pieces = list(one.after(0))
+    pieces = list(one.after(EventId("r", 0)))
     assert sum(len(text) for text, _ in pieces) == 500_000
     assert max(len(text) for text, _ in pieces) <= REPLAY_BYTES
     assert len(pieces) == 8
     one.add(b"y" * 2 * REPLAY_BYTES, 5001)
-    assert [len(text) for text, _ in one.after(5000)] == [2 * REPLAY_BYTES]
+    assert [len(text) for text, _ in one.after(EventId("r", 5000))] == [2 * REPLAY_BYTES]
 
 
 def test_the_next_attempt_starts_after_the_tokens_that_were_relayed():
@@ -137,16 +163,28 @@ def test_bytes_are_bounded(monkeypatch):
     assert [one.is_dropped for one in answers] == [True, False, False, False, False]
     answers[0].add(b"more", 3)
     assert answers[0].num_bytes == 0
-    assert answers[0].position(0) is None
+    assert answers[0].position(EventId("r", 0)) is None
 
 
 REQUEST_ID = "chatcmpl-" + "0a" * 16
+SEED_OF_REQUEST_ID = 0xEFC6_4EA0_2936_063C
 
 
 def test_event_ids():
     assert parse_event_id(f" {REQUEST_ID}:17 ", "chat") == EventId(REQUEST_ID, 17)
     completion = REQUEST_ID.replace("chat", "", 1)
     assert parse_event_id(f"{completion}:0", "completion") == EventId(completion, 0)
+    proof = TextProof().after(b"some").after(b" text")
+    place = place_of(17, proof).decode()
+    assert place == "17~9.4fbabdba"
+    assert parse_event_id(f"{REQUEST_ID}:{place}", "chat") == EventId(REQUEST_ID, 17, proof)
+
+
+def test_drawn_seeds_differ_and_stay_the_same():
+    seeds = [drawn_seed(f"chatcmpl-{number:032x}") for number in range(100)]
+    assert len(set(seeds)) == 100
+    assert max(seeds) >= 2**63
+    assert drawn_seed(REQUEST_ID) == SEED_OF_REQUEST_ID  # releases agree
 
 
 @pytest.mark.parametrize(
@@ -159,6 +197,11 @@ def test_event_ids():
         f"{REQUEST_ID}:1e3",
         f"{REQUEST_ID}:{10**9}",
         f"{REQUEST_ID}:1:2",
+        f"{REQUEST_ID}:1~",
+        f"{REQUEST_ID}:1~5",
+        f"{REQUEST_ID}:1~5.abc",
+        f"{REQUEST_ID}:1~5.ABCDEF01",
+        f"{REQUEST_ID}:1~{10**10}.00000000",
         f"{REQUEST_ID[:-1]}:1",
         f"{REQUEST_ID}g:1",
         f"{REQUEST_ID}:١",

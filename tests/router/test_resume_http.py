@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 
+import msgspec
 import pytest
 
 from router.http import resume
@@ -37,7 +39,10 @@ async def test_every_event_says_how_far_it_brings_the_client(mesh, kind):
     request_id = reader.response.headers["x-popmesh-request-id"]
     seen = []
     while await reader.event():
-        seen.append(reader.last_id)
+        place, _, proof = reader.last_id.partition("~")
+        escaped = msgspec.json.encode(reader.text)[1:-1]
+        assert proof == f"{len(escaped)}.{zlib.crc32(escaped):08x}"
+        seen.append(place)
     numbers = list(range(kind == "completion", TOKENS + 1))
     assert seen == [f"{request_id}:{n}" for n in [*numbers, TOKENS, TOKENS, TOKENS]]
     assert reader.text == whole(kind)
@@ -197,10 +202,11 @@ async def test_unknown_expired_and_foreign_answers_look_the_same(monkeypatch):
     async with running_mesh(monkeypatch, topology) as mesh:
         tickets = hand_out(mesh, 4)
         first = await (await start(mesh.http, key="ann")).texts(4)
-        errors = [await refused(mesh.http, last_id=first.last_id, key="bob")]
+        last_id, _, _ = first.last_id.partition("~")  # with a proof it would be computed again
+        errors = [await refused(mesh.http, last_id=last_id, key="bob")]
         unknown = f"chatcmpl-{'f' * 32}:4"
         errors.append(await refused(mesh.http, last_id=unknown, key="ann"))
-        status, code, _ = await refused(mesh.http, last_id=first.last_id)
+        status, code, _ = await refused(mesh.http, last_id=last_id)
         assert (status, code) == (401, "invalid_api_key")
 
         monkeypatch.setattr(resume_book, "KEEP_S", 0.0)
@@ -209,7 +215,7 @@ async def test_unknown_expired_and_foreign_answers_look_the_same(monkeypatch):
         for node in mesh.nodes.values():
             node.answers.clear()
         tickets.add(TOKENS)
-        errors.append(await refused(mesh.http, last_id=first.last_id, key="ann"))
+        errors.append(await refused(mesh.http, last_id=last_id, key="ann"))
         assert [error[:2] for error in errors] == [(404, "stream_unknown")] * 3
         assert len({error[2]["message"] for error in errors}) == 1
 

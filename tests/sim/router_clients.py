@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from router.api.event_id import EventId
-from router.http.resume import Resumer, Sender, _resumable
+from router.http.resume import Resumer, Sender, first_asked, fullest
 from router.request.events import RequestSpec
 from router.request.exchange import Exchange
 from router.request.record import RequestRecord
@@ -82,21 +82,15 @@ class _Answers:
 class SimResumer(Resumer):
     """The real resumer; asks nodes over simulated links."""
 
-    async def _elsewhere(self, key: Key, upto: int) -> Resumable | None:
+    async def _elsewhere(self, key: Key, event: EventId) -> Resumable | None:
         dispatch, answers = self._dispatch, _Answers()
         links: list[Any] = [link for link in dispatch.pool.all() if link.version >= 2]
         for link in links:
             number = dispatch.next_stream()
             answers.left += 1
-            question = Attach(number, key[1], key[0], upto)
+            question = Attach(number, key[1], key[0], first_asked(event))
             link.ask(number, question, answers.hear)
-        told = await answers
-        known = [(node, one) for node, one in told.items() if len(one.ids) >= upto]
-        if not known:
-            return None
-        node, best = max(known, key=lambda item: (len(item[1].ids), item[1].reason != ""))
-        prompts = [answer for _, answer in known if answer.submit.leg != "decode"]
-        return _resumable(key, upto, node, best, prompts[0] if prompts else best)
+        return fullest(key, event, await answers)
 
 
 class RouterOfClients(Protocol):
@@ -182,7 +176,7 @@ class ClientEnd:
         """``ModelApi._resume``."""
         if self._lost:
             return
-        self._replay = list(answer.after(message.upto))
+        self._replay = list(answer.after(EventId(message.request_id, message.upto)))
         if answer.ended is not None:
             record = RequestRecord(message.request_id, MODEL, message.tenant, "sim")
             self._hold(Sender(answer, self._as_sink(), record, None))
