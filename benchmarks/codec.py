@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from report import command_line, facts, save
+from common.report import command_line, facts, save
 
 from kernels import codec
 from kernels.codec.layout import FLOAT_TYPES

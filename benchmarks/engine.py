@@ -42,9 +42,9 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
+from common.ports import free_ports
+from common.report import command_line, facts, save
 from load import Load, run
-from ports import free_ports
-from report import command_line, facts, save
 
 TTFT_PROMPTS = {32: 9, 512: 5, 2048: 3}
 """Prompt tokens -> requests: short ones are cheap, and noisier."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import ROOT, command_line, commit, facts, save
+from common.report import ROOT, command_line, commit, facts, save
 
 BATCHES = (1, 4, 16)
 PROMPTS = (32, 512, 2048)

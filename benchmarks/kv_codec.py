@@ -26,8 +26,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from ports import free_ports
-from report import ROOT, command_line, facts, save
+from common.ports import free_ports
+from common.report import ROOT, command_line, facts, save
 
 from kernels import codec
 from kernels.codec.layout import FLOAT_TYPES
@@ -122,7 +122,7 @@ class Process:
     """One of the two nodes."""
 
     def __init__(self, stack: ExitStack, kind: str, kv: Path) -> None:
-        script = Path(__file__).with_name("kv_codec_sides.py")
+        script = Path(__file__).parent / "parts" / "kv_codec_sides.py"
         self._process = stack.enter_context(
             subprocess.Popen(
                 [sys.executable, str(script), kind, str(kv)],

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from report import command_line
+from common.report import command_line
 from tokenizers import Tokenizer
 
 WORD_LIST = """

@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from report import command_line, facts, save
+from common.report import command_line, facts, save
 
 BLOCK_TOKENS, NUM_BLOCKS, BUDGET = 16, 1024, 512
 PROMPT, STREAM_PROMPT = 4096, 64

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import command_line, facts, save
+from common.report import command_line, facts, save
 
 from pop_node.store.facts import Bundle
 from pop_node.store.pack_table import class_rows

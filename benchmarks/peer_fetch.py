@@ -3,8 +3,8 @@
     python benchmarks/peer_fetch.py --out benchmarks/results/peer_fetch.json --work DIR \
         --store DIR_WITH_SMOLLM2 [--gib 1] [--rounds 4] [--rtt-ms 40] [--mbps 1000]
 
-The mesh and its places on this machine's cores: ``peer_fetch_world.py``. ``wire`` is what two bare
-processes get through the link with sendfile(2), the ceiling.
+The mesh and its places on this machine's cores: ``parts/peer_fetch_world.py``. ``wire`` is what two
+bare processes get through the link with sendfile(2), the ceiling.
 
 *Share of the link* is the bytes of the data file over the time from the first question to peers
 until the last chunk is verified and written, over the link's rate; ``named`` also counts what
@@ -34,10 +34,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from others import others_cpu_s
-from peer_fetch_answers import gaps_ms
-from peer_fetch_world import GIVE_MBPS, GIVEN, PEERS, Settings, World
-from report import command_line, facts, save
+from common.others import others_cpu_s
+from common.report import command_line, facts, save
+from parts.peer_fetch_answers import gaps_ms
+from parts.peer_fetch_world import GIVE_MBPS, GIVEN, PEERS, Settings, World
 
 WARM_UP_S = 3.0
 

@@ -20,8 +20,8 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from others import others_cpu_s
-from report import command_line, facts, save
+from common.others import others_cpu_s
+from common.report import command_line, facts, save
 
 from kernels.decoder import Decoder, DecoderWeights
 from kernels.meta import AttentionMeta

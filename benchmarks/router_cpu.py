@@ -5,8 +5,8 @@
 
 The peer is the least that a router over HTTP backends could do in the same language: an aiohttp
 proxy on uvloop that passes bytes on. Both serve the same events, made by a process that stands in
-for nodes (mesh wire) or for an OpenAI backend (HTTP). These three are in ``router_stand_ins.py``,
-who asks them in ``router_clients.py``.
+for nodes (mesh wire) or for an OpenAI backend (HTTP). These three are in
+``parts/router_stand_ins.py``, who asks them in ``parts/router_clients.py``.
 
 Loads: ``small``: 16 clients, answers of one token, not streamed. ``stream``: 32 clients, 128 tokens
 a stream, a step every 20 ms, on one node. ``stream_split``: the same with prefill and decode on two
@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from ports import free_ports
-from report import command_line, commit, facts, save
-from router_clients import LOADS, WARM_S, measure
-from router_stand_ins import MODEL
+from common.ports import free_ports
+from common.report import command_line, commit, facts, save
+from parts.router_clients import LOADS, WARM_S, measure
+from parts.router_stand_ins import MODEL
 
 START_TIMEOUT_S = 60.0
 
@@ -95,7 +95,8 @@ def run(
     topology.write_text(TOPOLOGY)
     directory, router, backend, proxy = free_ports(4)
     registry = f"consul://127.0.0.1:{directory}"
-    around, log = str(Path(__file__).resolve().with_name("router_stand_ins.py")), work / "log"
+    around = str(Path(__file__).resolve().parent / "parts" / "router_stand_ins.py")
+    log = work / "log"
     mesh = ["-m", "popmesh", "router", "--topology", str(topology), "--registry", registry]
     listen = ["--listen", f"127.0.0.1:{router}"]
     samples: dict[str, dict[str, list[dict[str, float]]]] = {}

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from report import command_line, facts, save
+from common.report import command_line, facts, save
 
 from pop_node.kv_stream import intake, link
 from pop_node.kv_stream.endpoint import KvEndpoint

@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import ROOT, command_line, facts, save
+from common.report import ROOT, command_line, facts, save
 
 ANSWER_TOKENS = 128
 BLOCK_TOKENS, NUM_BLOCKS = 16, 1024
-CODE = (ROOT / "pop_node" / "engine" / "block_pool.py").read_text()[400:1400]
+CODE = (ROOT / "pop_node" / "engine" / "scheduling" / "block_pool.py").read_text()[400:1400]
 ASKED = {
     "copying": [
         "Repeat this text exactly:\n" + CODE[:600],

@@ -42,10 +42,10 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cold_pages import CEILINGS, drop_pages, read_direct, resident_share
+from common.cold_pages import CEILINGS, drop_pages, read_direct, resident_share
+from common.ports import free_ports
+from common.report import command_line, commit, facts, save
 from engine import Engine, drop_page_cache, engines, serving
-from ports import free_ports
-from report import command_line, commit, facts, save
 
 from pop_node.engine import messages as m
 from pop_node.engine.boundary import MessageReader, encode, send_setup

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from report import command_line, facts, save
+from common.report import command_line, facts, save
 
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add

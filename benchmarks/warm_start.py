@@ -46,10 +46,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cold_pages import CEILINGS
-from report import command_line, facts, save
-from warm_start_load import child
-from warm_start_model import SEED, prepare, shapes
+from common.cold_pages import CEILINGS
+from common.report import command_line, facts, save
+from common.synthetic_model import SEED, prepare, shapes
+from parts.warm_start_load import child
 
 LOADERS = ("ours", "ours-untouched", "safetensors", "fastsafetensors", "runai")
 

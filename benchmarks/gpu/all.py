@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import report  # noqa: E402
+from common import report  # noqa: E402
 
 PARTS = (("engine_checks", 110), ("decode_rates", 220), ("kernel_rates", 130), ("load_rates", 60))
 """Scripts beside this one, what matters most first, and seconds that each may take."""

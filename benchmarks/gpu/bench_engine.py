@@ -19,8 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import report  # noqa: E402
 import torch  # noqa: E402
+from common import report  # noqa: E402
 
 from kernels.ops import Ops, reference_ops, triton_ops  # noqa: E402
 from kernels.triton.ops import TritonOps  # noqa: E402

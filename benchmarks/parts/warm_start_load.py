@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cold_pages import CEILINGS, drop_pages, read_direct, touch
+from common.cold_pages import CEILINGS, drop_pages, read_direct, touch
 
 TOUCHED = 1.2
 

@@ -1,6 +1,6 @@
 """What each benchmark's report says of where it ran, and how it is written.
 
-Used by the scripts beside it (``python benchmarks/NAME.py`` puts this folder on the path). It knows
+Used by the scripts above it (``python benchmarks/NAME.py`` puts their folder on the path). It knows
 nothing of what they measure; standard library only, because some of them start bare processes.
 """
 
@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def subject(doc: str | None) -> str:

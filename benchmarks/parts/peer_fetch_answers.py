@@ -1,6 +1,6 @@
 """Endless answers of one node, one after the other, read as events over HTTP.
 
-    python benchmarks/peer_fetch_answers.py ROUTER_URL MODEL NODE
+    python benchmarks/parts/peer_fetch_answers.py ROUTER_URL MODEL NODE
 
 Reads until its standard input ends, then prints JSON: per answer the moments (monotonic clock, s)
 of its events. Whoever started it cuts gaps out of them with ``gaps_ms``.

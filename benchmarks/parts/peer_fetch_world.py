@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from ports import free_ports
-from warm_start_model import shapes, write_source
+from common.ports import free_ports
+from common.synthetic_model import shapes, write_source
 
 from pop_node.store.store import Store
 from popmesh.links.plan import EmulatedLink, LinkMap, LinkPlan, ShapedPort, write_json

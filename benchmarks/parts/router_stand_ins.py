@@ -1,6 +1,6 @@
 """What stands around the router in ``router_cpu.py``: nodes, an OpenAI backend, and the peer.
 
-    python benchmarks/router_stand_ins.py nodes REGISTRY | backend PORT | proxy PORT TARGET
+    python benchmarks/parts/router_stand_ins.py nodes REGISTRY | backend PORT | proxy PORT TARGET
 
 Each is a process of its own. Like an engine, nodes and backend emit one token for every running
 stream at each step, so the mesh wire carries one frame per step where HTTP carries one write per

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from router_stand_ins import MODEL, STEP_S, TOKENS
+from parts.router_stand_ins import MODEL, STEP_S, TOKENS
 
 WARM_S = 2.0
 

@@ -1,7 +1,7 @@
 """What a link carries: a bare sender of a file, and a bare taker; no protocol, sendfile(2).
 
-    python benchmarks/peer_fetch_wire.py PORT FILE              sends for ever
-    python benchmarks/peer_fetch_wire.py --take BYTES ADDRESS…  prints JSON: bytes, seconds
+    python benchmarks/parts/peer_fetch_wire.py PORT FILE              sends for ever
+    python benchmarks/parts/peer_fetch_wire.py --take BYTES ADDRESS…  prints JSON: bytes, seconds
 
 Each sender gives an equal share of ``BYTES``, over ``LINES`` connections as a taker has to a peer.
 """

@@ -1,6 +1,6 @@
 """A node that lacks the given model: its supply of bundles, as an agent has it, and nothing else.
 
-    python benchmarks/peer_fetch_taker.py WORK REGISTRY_URL
+    python benchmarks/parts/peer_fetch_taker.py WORK REGISTRY_URL
 
 Brings the model into an empty store below ``WORK`` and prints JSON. ``seconds``: from the first
 question to peers until the last chunk is verified and written; ``named_seconds``: until the bundle
@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import uvloop
-from peer_fetch_world import GIVEN, LINK_MAP, TAKER, TOPOLOGY
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from parts.peer_fetch_world import GIVEN, LINK_MAP, TAKER, TOPOLOGY
 from pop_node.agent_config import AgentConfig
 from pop_node.peers.bring import Bringing
 from pop_node.residency.supply import Supply

@@ -1,6 +1,6 @@
 """The two nodes of ``kv_codec.py``: a KV endpoint each, whose engine is an array.
 
-    python benchmarks/kv_codec_sides.py prefill KV.npy | decode KV.npy
+    python benchmarks/parts/kv_codec_sides.py prefill KV.npy | decode KV.npy
 
 Each answers one JSON line on stdout to one on stdin. The file is [component, layer, token, values]
 uint16; the decode side takes only its shape from it.
