@@ -20,7 +20,7 @@ from pop_node.engine.port import Port
 from pop_node.engine.start_clock import StartClock
 from pop_node.kv_stream.staging import Staging
 from pop_node.store.host_arena import HostArena
-from pop_node.store.reading import READING_THREADS, ReadBundle, is_bundle, read_bundle
+from pop_node.store.reading import READING_THREADS, PlacedBundle, ReadBundle, is_bundle, read_bundle
 from pop_node.store.spare_memory import SpareMemory
 from wire.errors import PeerError
 
@@ -32,11 +32,13 @@ CUDA_DRIVER = Path("/dev/nvidiactl")
 class SetUp:
     """``bundle()`` waits for the model's bytes, None if it is still to be read: a plain directory,
     or a model that goes to an accelerator, which torch has to find first; raises ``ConfigError``.
+    ``placed()`` waits until it is known where they are read to, None if there is no such place.
     ``came_at`` is a moment of the monotonic clock."""
 
     config: EngineConfig
     staging: Staging
     came_at: float
+    placed: Callable[[], PlacedBundle | None]
     bundle: Callable[[], ReadBundle | None]
 
 
@@ -72,24 +74,35 @@ class Beginning:
         came_at = time.monotonic()
         port.start()
         is_reading = threading.Event()
+        placed: Future[PlacedBundle | None] = Future()
+
+        def on_placed(bundle: PlacedBundle | None) -> None:
+            if not placed.done():
+                placed.set_result(bundle)
+
         reading: Future[ReadBundle | None] = self._pool.submit(
-            _read, config, self._spare, is_reading, self._pool
+            _read, config, self._spare, is_reading, self._pool, on_placed
         )
+        reading.add_done_callback(lambda _: on_placed(None))
         reading.add_done_callback(lambda _: self._pool.shutdown(wait=False))
         with clock.phase("setup"):
             staging = Staging.attach(fd, layout)
         is_reading.wait()  # what the main thread does next would keep the reads from beginning
-        return SetUp(config, staging, came_at, reading.result)
+        return SetUp(config, staging, came_at, placed.result, reading.result)
 
 
 def _read(
-    config: EngineConfig, spare: SpareMemory | None, is_reading: threading.Event, pool: Executor
+    config: EngineConfig,
+    spare: SpareMemory | None,
+    is_reading: threading.Event,
+    pool: Executor,
+    on_placed: Callable[[PlacedBundle], None],
 ) -> ReadBundle | None:
     try:
         if goes_to_device(config.backend) or not is_bundle(config.model_dir):
             return None
         arena = partial(HostArena, spare=spare)
-        return read_bundle(config.model_dir, arena, is_reading.set, pool)
+        return read_bundle(config.model_dir, arena, is_reading.set, pool, on_placed)
     finally:
         is_reading.set()
 

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +27,7 @@ from pop_node.engine.staging.kv_mover import DeviceMover, HostMover, Mover
 from pop_node.engine.staging.stager import Stager
 from pop_node.engine.start_clock import StartClock
 from pop_node.kv_stream.staging import Staging
+from pop_node.models.binding import bind_ahead
 from pop_node.models.registry import load, load_backend, prepare
 from pop_node.store.host_memory import prefer_huge
 from pop_node.store.spare_memory import touch
@@ -63,10 +65,14 @@ def build(
     config = set_up.config
     ops = kernels.load(config)
     prepare(config.model_dir)
+    # While the drive reads: all that looks at none of its bytes.
+    placed = set_up.placed() if config.weights == "plain" else None
+    bound = None if placed is None else bind_ahead(placed, config.dtype, ops)
+    parts = None if bound is None else _assemble(bound.model, ops, config)
     read = set_up.bundle()
     began = time.monotonic()
     # Held as long as the process lives.
-    loaded = load(config.model_dir, config.dtype, ops, read, config.weights)
+    loaded = load(config.model_dir, config.dtype, ops, read, config.weights, bound)
     loaded_at = time.monotonic()
     if read is None:
         clock.add("load", began, loaded_at)
@@ -75,26 +81,9 @@ def build(
     for name, phase in loaded.phases.items():
         clock.add(name, phase.began, phase.ended, phase.nbytes)
     model = loaded.model
-    pool = BlockPool(config.num_blocks, config.block_tokens)
-    limits = Limits(
-        vocab_size=model.config.vocab_size,
-        context_tokens=min(
-            model.config.context_tokens,
-            config.context_tokens or model.config.context_tokens,
-            config.num_blocks * config.block_tokens,
-        ),
-        block_tokens=config.block_tokens,
-        num_blocks=config.num_blocks,
-    )
-    runner = _runner(model, ops, config, limits)
-    scheduler = Scheduler(
-        pool,
-        limits,
-        token_budget=config.token_budget,
-        max_sequences=config.max_sequences,
-        max_waiting=config.max_waiting,
-        speculation=Speculation() if ops.batch_invariant and runner.depth == 1 else None,
-    )
+    if parts is None or parts.model is not model:
+        parts = _assemble(model, ops, config)
+    pool, limits, runner, scheduler = parts.pool, parts.limits, parts.runner, parts.scheduler
     first_token_at = _warm(scheduler, runner, limits)
     pool.forget()
     spec = model.kv_spec()
@@ -120,7 +109,7 @@ def build(
         kv_spec=spec.to_dict(),
         phases_ms={
             "import": clock.length_s("imports") * 1000,
-            "load": sum(map(clock.length_s, ("kernels", "load", "bind"))) * 1000,
+            "load": clock.length_s("kernels", "load", "bind") * 1000,
             **{name: phase.wall_s * 1000 for name, phase in loaded.phases.items()},
             "warm": clock.length_s("warm") * 1000,
         },
@@ -130,6 +119,42 @@ def build(
     if ops.device.type == "cpu":
         threading.Thread(target=_touch, args=(runner.cache,), name="touch", daemon=True).start()
     return EngineLoop(scheduler, runner, stager, port, last_layer), ready
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What an engine is made of around its model; the cache is part of the runner."""
+
+    model: Model
+    pool: BlockPool
+    limits: Limits
+    runner: StepRunner
+    scheduler: Scheduler
+
+
+def _assemble(model: Model, ops: Ops, config: EngineConfig) -> _Parts:
+    """Computes nothing on a CPU. Raises as ``_runner``."""
+    pool = BlockPool(config.num_blocks, config.block_tokens)
+    limits = Limits(
+        vocab_size=model.config.vocab_size,
+        context_tokens=min(
+            model.config.context_tokens,
+            config.context_tokens or model.config.context_tokens,
+            config.num_blocks * config.block_tokens,
+        ),
+        block_tokens=config.block_tokens,
+        num_blocks=config.num_blocks,
+    )
+    runner = _runner(model, ops, config, limits)
+    scheduler = Scheduler(
+        pool,
+        limits,
+        token_budget=config.token_budget,
+        max_sequences=config.max_sequences,
+        max_waiting=config.max_waiting,
+        speculation=Speculation() if ops.batch_invariant and runner.depth == 1 else None,
+    )
+    return _Parts(model, pool, limits, runner, scheduler)
 
 
 def _runner(model: Model, ops: Ops, config: EngineConfig, limits: Limits) -> StepRunner:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pop_node.store.loader import covered
+
 Span = tuple[str, float, float, int]
 """(phase, start_s, end_s, bytes that went through it), as ``messages.Ready`` carries it."""
 
@@ -42,9 +44,11 @@ class StartClock:
         yield
         self.add(name, began, time.monotonic())
 
-    def length_s(self, name: str) -> float:
-        """How long the phases of a name took, one after another."""
-        return sum(ended - began for phase, began, ended, _ in self._spans if phase == name)
+    def length_s(self, *names: str) -> float:
+        """For how long any phase of these names took place."""
+        return covered(
+            [(began, ended) for phase, began, ended, _ in self.spans() if phase in names]
+        )
 
     def spans(self) -> list[Span]:
         """All phases so far, by their start."""

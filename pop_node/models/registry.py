@@ -6,10 +6,7 @@ are refused.
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,42 +17,31 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernels.ops import Backend, NativeUnavailableError, Ops, TritonUnavailableError, load_ops
-from kernels.resident import Weight
 from pop_node.engine.config import WeightForm
-from pop_node.models.llama import Llama, LlamaConfig
+from pop_node.models.binding import (
+    CONFIG_FILE,
+    Bound,
+    Model,
+    build_model,
+    parse_object,
+    tensor_of,
+    views,
+)
+from pop_node.models.llama import LlamaConfig
 from pop_node.models.packing import Packer
 from pop_node.models.rope import cos_sin_table
 from pop_node.store.cuda_arena import CudaArena
 from pop_node.store.holding import Hold, mark_used
 from pop_node.store.host_arena import HostArena
-from pop_node.store.load_plan import LoadPlan
 from pop_node.store.loader import LoadReport, Phase
 from pop_node.store.manifest import Manifest
 from pop_node.store.reading import MakeArena, ReadBundle, is_bundle, read_bundle, read_share
 from wire.errors import ConfigError
 
-Model = Llama
-
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # A real index of the largest open models has about 100k entries in 10 MB; config.json is 1 kB.
 MAX_JSON_BYTES = 64 << 20
-
-
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Element types of a bundle (``pop_node.store.dtypes``) as torch knows them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,23 +80,6 @@ def load_backend(backend: Backend, threads: int, *, batch_invariant: bool = Fals
         raise ConfigError(str(exc)) from exc
 
 
-def build_model(
-    config: Mapping[str, Any],
-    weights: Mapping[str, torch.Tensor],
-    dtype: str,
-    ops: Ops,
-    pack: Callable[[torch.Tensor], Weight] | None = None,
-) -> Model:
-    """A model from the object of its ``config.json`` and its tensors; ``pack`` as ``Llama`` takes
-    it.
-
-    Raises:
-        ConfigError: unsupported family or feature, or weights that do not fit.
-    """
-    more = () if pack is None else (pack,)
-    return Llama(LlamaConfig.from_hf(config), weights, ops, dtype, *more)
-
-
 def prepare(directory: Path) -> None:
     """Compute what ``load`` will need and what follows from the configuration alone, while the
     weights are still being read. What is wrong with it, ``load`` will say: it trusts nothing here.
@@ -128,10 +97,12 @@ def load(
     ops: Ops,
     read: ReadBundle | None = None,
     form: WeightForm = "plain",
+    bound: Bound | None = None,
 ) -> Loaded:
     """Load the bundle in ``directory``, or a plain Hugging Face directory: ``config.json`` and
     safetensors, sharded or not. ``read``: the bundle, if it was read already.
-    ``form``: of its matrices in memory.
+    ``form``: of its matrices in memory. ``bound``: what was bound while it was read, used if it
+    was read to there.
 
     Of a bundle every byte is verified before it is used. Its tensors are views of one allocation,
     and it stays held. One that is still arriving is loaded meanwhile, wherever it goes.
@@ -148,11 +119,14 @@ def load(
     if read is None:
         read = read_bundle(directory, _arena(ops.device))
     try:
-        began = time.monotonic()
-        config = _parse_object(read.texts[CONFIG_FILE], read.directory / CONFIG_FILE)
-        weights = _views(read.plan, _tensor(read.memory))
-        model = build_model(config, weights, dtype, ops, pack)
-        ended = time.monotonic()
+        if bound is None or bound.placed.memory is not read.memory:
+            began = time.monotonic()
+            config = parse_object(read.texts[CONFIG_FILE], read.directory / CONFIG_FILE)
+            weights = views(read.plan, tensor_of(read.memory))
+            model = build_model(config, weights, dtype, ops, pack)
+            ended = time.monotonic()
+        else:
+            model, began, ended = bound.model, bound.began, bound.ended
         mark_used(read.directory)
     except BaseException:
         read.hold.close()
@@ -181,26 +155,12 @@ def load_weights(
         ConfigError: a chunk is missing or damaged, or there is no memory.
     """
     plan, memory, report = read_share(directory, manifest, rank, ranks, _arena(device))
-    return _views(plan, _tensor(memory)), report
+    return views(plan, tensor_of(memory)), report
 
 
 def _arena(device: torch.device) -> MakeArena:
     """Where a model for ``device`` is read to: where it stays."""
     return HostArena if device.type == "cpu" else partial(CudaArena, device=device)
-
-
-def _tensor(memory: Any) -> torch.Tensor:
-    return memory if isinstance(memory, torch.Tensor) else torch.from_numpy(memory)
-
-
-def _views(plan: LoadPlan, arena: torch.Tensor) -> dict[str, torch.Tensor]:
-    views = {}
-    for tensor in plan.tensors:
-        dtype = TORCH_DTYPES[tensor.dtype]
-        nbytes = math.prod(tensor.shape) * dtype.itemsize
-        flat = arena[tensor.offset : tensor.offset + nbytes]
-        views[tensor.name] = flat.view(dtype).view(tensor.shape)
-    return views
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -246,16 +206,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConfigError(f"is larger than {MAX_JSON_BYTES} bytes", where=str(path))
-        return _parse_object(path.read_bytes(), path)
+        return parse_object(path.read_bytes(), path)
     except OSError as exc:
         raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
-
-
-def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as exc:
-        raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
-    if not isinstance(content, dict):
-        raise ConfigError("is not a JSON object", where=str(path))
-    return content

@@ -213,13 +213,13 @@ class _Clock:
             spans = sorted(span[1:] for span in self._spans if span[0] == name)
             total = sum(nbytes for _, _, nbytes in spans)
             if total:
-                wall_s = _covered([(began, ended) for began, ended, _ in spans])
+                wall_s = covered([(began, ended) for began, ended, _ in spans])
                 ended = max(ended for _, ended, _ in spans)
                 found[name] = Phase(wall_s, total, spans[0][0], ended)
         return found
 
 
-def _covered(spans: list[tuple[float, float]]) -> float:
+def covered(spans: list[tuple[float, float]]) -> float:
     """Length of the union of intervals that are sorted by their beginning."""
     total, until = 0.0, float("-inf")
     for began, ended in spans:

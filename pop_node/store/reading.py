@@ -37,6 +37,17 @@ MakeArena = Callable[[LoadPlan, int, int], Arena]
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedBundle:
+    """A bundle that is being read: ``texts`` are verified, ``memory`` is where ``plan`` will be,
+    and what is in it means nothing before all of it was read."""
+
+    directory: Path
+    texts: dict[str, bytes]
+    plan: LoadPlan
+    memory: Any
+
+
+@dataclass(frozen=True, slots=True)
 class ReadBundle:
     """All of a bundle, verified. ``memory``: [bytes] uint8 as ``plan`` says, the host's or a tensor
     of a device; ``hold`` keeps the bundle from being collected. ``began`` and ``ended`` are moments
@@ -63,6 +74,7 @@ def read_bundle(
     arena: MakeArena = HostArena,
     on_reading: Callable[[], None] = lambda: None,
     pool: Executor | None = None,
+    on_placed: Callable[[PlacedBundle], None] = lambda _: None,
 ) -> ReadBundle:
     """Read and verify everything. One that is still arriving is read meanwhile, wherever it goes.
 
@@ -71,22 +83,27 @@ def read_bundle(
         on_reading: from then on it waits for the drive most of the time, and leaves the
             interpreter to others.
         pool: has ``READING_THREADS`` to spare; else threads are made for it.
+        on_placed: called meanwhile by another thread; twice if it has to begin anew.
 
     Raises ``ConfigError`` as ``load_chunks`` does, holding nothing then.
     """
     with threads_of(pool, READING_THREADS) as threads:
         try:
-            return _read(directory, arena, on_reading, threads)
+            return _read(directory, arena, on_reading, threads, on_placed)
         except ConfigError:
             published = published_as(directory)
             if published is None:
                 raise
             # It was completed just then, which happens only once.
-            return _read(published, arena, on_reading, threads)
+            return _read(published, arena, on_reading, threads, on_placed)
 
 
 def _read(
-    directory: Path, arena: MakeArena, on_reading: Callable[[], None], pool: Executor
+    directory: Path,
+    arena: MakeArena,
+    on_reading: Callable[[], None],
+    pool: Executor,
+    on_placed: Callable[[PlacedBundle], None],
 ) -> ReadBundle:
     began = time.monotonic()
     hold = Hold(directory)
@@ -103,7 +120,9 @@ def _read(
 
         def texts_beside() -> dict[str, bytes]:
             is_reading.wait()  # they are small: what is large begins first
-            return read_texts(directory, manifest)
+            texts = read_texts(directory, manifest)
+            on_placed(PlacedBundle(directory, texts, plan, place.memory))
+            return texts
 
         reading_texts = pool.submit(texts_beside)
         try:

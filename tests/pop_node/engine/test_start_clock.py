@@ -23,6 +23,9 @@ def test_phases_count_from_the_start_and_are_ordered_by_their_own() -> None:
     clock.add("imports", 99.99, 102.0)  # a moment before the start, which is told in ticks
     assert clock.spans() == [("imports", 0.0, 2.0, 0), ("read", 3.0, 4.5, 4096)]
     assert clock.length_s("read") == 1.5
+    clock.add("verify", 104.0, 105.0)  # half of it beside the reads
+    assert clock.length_s("verify", "read") == 2.0
+    assert clock.length_s("bind") == 0.0
 
 
 def test_a_phase_that_fails_did_not_take_place() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from pop_node.models import registry
+from pop_node.models.binding import views
 from pop_node.store import layout
 from pop_node.store.cuda_arena import TURNS, CudaArena
 from pop_node.store.host_arena import HostArena
@@ -109,9 +110,9 @@ def test_every_byte_arrives_however_late(
     report = load_chunks(bundle.path, bundle.manifest, plan, arena, workers)
     expected = HostArena(plan, workers, bundle.manifest.data.chunk_bytes)
     load_chunks(bundle.path, bundle.manifest, plan, expected, workers)
-    named = registry._views(plan, torch.from_numpy(expected.memory))
+    named = views(plan, torch.from_numpy(expected.memory))
     assert named
-    for name, tensor in registry._views(plan, arena.memory).items():
+    for name, tensor in views(plan, arena.memory).items():
         assert torch.equal(tensor, named[name]), name
     assert report.phases["to_device"].nbytes == sum(
         move.rows * move.width for chunk in plan.chunks for move in chunk.moves
@@ -131,7 +132,7 @@ def test_packed_chunks_are_decoded_on_their_way(
         assert len(plan.chunks) > TURNS
         arena = CudaArena(plan, 1, bundle.manifest.data.chunk_bytes, CPU)
         report = load_chunks(bundle.path, bundle.manifest, plan, arena, 1)
-        found.append(registry._views(plan, arena.memory))
+        found.append(views(plan, arena.memory))
     assert report.phases["decode"].nbytes > 0
     assert found[0].keys() == found[1].keys()
     for name, tensor in found[0].items():

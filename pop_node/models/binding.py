@@ -1,0 +1,132 @@
+"""A model over memory: its tensors are views of one allocation, which may be filled later.
+
+Binding looks at no byte of a tensor where the model keeps every tensor as it lies, so it can be
+done while the drive still reads. What is bound like that computes nothing before its bundle is
+whole: ``registry.load`` alone hands it out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.decoder import DecoderWeights
+from kernels.ops import Ops
+from kernels.resident import Weight
+from pop_node.models.llama import DTYPES, Llama, LlamaConfig
+from pop_node.store.load_plan import LoadPlan
+from pop_node.store.reading import PlacedBundle
+from wire.errors import ConfigError
+
+Model = Llama
+
+CONFIG_FILE = "config.json"
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Element types of a bundle (``pop_node.store.dtypes``) as torch knows them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A model over the memory of a bundle that is still being read: nothing may be computed with it
+    yet. ``began`` and ``ended`` are moments of the monotonic clock."""
+
+    model: Model
+    placed: PlacedBundle
+    began: float
+    ended: float
+
+
+def build_model(
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    dtype: str,
+    ops: Ops,
+    pack: Callable[[torch.Tensor], Weight] | None = None,
+) -> Model:
+    """A model from the object of its ``config.json`` and its tensors; ``pack`` as ``Llama`` takes
+    it.
+
+    Raises:
+        ConfigError: unsupported family or feature, or weights that do not fit.
+    """
+    more = () if pack is None else (pack,)
+    return Llama(LlamaConfig.from_hf(config), weights, ops, dtype, *more)
+
+
+def bind_ahead(placed: PlacedBundle, dtype: str, ops: Ops) -> Bound | None:
+    """Bind what is still being read; None where that would look at its tensors (another dtype,
+    matrices that are multiplied as one and do not lie back to back) or fails: then it is to be
+    bound when it was read, which says what is wrong."""
+    began = time.monotonic()
+    plan, arena = placed.plan, tensor_of(placed.memory)
+    if any(TORCH_DTYPES[tensor.dtype] is not DTYPES.get(dtype) for tensor in plan.tensors):
+        return None
+    try:
+        config = parse_object(placed.texts[CONFIG_FILE], placed.directory / CONFIG_FILE)
+        model = build_model(config, views(plan, arena), dtype, ops)
+    except ConfigError:
+        return None
+    if not all(_is_view(weight, arena) for weight in _weights(model.weights)):
+        return None
+    return Bound(model, placed, began, time.monotonic())
+
+
+def _is_view(weight: Weight, arena: torch.Tensor) -> bool:
+    """Whether what is written to the arena later will be in the weight: it is no copy."""
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.untyped_storage().data_ptr() == arena.untyped_storage().data_ptr()
+    )
+
+
+def _weights(weights: DecoderWeights) -> Iterator[Weight]:
+    yield from (weights.embedding, weights.final_norm, weights.head)
+    for layer in weights.layers:
+        yield from (layer.attention_norm, layer.qkv, layer.output)
+        yield from (layer.mlp_norm, layer.gate_up, layer.down)
+
+
+def tensor_of(memory: Any) -> torch.Tensor:
+    """[bytes] uint8 of an arena as a tensor, without a copy."""
+    return memory if isinstance(memory, torch.Tensor) else torch.from_numpy(memory)
+
+
+def views(plan: LoadPlan, arena: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of ``plan`` by their names, in ``arena`` [bytes] uint8."""
+    found = {}
+    for tensor in plan.tensors:
+        dtype = TORCH_DTYPES[tensor.dtype]
+        nbytes = math.prod(tensor.shape) * dtype.itemsize
+        flat = arena[tensor.offset : tensor.offset + nbytes]
+        found[tensor.name] = flat.view(dtype).view(tensor.shape)
+    return found
+
+
+def parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object of the file at ``path``. Raises ``ConfigError``."""
+    try:
+        content = json.loads(text)
+    except ValueError as exc:
+        raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
+    if not isinstance(content, dict):
+        raise ConfigError("is not a JSON object", where=str(path))
+    return content
