@@ -86,6 +86,8 @@ class Ops:
     pack: Callable[[_Tensor, Callable[[int], _Tensor]], Weight] | None = None
     """Makes a matrix of ``decoder`` smaller, keeping its bits, in memory from the second argument:
     see ``kernels.native.resident.pack``. None where there are no such products."""
+    gate_up: Callable[[_Tensor, _Tensor], _Tensor] | None = None
+    """``silu_mul(linear(x, weight, None))``, bit for bit; None where that is the quickest way."""
 
 
 def reference_ops(*, batch_invariant: bool = False) -> Ops:
@@ -184,6 +186,7 @@ def triton_ops(*, batch_invariant: bool = False) -> Ops:
         logits=ops.logits,
         gumbel_sample=ops.gumbel_sample,
         penalize=ops.penalize,
+        gate_up=ops.gate_up,
     )
 
 

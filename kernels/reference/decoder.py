@@ -57,7 +57,10 @@ def decoder(
         attended = ops.attention(q, keys[i], values[i], meta, w.scale)
         x = ops.linear(attended.flatten(1), dense(layer.output), None)
         x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, w.norm_eps)
-        gate_up = ops.linear(x, dense(layer.gate_up), None)
-        x = ops.linear(ops.silu_mul(gate_up), dense(layer.down), None)
+        if ops.gate_up is None:
+            x = ops.silu_mul(ops.linear(x, dense(layer.gate_up), None))
+        else:
+            x = ops.gate_up(x, dense(layer.gate_up))
+        x = ops.linear(x, dense(layer.down), None)
     x, _ = ops.add_rms_norm(x[logit_rows], residual[logit_rows], w.final_norm, w.norm_eps)
     return ops.logits(x, dense(w.head))

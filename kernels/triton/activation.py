@@ -19,6 +19,13 @@ BLOCK = 1024
 
 
 @triton.jit
+def gated(gate, up):
+    """``silu(gate) * up`` of float32, with the exponential of a number that is never positive."""
+    small = tl.exp(-tl.abs(gate))
+    return gate * tl.where(gate < 0, small, 1.0) / (1.0 + small) * up
+
+
+@triton.jit
 def silu_mul_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -26,10 +33,7 @@ def silu_mul_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     line = gate_up_ptr + 2 * row * width
     gate = tl.load(line + at, mask=held, other=0.0).to(tl.float32)  # [BLOCK]
     up = tl.load(line + width + at, mask=held, other=0.0).to(tl.float32)  # [BLOCK]
-    # x / (1 + e^-x), with the exponential of a number that is never positive.
-    small = tl.exp(-tl.abs(gate))
-    result = gate * tl.where(gate < 0, small, 1.0) / (1.0 + small) * up
-    tl.store(out_ptr + row * width + at, result.to(out_ptr.dtype.element_ty), mask=held)
+    tl.store(out_ptr + row * width + at, gated(gate, up).to(out_ptr.dtype.element_ty), mask=held)
 
 
 def plan_silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> Launch:

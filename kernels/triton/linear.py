@@ -1,8 +1,9 @@
 """Matrix products with weights stored as ``[out, in]``, accumulated in float32.
 
-``linear`` and ``logits`` are cuBLAS, which picks its kernel, and with it the order of a sum, by the
-number of rows. The invariant ones are the kernel here: one configuration for any number of rows,
-chosen by the weights' shape alone, every sum in order of k. So a row's bits depend on that row.
+``linear`` and ``logits`` are ``few_rows``, where there are few, or cuBLAS, which picks its kernel,
+and with it the order of a sum, by the number of rows. The invariant ones are the kernel here: one
+configuration for any number of rows, chosen by the weights' shape alone, every sum in order of k.
+So a row's bits depend on that row.
 
 Roofline of the kernel: 2 T N K FLOPs over N K weights; memory bound below about 300 rows of
 bfloat16 on an H200 (990 TFLOP/s over 4.8 TB/s are 206 FLOPs per byte). Its cost against cuBLAS has
@@ -15,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.triton import few_rows
 from kernels.triton.launch import Launch, ceil_div, require, same_dtype
 
 TILE_COLUMNS = 128
@@ -119,11 +121,15 @@ def plan_matmul(
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See ``kernels.reference.linear.linear``."""
+    if bias is None and few_rows.fits(x, weight):
+        return few_rows.product(x, weight, x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
 
 def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """See ``kernels.reference.linear.logits``."""
+    if few_rows.fits(x, weight):
+        return few_rows.product(x, weight, torch.float32)
     if x.dtype is torch.float32 or not x.is_cuda:
         return x.float() @ weight.float().T
     return torch.mm(x, weight.T, out_dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.meta import AttentionMeta
+from kernels.triton import few_rows
 from kernels.triton import linear as linear_kernels
 from kernels.triton.activation import silu_mul
 from kernels.triton.attention import attention
@@ -30,6 +31,12 @@ class TritonOps:
         chosen = linear_kernels
         self.linear = chosen.invariant_linear if batch_invariant else chosen.linear
         self.logits = chosen.invariant_logits if batch_invariant else chosen.logits
+
+    def gate_up(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See ``kernels.ops.Ops.gate_up``."""
+        if self._batch_invariant or not few_rows.fits(x, weight):
+            return silu_mul(self.linear(x, weight, None))
+        return few_rows.gate_up(x, weight)
 
     def attention(
         self,

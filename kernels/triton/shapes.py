@@ -15,6 +15,7 @@ from kernels.meta import AttentionMeta
 from kernels.triton.activation import plan_silu_mul
 from kernels.triton.attention import plan_attention
 from kernels.triton.exponent_codec import TABLE_WORDS, TILE_WORDS, BlockPlan, plan_decode
+from kernels.triton.few_rows import plan_few_rows
 from kernels.triton.kv_pack import plan_kv_move
 from kernels.triton.launch import Launch
 from kernels.triton.linear import plan_matmul
@@ -132,6 +133,13 @@ def _of_one_model(model: ModelShape) -> Iterator[Shape]:
     yield Shape("silu_mul", plan_silu_mul(gate_up, _meta(rows, model.intermediate)))
     weight = _meta(2 * model.intermediate, model.hidden)
     yield Shape("matmul, invariant, many outputs", plan_matmul(x, weight, None, gate_up), "GMMA")
+    for few in (1, 4):
+        row, gated = _meta(few, model.hidden), _meta(few, model.intermediate)
+        yield Shape(
+            f"matmul, {few} x few outputs",
+            plan_few_rows(gated, _meta(model.hidden, model.intermediate), row, gate=False),
+        )
+        yield Shape(f"matmul, {few} x gates and ups", plan_few_rows(row, weight, gated, gate=True))
     (windowed,) = _attention(model, 512, window=1024)
     yield Shape("attention, prefill, window", windowed, "GMMA")
     windowed, _ = _attention(model, 1, window=2048)

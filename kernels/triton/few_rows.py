@@ -1,0 +1,180 @@
+"""Products of a few rows with a whole matrix, ``[out, in]``: what a decode step of few sequences
+is.
+
+    out = x w^T                                           accumulated in float32, rounded once
+    out = silu_mul(round(x w^T))                          GATED: w holds gates, then as many ups
+
+A program takes some rows of the matrix and walks along k. Each thread keeps its own part of the
+sums until the end, so between loads nothing waits for another thread, and each element of the
+matrix is widened once for all rows of x. With gates, a program has rows of gates and the ups that
+belong to them in turn, so that the product of both never goes to memory; it is rounded as if it
+did.
+
+Roofline: N K elements read once, 2 T FLOPs for each: memory bound. At 4.3 TB/s a multiprocessor has
+some 14 instructions for each element of bfloat16, of which this takes 2 + T. Loads of a thread are
+16 bytes, four of them or more before the first is used. Not measured on a device yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.activation import gated
+from kernels.triton.launch import Launch, ceil_div, power_of_2, require, same_dtype
+
+FEW_ROWS = 4
+"""Of x. Beyond, tensor cores have to do it (see the roofline). Guess."""
+
+WARPS = 4
+PASS_ELEMENTS = WARPS * 32 * 8
+"""Elements of the matrix that the threads of a program load at once, 16 bytes of bfloat16 each."""
+
+MAX_SUMS = 32 * WARPS * 32
+"""Of a program, 32 for each thread: with twice as many, two programs fewer fit on a multiprocessor
+(``kernels.triton.compiled``)."""
+
+MIN_BLOCK_K = 64
+"""128 bytes of bfloat16, a line of the cache."""
+
+PROGRAMS = 512
+"""At least, where the matrix has the rows: nearly four for each of 132 multiprocessors. Guess."""
+
+
+@triton.jit(do_not_specialize=["rows"])
+def few_rows_kernel(
+    x_ptr, w_ptr, out_ptr, rows, columns, x_stride, out_stride,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    held = line < columns
+    w_row = tl.minimum(line, columns - 1)
+    if GATED:
+        w_row = w_row % 2 * (columns // 2) + w_row // 2
+    w_at = w_ptr + w_row.to(tl.int64)[:, None] * DEPTH
+    k = tl.arange(0, BLOCK_K)
+    # Rows behind the last are the last one, and are not stored.
+    x1_ptr = x_ptr + tl.minimum(1, rows - 1).to(tl.int64) * x_stride
+    x2_ptr = x_ptr + tl.minimum(2, rows - 1).to(tl.int64) * x_stride
+    x3_ptr = x_ptr + tl.minimum(3, rows - 1).to(tl.int64) * x_stride
+    sum0 = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    sum1 = sum0
+    sum2 = sum0
+    sum3 = sum0
+    for at in tl.range(0, DEPTH, BLOCK_K, loop_unroll_factor=2):
+        here = at + k
+        there = here < DEPTH
+        if DEPTH % BLOCK_K == 0:
+            w = tl.load(w_at + here[None, :], eviction_policy="evict_first")
+        else:
+            w = tl.load(w_at + here[None, :], mask=there[None, :], other=0.0)
+        w = w.to(tl.float32)  # [N, K]
+        sum0 += w * x_part(x_ptr, here, there, DEPTH % BLOCK_K == 0)
+        if ROWS > 1:
+            sum1 += w * x_part(x1_ptr, here, there, DEPTH % BLOCK_K == 0)
+        if ROWS > 2:
+            sum2 += w * x_part(x2_ptr, here, there, DEPTH % BLOCK_K == 0)
+            sum3 += w * x_part(x3_ptr, here, there, DEPTH % BLOCK_K == 0)
+    write(out_ptr, line, held, tl.sum(sum0, axis=1), GATED, BLOCK_N)
+    if ROWS > 1:
+        own = held & (rows > 1)
+        write(out_ptr + out_stride, line, own, tl.sum(sum1, axis=1), GATED, BLOCK_N)
+    if ROWS > 2:
+        own = held & (rows > 2)
+        write(out_ptr + 2 * out_stride, line, own, tl.sum(sum2, axis=1), GATED, BLOCK_N)
+        own = held & (rows > 3)
+        write(out_ptr + 3 * out_stride, line, own, tl.sum(sum3, axis=1), GATED, BLOCK_N)
+
+
+@triton.jit
+def x_part(x_ptr, here, there, WHOLE: tl.constexpr):
+    """Elements ``here`` of a row of x, widened: [1, K]."""
+    x = tl.load(x_ptr + here) if WHOLE else tl.load(x_ptr + here, mask=there, other=0.0)
+    return x.to(tl.float32)[None, :]
+
+
+@triton.jit
+def write(out_ptr, line, held, total, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a row's sums [N], or what its gates let through: [N / 2]."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if GATED:
+        rounded = total.to(dtype).to(tl.float32)
+        gate, up = tl.split(tl.reshape(rounded, (BLOCK_N // 2, 2)))
+        place, _ = tl.split(tl.reshape(line // 2, (BLOCK_N // 2, 2)))
+        inside, _ = tl.split(tl.reshape(held.to(tl.int32), (BLOCK_N // 2, 2)))
+        tl.store(out_ptr + place, gated(gate, up).to(dtype), mask=inside != 0)
+    else:
+        tl.store(out_ptr + line, total.to(dtype), mask=held)
+
+
+def plan_few_rows(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gate: bool
+) -> Launch:
+    """``x`` [T, K] times ``weight`` [N, K]^T into ``out`` [T, N] of any dtype, or, with ``gate``,
+    what the first half of N lets through of the second, in the dtype of ``x``: [T, N / 2].
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or there are more than ``FEW_ROWS`` rows.
+    """
+    rows, depth = x.shape
+    columns = weight.shape[0]
+    require(
+        fits(x, weight)
+        and weight.shape[1] == depth > 0
+        and out.is_contiguous()
+        and out.shape == (rows, columns // 2 if gate else columns)
+        and (not gate or (columns % 2 == 0 and out.dtype is x.dtype)),
+        "few_rows",
+        *(x, weight, out),
+    )
+    held = power_of_2(rows)
+    block_k = min(PASS_ELEMENTS, depth & -depth)
+    if block_k < MIN_BLOCK_K:
+        block_k = min(PASS_ELEMENTS, power_of_2(depth))
+    block_n = max(2 if gate else 1, PASS_ELEMENTS // block_k)
+    most = MAX_SUMS // held // block_k
+    while 2 * block_n <= most and ceil_div(columns, 2 * block_n) >= PROGRAMS:
+        block_n *= 2
+    return Launch(
+        few_rows_kernel,
+        (ceil_div(columns, block_n),),
+        {
+            "x_ptr": x,
+            "w_ptr": weight,
+            "out_ptr": out,
+            "rows": rows,
+            "columns": columns,
+            "x_stride": x.stride(0),
+            "out_stride": out.shape[1],
+        },
+        {
+            "DEPTH": depth,
+            "ROWS": held,
+            "GATED": gate,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+        },
+        WARPS,
+    )
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether ``product`` and ``gate_up`` can be asked for ``x`` [T, K] and ``weight`` [N, K]."""
+    shaped = 0 < x.shape[0] <= FEW_ROWS and x.stride(1) == 1 and weight.is_contiguous()
+    return shaped and same_dtype(x, weight)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` [T, K], of at most ``FEW_ROWS``, times ``weight`` [N, K]^T: [T, N] of ``dtype``."""
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    plan_few_rows(x, weight, out, gate=False).run()
+    return out
+
+
+def gate_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``silu_mul(linear(x, weight))`` of at most ``FEW_ROWS`` rows: [T, N / 2]."""
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    plan_few_rows(x, weight, out, gate=True).run()
+    return out
