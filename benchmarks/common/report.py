@@ -31,9 +31,12 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
 
 
 def commit(checkout: Path = ROOT) -> str:
-    """The commit that ``checkout`` is at; empty outside git."""
+    """The commit that ``checkout`` is at; empty outside git, and where there is none."""
     git = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def facts(doc: str | None, packages: Iterable[str] = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shared by the engine's GPU benchmarks: random Llamas, an engine without its process, reports.
+"""Shared by the engine's GPU benchmarks: an engine without its process, its operations and device.
 
 Needs torch, triton and numpy; with ``dry``, no GPU: kernels run in Triton's interpreter, streams
 and graphs are the tests' fakes, and no figure means anything.
@@ -6,21 +6,16 @@ and graphs are the tests' fakes, and no figure means anything.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
-from common import report  # noqa: E402
 
 from kernels.ops import Ops, reference_ops, triton_ops  # noqa: E402
 from kernels.triton.ops import TritonOps  # noqa: E402
@@ -32,100 +27,10 @@ from pop_node.engine.scheduling.block_pool import BlockPool  # noqa: E402
 from pop_node.engine.scheduling.schedule import Schedule  # noqa: E402
 from pop_node.engine.scheduling.scheduler import Scheduler  # noqa: E402
 from pop_node.engine.scheduling.validate import Limits  # noqa: E402
-from pop_node.models.llama import DTYPES, Llama, LlamaConfig  # noqa: E402
+from pop_node.models.llama import Llama  # noqa: E402
 
-SEED = 20240607
 BLOCK_TOKENS = 16
 DRY_MULTIPROCESSORS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A Llama's sizes; ``config`` is its config.json."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    vocab: int
-    tied: bool
-    context: int
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.inner,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.context,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "hidden_act": "silu",
-            "tie_word_embeddings": self.tied,
-        }
-
-    @property
-    def read_weights(self) -> int:
-        """Elements of the weights that each step reads: all matrices, of embeddings the head."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.inner) + self.vocab * self.hidden
-
-    @property
-    def kv_elements(self) -> int:
-        """Of one token."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
-
-SMOLLM2 = Shape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, True, 8448)
-LLAMA_8B = Shape("llama3-8b", 32, 4096, 32, 8, 128, 14336, 128256, False, 8448)
-TINY = Shape("tiny", 2, 32, 4, 2, 8, 48, 96, True, 256)
-
-
-def weights(shape: Shape, dtype: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random ones by their names in files; what is multiplied as one lies back to back.
-
-    All are numbers of bfloat16, so that a model is the same in either dtype.
-    """
-    rng = torch.Generator(device).manual_seed(SEED)
-    hidden, kind = shape.hidden, DTYPES[dtype]
-
-    def draw(rows: int, columns: int) -> torch.Tensor:
-        drawn = torch.randn(rows, columns, device=device, generator=rng) * columns**-0.5
-        return drawn.bfloat16().to(kind)
-
-    def norm() -> torch.Tensor:
-        drawn = torch.randn(hidden, device=device, generator=rng)
-        return (1 + drawn / 10).bfloat16().to(kind)
-
-    named = {"model.embed_tokens.weight": draw(shape.vocab, hidden), "model.norm.weight": norm()}
-    if not shape.tied:
-        named["lm_head.weight"] = draw(shape.vocab, hidden)
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    for layer in range(shape.layers):
-        at = f"model.layers.{layer}."
-        q, k, v = draw(queries + 2 * keys, hidden).split([queries, keys, keys])
-        gate, up = draw(2 * shape.inner, hidden).split(shape.inner)
-        named |= {
-            at + "self_attn.q_proj.weight": q,
-            at + "self_attn.k_proj.weight": k,
-            at + "self_attn.v_proj.weight": v,
-            at + "self_attn.o_proj.weight": draw(hidden, queries),
-            at + "mlp.gate_proj.weight": gate,
-            at + "mlp.up_proj.weight": up,
-            at + "mlp.down_proj.weight": draw(hidden, shape.inner),
-            at + "input_layernorm.weight": norm(),
-            at + "post_attention_layernorm.weight": norm(),
-        }
-    return named
 
 
 def operations(dry: bool, *, batch_invariant: bool = False) -> Ops:
@@ -175,11 +80,12 @@ class WithoutGraphs:
         return work
 
 
-def a_device(dry: bool) -> Any:
+def a_device(dry: bool, *, prompt: bool = False) -> Any:
+    """A GPU; ``dry``: the tests' fake, whose copies come late unless they are to be ``prompt``."""
     if dry:
-        from tests.fakes.late_device import LateDevice
+        from tests.fakes.late_device import LateDevice, PromptDevice
 
-        return LateDevice()
+        return PromptDevice() if prompt else LateDevice()
     return CudaDevice(torch.device("cuda", torch.cuda.current_device()))
 
 
@@ -286,105 +192,3 @@ class Engine:
             self.scheduler.handle(Drop(seq), 0.0)
         self.run()  # the step that is under way
         self.pool.forget()
-
-
-def prompts(shape: Shape, count: int, tokens: int) -> list[list[int]]:
-    """Random ones."""
-    rng = torch.Generator().manual_seed(SEED)
-    drawn: list[list[int]] = torch.randint(0, shape.vocab, (count, tokens), generator=rng).tolist()
-    return drawn
-
-
-def a_model(shape: Shape, dtype: str, ops: Ops) -> Llama:
-    """A random one."""
-    named = weights(shape, dtype, ops.device)
-    return Llama(LlamaConfig.from_hf(shape.config), named, ops, dtype)
-
-
-def hugging_face(shape: Shape, dtype: str, device: torch.device) -> Any:
-    """transformers' model of the same weights, to call; None where it is not installed."""
-    try:
-        from transformers import LlamaConfig as TheirConfig
-        from transformers import LlamaForCausalLM
-    except ImportError:
-        return None
-    with torch.device(device):
-        model = LlamaForCausalLM(TheirConfig(**shape.config)).to(DTYPES[dtype]).eval()
-    named = weights(shape, dtype, device)
-    if shape.tied:
-        named["lm_head.weight"] = named["model.embed_tokens.weight"]
-    model.load_state_dict(named)
-    return model
-
-
-def synchronize(dry: bool) -> None:
-    if not dry:
-        torch.cuda.synchronize()
-
-
-def seconds_of(run: Any, dry: bool) -> float:
-    """Wall time of ``run`` and of all that it queued."""
-    synchronize(dry)
-    began = time.perf_counter()
-    run()
-    synchronize(dry)
-    return time.perf_counter() - began
-
-
-def facts(doc: str | None, dry: bool) -> dict[str, Any]:
-    """Where and with what it ran."""
-    found = report.facts(doc, ["torch", "triton", "numpy"]) | {"seed": SEED, "dry": dry}
-    if not dry:
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found |= {
-            "device": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-        }
-    return found
-
-
-def arguments(doc: str | None) -> argparse.Namespace:
-    """``--out`` and ``--dry``; exits with 2 where there is no GPU for a real run."""
-    parser = report.command_line(doc)
-    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted, no GPU")
-    given = parser.parse_args()
-    if not given.dry and not torch.cuda.is_available():
-        print("needs a CUDA device", file=sys.stderr)
-        raise SystemExit(2)
-    torch.set_num_threads(1)
-    return given
-
-
-def ceilings(dry: bool) -> dict[str, float]:
-    """Of the device, measured: bytes copied per second, read and written, and FLOPs of a large
-    bfloat16 product."""
-    size, side, rounds = (1 << 16, 32, 1) if dry else (4 << 30, 8192, 10)
-    device = torch.device("cpu") if dry else torch.device("cuda")
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-
-    def best(run: Any) -> float:
-        run()
-        return min(seconds_of(lambda: [run() for _ in range(rounds)], dry) for _ in range(3))
-
-    copy_s, product_s = best(lambda: target.copy_(source)), best(lambda: a @ b)
-    return {
-        "copy_bytes_s": 2 * size * rounds / copy_s,
-        "product_flops_s": 2 * side**3 * rounds / product_s,
-    }
-
-
-def save(content: dict[str, Any], out: Path) -> None:
-    """Write the report; what is not a finite number would not be JSON."""
-    json.dumps(content, allow_nan=False)
-    report.save(content, out)
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of ``expected``; infinity for what is not finite."""
-    error = (found.double() - expected.double()).norm() / expected.double().norm()
-    return float(error) if math.isfinite(error) else math.inf

@@ -1,20 +1,23 @@
 """Tokens per second of the engine on a GPU, against bytes / bandwidth and against transformers.
 
-    python benchmarks/gpu/decode_rates.py --out build/gpu/decode_rates.json
+    python benchmarks/gpu/decode_rates.py --model llama3-8b --out build/gpu/decode_rates.json
 
-Random Llamas in bfloat16 of the shapes of SmolLM2-135M and of an 8B model; greedy. Decode: batches
+A random Llama in bfloat16 of the shape of SmolLM2-135M or of an 8B model; greedy. ``--engine``:
+ours or transformers. Decode: batches
 of 1, 8 and 64 at contexts of about 1,024 and 8,192 tokens, whose KV is random. Its bound is the
 bytes that a step must read (weights + KV) / copy bandwidth of the device, measured here:
 ``share`` = bound / time of a step. Also timed: replays of the step's graph alone, so that
 ``overhead`` = 1 - replay / step says what scheduling, copies and sampling cost. Prefill: a prompt
-in chunks, its FLOPs per second to those of a large product, measured here: ``share``. transformers
+in chunks, its FLOPs per second to those of a large product, measured here: ``share``. Last come the
+kernels of a replay with their times, by torch's profiler. transformers
 decodes with its dynamic cache, which holds as many tokens. Medians of rounds; every one is kept.
 What fails is recorded by its error, and the rest goes on.
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -24,6 +27,8 @@ from typing import Any
 
 import bench_engine as bench
 import torch
+from random_llama import LLAMA_8B, SEED, SMOLLM2, TINY, Shape, a_model, hugging_face, prompts
+from running import Report, arguments, ceilings, seconds_of
 
 PEER_KV_BYTES = 20 << 30
 """transformers copies its cache whenever a token is added: larger ones would not fit twice."""
@@ -31,11 +36,9 @@ PEER_KV_BYTES = 20 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. ``budget``: tokens of a prefill step. ``until_s``: when to leave out what has
-    not begun, from the start."""
+    """What is run. ``budget``: tokens of a prefill step."""
 
     dry: bool
-    shapes: tuple[bench.Shape, ...]
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
     warm: int
@@ -45,12 +48,10 @@ class Plan:
     peer_rounds: int
     budget: int
     prefill: int
-    until_s: float
 
 
 REAL = Plan(
     dry=False,
-    shapes=(bench.LLAMA_8B, bench.SMOLLM2),
     batches=(1, 8, 64),
     contexts=(1024, 8192),
     warm=8,
@@ -60,11 +61,9 @@ REAL = Plan(
     peer_rounds=3,
     budget=2048,
     prefill=8192,
-    until_s=190.0,
 )
 DRY = Plan(
     dry=True,
-    shapes=(bench.TINY,),
     batches=(1, 2),
     contexts=(40,),
     warm=1,
@@ -74,7 +73,6 @@ DRY = Plan(
     peer_rounds=1,
     budget=48,
     prefill=50,
-    until_s=1000.0,
 )
 
 
@@ -100,21 +98,20 @@ class LastReplay:
 
 def rounds_of(run: Callable[[], None], steps: int, rounds: int, dry: bool) -> list[float]:
     """Seconds per step of each round."""
-    return [bench.seconds_of(run, dry) / steps for _ in range(rounds)]
+    return [seconds_of(run, dry) / steps for _ in range(rounds)]
 
 
 def decode(
     engine: bench.Engine,
     device: LastReplay,
-    shape: bench.Shape,
+    shape: Shape,
     batch: int,
     context: int,
     plan: Plan,
 ) -> dict[str, Any]:
     """The engine's own steps, then the last one's graph alone."""
     more = plan.warm + plan.steps * plan.rounds + 4
-    prompts = bench.prompts(shape, batch, context - more)
-    sequences = engine.receive(prompts, more)
+    sequences = engine.receive(prompts(shape, batch, context - more), more)
     device.last = None
     engine.steps(plan.warm)
 
@@ -136,13 +133,12 @@ def decode(
     return {"step_s": step_s, "replay_s": replay_s, "mean_context": mean}
 
 
-def prefill(engine: bench.Engine, shape: bench.Shape, plan: Plan) -> dict[str, Any]:
+def prefill(engine: bench.Engine, shape: Shape, plan: Plan) -> dict[str, Any]:
     """Seconds of a whole prompt, its first token included."""
-    prompts = bench.prompts(shape, plan.rounds + 1, plan.prefill)
     seconds = []
-    for prompt in prompts:
+    for prompt in prompts(shape, plan.rounds + 1, plan.prefill):
         engine.add(prompt, 1)
-        seconds.append(bench.seconds_of(engine.run, plan.dry))
+        seconds.append(seconds_of(engine.run, plan.dry))
         engine.pool.forget()
     # A product per weight and token; queries and keys: half of all pairs, twice (scores, values).
     products = 2 * (shape.read_weights - shape.vocab * shape.hidden) * plan.prefill
@@ -151,9 +147,7 @@ def prefill(engine: bench.Engine, shape: bench.Shape, plan: Plan) -> dict[str, A
     return {"seconds": seconds[1:], "tokens": plan.prefill, "flops": products + attention}
 
 
-def peer_decode(
-    model: Any, shape: bench.Shape, batch: int, context: int, plan: Plan
-) -> list[float]:
+def peer_decode(model: Any, shape: Shape, batch: int, context: int, plan: Plan) -> list[float]:
     """Seconds of transformers' steps per round."""
     from transformers import DynamicCache
 
@@ -177,112 +171,133 @@ def peer_decode(
     return rounds_of(steps, plan.peer_steps, plan.peer_rounds, plan.dry)
 
 
-def of_engine(
-    shape: bench.Shape, plan: Plan, ceilings: dict[str, float], say: Callable[..., None]
-) -> None:
-    """Everything of one shape on our engine."""
-    dtype = "float32" if plan.dry else "bfloat16"
-    size = 4 if plan.dry else 2
-    device = LastReplay(bench.a_device(plan.dry))
-    model = bench.a_model(shape, dtype, bench.operations(plan.dry))
-    seats, longest = max(plan.batches), max(plan.contexts)
-    tokens = seats * (longest + 2 * bench.BLOCK_TOKENS)
-    engine = bench.Engine(model, device, tokens, seats=seats, budget=plan.budget)
-    for component in engine.runner.cache:
-        for layer in component:
-            layer.normal_()
+def kernels_of(graph: Callable[[], None]) -> dict[str, Any]:
+    """Count and microseconds of each kernel in a replay, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
 
-    def capture() -> dict[str, Any]:
-        began, count = time.perf_counter(), 0
-        while engine.runner.prepare():
-            count += 1
-        return {"graphs": count, "seconds": time.perf_counter() - began}
+    graph()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        graph()
+        torch.cuda.synchronize()
+    named = [(e.key[:120], e.count, e.self_device_time_total) for e in found.key_averages()]
+    named.sort(key=lambda each: -each[2])
+    return {"kernels": named, "busy_us": sum(each[2] for each in named)}
 
-    say({"engine": "popmesh", "model": shape.name, "captures": True}, capture)
-    for batch in plan.batches:
+
+class Measured:
+    """One shape's rows."""
+
+    def __init__(self, shape: Shape, plan: Plan, given: argparse.Namespace) -> None:
+        self._shape, self._plan = shape, plan
+        self._dtype = "float32" if plan.dry else "bfloat16"
+        self._size = 4 if plan.dry else 2
+        self._key = {"engine": given.engine, "model": shape.name}
+        self.report = Report(__doc__, given)
+        self._ceilings = ceilings(plan.dry)
+        self.report.note(seed=SEED, ceilings=self._ceilings)
+
+    def of_engine(self) -> None:
+        """Everything on our engine."""
+        shape, plan = self._shape, self._plan
+        device = LastReplay(bench.a_device(plan.dry))
+        seats, longest = max(plan.batches), max(plan.contexts)
+        tokens = seats * (longest + 2 * bench.BLOCK_TOKENS)
+        made: list[bench.Engine] = []
+
+        def make() -> dict[str, Any]:
+            model = a_model(shape, self._dtype, bench.operations(plan.dry))
+            engine = bench.Engine(model, device, tokens, seats=seats, budget=plan.budget)
+            for component in engine.runner.cache:
+                for layer in component:
+                    layer.normal_()
+            made.append(engine)
+            return {}
+
+        def capture() -> dict[str, Any]:
+            began, count = time.perf_counter(), 0
+            while made[0].runner.prepare():
+                count += 1
+            return {"graphs": count, "seconds": time.perf_counter() - began}
+
+        self.report.add(self._key | {"made": True}, make)
+        if not made:
+            return
+        self.report.add(self._key | {"captures": True}, capture)
         for context in plan.contexts:
-            key = {"engine": "popmesh", "model": shape.name, "batch": batch, "context": context}
+            for batch in plan.batches:
 
-            def measure(batch: int = batch, context: int = context) -> dict[str, Any]:
-                row = decode(engine, device, shape, batch, context, plan)
-                moved = shape.read_weights + batch * row["mean_context"] * shape.kv_elements
-                # A copy's bytes count twice: read and written. A step reads at the same rate.
-                bound_s = moved * size / ceilings["copy_bytes_s"]
-                step_s = statistics.median(row["step_s"])
-                row |= {
-                    "tokens_s": batch / step_s,
-                    "bound_s": bound_s,
-                    "share": bound_s / step_s,
-                }
-                if row["replay_s"]:
-                    row["overhead"] = 1 - statistics.median(row["replay_s"]) / step_s
-                return row
+                def measure(batch: int = batch, context: int = context) -> dict[str, Any]:
+                    return self._decode(made[0], device, batch, context)
 
-            say(key, measure)
+                self.report.add(self._key | {"batch": batch, "context": context}, measure, 10.0)
+        self.report.add(
+            self._key | {"prefill": plan.prefill}, lambda: self._prefill(made[0]), needs_s=10.0
+        )
+        if plan.dry:
+            return
+        for context in plan.contexts:
+            for batch in plan.batches:
+                key = self._key | {"kernels_of_batch": batch, "context": context}
 
-    def measure_prefill() -> dict[str, Any]:
-        row = prefill(engine, shape, plan)
+                def profiled(batch: int = batch, context: int = context) -> dict[str, Any]:
+                    short = dataclasses.replace(plan, steps=1, rounds=1)
+                    decode(made[0], device, shape, batch, context, short)
+                    # At once: the step's numbers have to be there still.
+                    return {} if device.last is None else kernels_of(device.last)
+
+                self.report.add(key, profiled, needs_s=10.0)
+
+    def _decode(
+        self, engine: bench.Engine, device: LastReplay, batch: int, context: int
+    ) -> dict[str, Any]:
+        shape = self._shape
+        row = decode(engine, device, shape, batch, context, self._plan)
+        moved = shape.read_weights + batch * row["mean_context"] * shape.kv_elements
+        # A copy's bytes count twice: read and written. A step reads at the same rate.
+        bound_s = moved * self._size / self._ceilings["copy_bytes_s"]
+        step_s = statistics.median(row["step_s"])
+        row |= {"tokens_s": batch / step_s, "bound_s": bound_s, "share": bound_s / step_s}
+        if row["replay_s"]:
+            row["overhead"] = 1 - statistics.median(row["replay_s"]) / step_s
+        return row
+
+    def _prefill(self, engine: bench.Engine) -> dict[str, Any]:
+        row = prefill(engine, self._shape, self._plan)
         rate = row["flops"] / statistics.median(row["seconds"])
-        return row | {"flops_s": rate, "share": rate / ceilings["product_flops_s"]}
+        return row | {"flops_s": rate, "share": rate / self._ceilings["product_flops_s"]}
 
-    say({"engine": "popmesh", "model": shape.name, "prefill": plan.prefill}, measure_prefill)
+    def of_transformers(self) -> None:
+        """Decode on transformers, where it is installed."""
+        shape, plan = self._shape, self._plan
+        device = torch.device("cpu") if plan.dry else torch.device("cuda")
+        model = hugging_face(shape, self._dtype, device)
+        if model is None:
+            self.report.note(left_out="transformers is not installed")
+            return
+        for batch in plan.batches:
+            for context in plan.contexts:
+                if batch * context * shape.kv_elements * 2 > PEER_KV_BYTES:
+                    continue
 
+                def measure(batch: int = batch, context: int = context) -> dict[str, Any]:
+                    step_s = peer_decode(model, shape, batch, context, plan)
+                    return {"step_s": step_s, "tokens_s": batch / statistics.median(step_s)}
 
-def of_transformers(
-    shape: bench.Shape, plan: Plan, ceilings: dict[str, float], say: Callable[..., None]
-) -> None:
-    """Decode of one shape on transformers, where it is installed."""
-    dtype = "float32" if plan.dry else "bfloat16"
-    device = torch.device("cpu") if plan.dry else torch.device("cuda")
-    model = bench.hugging_face(shape, dtype, device)
-    if model is None:
-        return
-    for batch in plan.batches:
-        for context in plan.contexts:
-            if batch * context * shape.kv_elements * 2 > PEER_KV_BYTES:
-                continue
-            key = {"engine": "transformers", "model": shape.name}
-
-            def measure(batch: int = batch, context: int = context) -> dict[str, Any]:
-                step_s = peer_decode(model, shape, batch, context, plan)
-                return {"step_s": step_s, "tokens_s": batch / statistics.median(step_s)}
-
-            say(key | {"batch": batch, "context": context}, measure)
+                self.report.add(self._key | {"batch": batch, "context": context}, measure, 5.0)
 
 
 def main() -> int:
-    given = bench.arguments(__doc__)
-    plan = DRY if given.dry else REAL
-    began = time.monotonic()
-    content = bench.facts(__doc__, plan.dry) | {"ceilings": bench.ceilings(plan.dry)}
-    rows: list[dict[str, Any]] = []
-    content["rows"] = rows
-
-    def say(key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
-        if time.monotonic() - began > plan.until_s:
-            row = {"left_out": "no time was left"}
-        else:
-            try:
-                row = measure()
-            except (RuntimeError, ValueError, TypeError, AttributeError) as exc:
-                row = {"error": f"{type(exc).__name__}: {exc}"[:2000]}
-        rows.append(key | row)
-        shown = {name: value for name, value in rows[-1].items() if not isinstance(value, list)}
-        print(shown, flush=True)
-        bench.save(content, given.out)  # what is known so far, should the time run out
-
-    for shape in plan.shapes:
-        for part in (of_engine, of_transformers):
-            try:
-                part(shape, plan, content["ceilings"], say)
-            except (RuntimeError, ValueError, TypeError, AttributeError) as exc:
-                rows.append({"model": shape.name, "part": part.__name__, "error": str(exc)[:2000]})
-                print(rows[-1], flush=True)
-            gc.collect()
-            if not plan.dry:
-                torch.cuda.empty_cache()
-    bench.save(content, given.out)
-    return 1 if any("error" in row for row in rows) else 0
+    shapes = {shape.name: shape for shape in (LLAMA_8B, SMOLLM2)}
+    given = arguments(__doc__, model=list(shapes), engine=["popmesh", "transformers"])
+    measured = Measured(
+        TINY if given.dry else shapes[given.model], DRY if given.dry else REAL, given
+    )
+    if given.engine == "popmesh":
+        measured.of_engine()
+    else:
+        measured.of_transformers()
+    return measured.report.ended()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Measured, each as bytes per second: reads of a file of random bytes past the page cache into
 page-locked memory by the loader's workers and nothing else; copies of such memory to the device and
 nothing else; both as a load does them (``pop_node.store.cuda_arena``). ``share`` = the load's rate
-/ the smaller of the other two. What arrives is compared with the file. Digests are left out.
+/ the smaller of the other two. What arrives is compared with the file. Digests are left out. The
+file is as long as the drive can write in ``WRITE_S``.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import statistics
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench_engine as bench
 import numpy as np
 import torch
+from running import Report, arguments, seconds_of
 
 from pop_node.store.cuda_arena import CudaArena
 
@@ -31,19 +33,29 @@ WORKERS = 24
 """As the loader's: ``layout.CHUNK_BYTES`` and ``loader.READERS``, whose modules need more than is
 installed on every GPU machine."""
 
-FILE_BYTES = 6 << 30
+MOST_BYTES = 6 << 30
+WRITE_S = 8.0
+STRETCH_CHUNKS = 16
+"""Between looks at the clock, each on the drive then."""
+
 ROUNDS = 3
+SEED = 20240607
 
 
-def write_file(path: Path, nbytes: int) -> None:
-    """Random bytes, on the drive when this returns."""
-    rng = np.random.default_rng(bench.SEED)
+def write_file(path: Path) -> int:
+    """Random bytes that differ from chunk to chunk, on the drive when this returns; how many."""
+    rng = np.random.default_rng(SEED)
+    drawn = [bytearray(rng.bytes(CHUNK_BYTES)) for _ in range(STRETCH_CHUNKS)]
+    until, written = time.monotonic() + WRITE_S, 0
     with path.open("wb") as file:
-        for _ in range(nbytes // CHUNK_BYTES):
-            file.write(rng.bytes(CHUNK_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
+        while written < MOST_BYTES and (written == 0 or time.monotonic() < until):
+            for chunk in drawn:
+                chunk[:8] = written.to_bytes(8, "little")
+                written += file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return written
 
 
 def chunks_of(nbytes: int) -> list[Any]:
@@ -94,42 +106,51 @@ def carry(path: Path, arena: CudaArena, chunks: list[Any], *, read: bool, place:
 
 
 def main() -> int:
-    given = bench.arguments(__doc__)
+    given = arguments(__doc__)
+    report = Report(__doc__, given)
     if given.dry:
         print("needs page-locked memory: nothing to run without a GPU")
-        bench.save(bench.facts(__doc__, dry=True), given.out)
-        return 0
+        return report.ended()
     device = torch.device("cuda", torch.cuda.current_device())
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=given.out.parent) as folder:
         path = Path(folder) / "weights.bin"
-        write_file(path, FILE_BYTES)
-        chunks = chunks_of(FILE_BYTES)
-        plan: Any = SimpleNamespace(arena_bytes=FILE_BYTES)
+        nbytes = write_file(path)
+        chunks = chunks_of(nbytes)
+        plan: Any = SimpleNamespace(arena_bytes=nbytes)
         arena = CudaArena(plan, WORKERS, CHUNK_BYTES, device)
-        for name, how in (
-            ("copy", {"read": False, "place": True}),
-            ("read", {"read": True, "place": False}),
-            ("load", {"read": True, "place": True}),
-        ):
-            samples = []
-            for _ in range(ROUNDS):
-                seconds = bench.seconds_of(lambda how=how: carry(path, arena, chunks, **how), False)
-                samples.append(FILE_BYTES / seconds)
-            found[name] = {"bytes_s": statistics.median(samples), "samples": samples}
-        found["direct"] = carry(path, arena, chunks, read=True, place=True)
-        same = all(
-            torch.equal(
-                arena.memory[chunk.offset : chunk.offset + chunk.nbytes].cpu(),
-                torch.from_numpy(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=chunk.offset)),
-            )
-            for chunk in chunks[:: max(1, len(chunks) // 64)]
-        )
-    limit = min(found["copy"]["bytes_s"], found["read"]["bytes_s"])
-    found |= {"share": found["load"]["bytes_s"] / limit, "same_bytes": same}
-    print(found)
-    bench.save(bench.facts(__doc__, dry=False) | found, given.out)
-    return 0 if same else 1
+        report.note(file_bytes=nbytes)
+
+        def rates(read: bool, place: bool) -> dict[str, Any]:
+            direct: list[bool] = []
+
+            def run() -> None:
+                direct.append(carry(path, arena, chunks, read=read, place=place))
+
+            samples = [nbytes / seconds_of(run, dry=False) for _ in range(ROUNDS)]
+            return {"bytes_s": statistics.median(samples), "samples": samples, "direct": direct[0]}
+
+        def same() -> dict[str, Any]:
+            arena.memory.zero_()
+            torch.cuda.synchronize()
+            carry(path, arena, chunks, read=True, place=True)
+            looked = chunks[:: max(1, len(chunks) // 64)]
+            wrong = [chunk.offset for chunk in looked if not arrived(path, arena, chunk)]
+            return {"right": not wrong, "wrong_offsets": wrong[:8]}
+
+        report.add({"same": True}, same)
+        copy = report.add({"way": "copy"}, lambda: rates(False, True), needs_s=3.0)
+        read = report.add({"way": "read"}, lambda: rates(True, False), needs_s=3.0)
+        load = report.add({"way": "load"}, lambda: rates(True, True), needs_s=3.0)
+        if all("bytes_s" in row for row in (copy, read, load)):
+            report.note(share=load["bytes_s"] / min(copy["bytes_s"], read["bytes_s"]))
+    return report.ended()
+
+
+def arrived(path: Path, arena: CudaArena, chunk: Any) -> bool:
+    """Whether a chunk is on the device as it is in the file."""
+    there = arena.memory[chunk.offset : chunk.offset + chunk.nbytes].cpu()
+    stored = np.fromfile(path, np.uint8, chunk.nbytes, offset=chunk.offset)
+    return torch.equal(there, torch.from_numpy(stored))
 
 
 if __name__ == "__main__":

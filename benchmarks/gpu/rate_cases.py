@@ -5,22 +5,33 @@ Shapes come from models: rows of their matrices, batches of sequences at a conte
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from kernels.meta import AttentionMeta
-from kernels.reference import activation, attention, kv_pack, linear, norm, rope
-from kernels.reference import sampling as reference_sampling
-from kernels.triton import kv_pack as triton_kv_pack
-from kernels.triton import linear as triton_linear
-from kernels.triton.ops import TritonOps
-from kernels.triton.sampling import pack_parameters, sample_on_device
-from kernels.triton.shapes import ModelShape
+import torch  # noqa: E402
+
+from kernels.meta import AttentionMeta  # noqa: E402
+from kernels.reference import activation, attention, kv_pack, linear, norm, rope  # noqa: E402
+from kernels.reference import sampling as reference_sampling  # noqa: E402
+from kernels.reference.penalties import penalize  # noqa: E402
+from kernels.triton import few_rows  # noqa: E402
+from kernels.triton import kv_pack as triton_kv_pack  # noqa: E402
+from kernels.triton import linear as triton_linear  # noqa: E402
+from kernels.triton.ops import TritonOps  # noqa: E402
+from kernels.triton.sampling import pack_parameters, sample_on_device  # noqa: E402
+from kernels.triton.shapes import ModelShape  # noqa: E402
 
 BLOCK_TOKENS = 16
+
+MOST_LOGITS = 64
+"""Rows of them: more are drawn in no step."""
+
 SEED = 20240607
 
 # As in the tests: |triton - reference| <= atol + rtol |reference|, results being of magnitude 1.
@@ -30,6 +41,7 @@ TOLERANCE = {
     torch.bfloat16: (1e-2, 1.6e-2),
 }
 
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -102,7 +114,8 @@ class Bench:
 
     def __init__(self, model: ModelShape, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._device, self._dtype = model, device, dtype
-        self._rng = torch.Generator().manual_seed(SEED)
+        self._rng = torch.Generator(device).manual_seed(SEED)
+        self._places = torch.Generator().manual_seed(SEED)
         count = 4
         if device.type == "cuda":
             count = torch.cuda.get_device_properties(device).multi_processor_count
@@ -110,18 +123,23 @@ class Bench:
         self._invariant = TritonOps(count, batch_invariant=True)
 
     def _random(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        drawn = torch.randn(*shape, generator=self._rng) * scale
-        return drawn.to(self._device, self._dtype)
+        drawn = torch.randn(*shape, generator=self._rng, device=self._device) * scale
+        return drawn.to(self._dtype)
 
     def cases(self, batches: list[Batch], rows: list[int]) -> Iterator[Case]:
         """Row-wise kernels at every count of ``rows``, attention and rotation at every batch."""
         for count in rows:
             yield from self._row_wise(count)
             yield from self._products(count)
+            if count <= MOST_LOGITS:
+                yield from self._head(count)
         for batch in batches:
             yield from self._attention(batch)
         yield from self._kv()
-        yield from self._sampling(min(rows))
+        for count in rows:
+            if count <= MOST_LOGITS:
+                yield from self._sampling(count)
+        yield from self._penalties()
 
     def _row_wise(self, rows: int) -> Iterator[Case]:
         m, ops, size = self._model, self._ops, self._dtype.itemsize
@@ -150,18 +168,48 @@ class Bench:
         )
 
     def _products(self, rows: int) -> Iterator[Case]:
-        m, size = self._model, self._dtype.itemsize
-        x = self._random(rows, m.hidden)
-        weight = self._random(2 * m.intermediate, m.hidden, scale=m.hidden**-0.5)
-        moved = (x.numel() + weight.numel() + rows * weight.shape[0]) * size
-        for name, ops in (("linear", self._ops), ("linear, invariant", self._invariant)):
+        """All matrices of a layer and the head, at few rows beside cuBLAS; else the largest."""
+        m = self._model
+        heads = (m.heads + 2 * m.kv_heads) * m.head_dim
+        shapes = [("gate_up", 2 * m.intermediate, m.hidden)]
+        if rows <= few_rows.FEW_ROWS:
+            shapes += [
+                ("qkv", heads, m.hidden),
+                ("output", m.hidden, m.heads * m.head_dim),
+                ("down", m.hidden, m.intermediate),
+            ]
+        for name, columns, depth in shapes:
+            x = self._random(rows, depth)
+            weight = self._random(columns, depth, scale=depth**-0.5)
+            yield from self._product(name, x, weight)
+            if name == "gate_up":
+                yield from self._gates(x, weight)
+
+    def _product(self, name: str, x: torch.Tensor, weight: torch.Tensor) -> Iterator[Case]:
+        rows, (columns, depth) = x.shape[0], weight.shape
+        moved = (x.numel() + weight.numel() + rows * columns) * self._dtype.itemsize
+        ways: dict[str, Product] = {"": self._ops.linear, ", invariant": self._invariant.linear}
+        if rows <= few_rows.FEW_ROWS:
+            ways[", cuBLAS"] = torch.nn.functional.linear
+        for how, of in ways.items():
             yield Case(
-                f"{name} {rows} x {m.hidden} x {weight.shape[0]}",
-                lambda ops=ops: ops.linear(x, weight, None),
-                lambda ops=ops: [(ops.linear(x, weight, None), linear.linear(x, weight, None))],
+                f"linear {name}{how} {rows} x {depth} x {columns}",
+                lambda of=of: of(x, weight, None),
+                lambda of=of: [(of(x, weight, None), linear.linear(x, weight, None))],
                 moved,
                 2 * rows * weight.numel(),
             )
+
+    def _gates(self, x: torch.Tensor, weight: torch.Tensor) -> Iterator[Case]:
+        rows, ops, size = x.shape[0], self._ops, self._dtype.itemsize
+        expected = activation.silu_mul(linear.linear(x, weight, None))
+        yield Case(
+            f"gate_up with its gates {rows}",
+            lambda: ops.gate_up(x, weight),
+            lambda: [(ops.gate_up(x, weight), expected)],
+            (x.numel() + weight.numel() + expected.numel()) * size,
+            2 * rows * weight.numel(),
+        )
         yield Case(
             f"linear, invariant: bits of the first row {rows}",
             lambda: None,
@@ -174,16 +222,29 @@ class Bench:
             exact=True,
         )  # fmt: skip
 
+    def _head(self, rows: int) -> Iterator[Case]:
+        m, size = self._model, self._dtype.itemsize
+        x = self._random(rows, m.hidden)
+        weight = self._random(m.vocab, m.hidden, scale=m.hidden**-0.5)
+        for how, ops in (("", self._ops), (", invariant", self._invariant)):
+            yield Case(
+                f"logits{how} {rows}",
+                lambda ops=ops: ops.logits(x, weight),
+                lambda ops=ops: [(ops.logits(x, weight), linear.logits(x, weight))],
+                (x.numel() + weight.numel()) * size + 4 * rows * m.vocab,
+                2 * rows * weight.numel(),
+            )
+
     def _attention(self, batch: Batch) -> Iterator[Case]:
         m, ops, size = self._model, self._ops, self._dtype.itemsize
-        meta, blocks = layout(batch, self._device, self._rng)
+        meta, blocks = layout(batch, self._device, self._places)
         keys, values = (
             self._random(blocks, BLOCK_TOKENS, m.kv_heads, m.head_dim) for _ in range(2)
         )
         heads = [m.heads, m.kv_heads, m.kv_heads]
         fused = self._random(batch.rows, sum(heads), m.head_dim)
         q, k, v = fused.split(heads, dim=1)
-        angles = torch.rand(batch.context, m.head_dim // 2, generator=self._rng) * 6
+        angles = torch.rand(batch.context, m.head_dim // 2, generator=self._places) * 6
         cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self._device)
 
         def rotated(write: Callable[..., None]) -> list[torch.Tensor]:
@@ -228,7 +289,7 @@ class Bench:
     def _kv(self) -> Iterator[Case]:
         m = self._model
         cache = self._random(4, 64, BLOCK_TOKENS, m.kv_heads, m.head_dim)
-        slots = torch.randperm(64 * BLOCK_TOKENS, generator=self._rng)[:512].to(self._device)
+        slots = torch.randperm(64 * BLOCK_TOKENS, generator=self._places)[:512].to(self._device)
         piece = kv_pack.kv_pack(cache, slots, 1, 4)
 
         def unpacked(write: Callable[..., None]) -> torch.Tensor:
@@ -255,7 +316,8 @@ class Bench:
         )
 
     def _sampling(self, rows: int) -> Iterator[Case]:
-        logits = (3 * torch.randn(rows, self._model.vocab, generator=self._rng)).to(self._device)
+        drawn = 3 * torch.randn(rows, self._model.vocab, generator=self._places)
+        logits = drawn.to(self._device)
         for top_p in (1.0, 0.9):
             settings = ([0.8] * rows, [top_p] * rows, list(range(rows)), [0] * rows, [7] * rows)
             parameters = pack_parameters(*settings).to(self._device)
@@ -271,17 +333,40 @@ class Bench:
                 exact=True,
             )  # fmt: skip
 
+    def _penalties(self) -> Iterator[Case]:
+        vocab, entries = self._model.vocab, min(1000, self._model.vocab)
+        logits = 3 * torch.randn(vocab, generator=self._places)
+        ids = torch.randperm(vocab, generator=self._places)[:entries].int()
+        counts = torch.randint(0, 4, (entries,), generator=self._places).int()
 
-def fault(case: Case) -> str | None:
-    """What is wrong with its results; None if nothing is."""
+        def penalised(of: Callable[..., None], device: torch.device) -> torch.Tensor:
+            line = logits.to(device, copy=True)
+            of(line, ids.to(device), counts.to(device), 1.2, 0.5, 0.25)
+            return line.cpu()
+
+        yield Case(
+            "penalize",
+            lambda: None,
+            lambda: [
+                (penalised(self._ops.penalize, self._device),
+                 penalised(penalize, torch.device("cpu")))
+            ],
+            0,
+            0,
+            exact=True,
+        )  # fmt: skip
+
+
+def check(case: Case) -> dict[str, Any]:
+    """Whether its results are right, and how far off the worst is: for exact ones the elements that
+    differ, else the largest difference beyond the relative tolerance, to the absolute one."""
+    worst = 0.0
     for actual, expected in case.pairs():
         if case.exact:
-            if not torch.equal(actual, expected):
-                return f"{case.name}: {int((actual != expected).sum())} elements differ"
+            worst = max(worst, float((actual != expected).sum()))
             continue
         atol, rtol = TOLERANCE[actual.dtype]
         wide, oracle = actual.float(), expected.float()
-        excess = ((wide - oracle).abs() - rtol * oracle.abs()).max()
-        if not bool(excess <= atol):  # NaN too
-            return f"{case.name}: off by {excess.item():.3g} beyond the relative tolerance"
-    return None
+        excess = ((wide - oracle).abs() - rtol * oracle.abs()).max().item() / atol
+        worst = max(worst, excess if math.isfinite(excess) else math.inf)
+    return {"right": worst <= (0 if case.exact else 1), "worst": worst, "exact": case.exact}

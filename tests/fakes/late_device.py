@@ -74,6 +74,14 @@ class LateLane:
         self.queued += 1
 
 
+class PromptLane(LateLane):
+    """Copies at once, for whoever only looks whether a copy has come."""
+
+    def run(self, work: Callable[[], Any]) -> None:
+        super().run(work)
+        self.catch_up(self.queued)
+
+
 class LateDevice:
     """A ``cuda_device.Device`` that remembers how often it captured and replayed."""
 
@@ -103,6 +111,13 @@ class LateDevice:
             work()
 
         return replay
+
+
+class PromptDevice(LateDevice):
+    """One with lanes that copy at once."""
+
+    def lane(self) -> LateLane:
+        return PromptLane()
 
 
 class HostSampler:

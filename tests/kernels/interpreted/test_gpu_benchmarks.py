@@ -20,14 +20,14 @@ class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {names}:
             raise ModuleNotFoundError(name)
+# Nor is this project installed there.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]
 sys.meta_path.insert(0, Missing())
 """
-NOT_THERE = {"msgspec", "blake3", "aiohttp", "uvloop", "consul", "msgpack", "xxhash", "click"}
+NOT_THERE = {"msgspec", "blake3", "consul", "xxhash", "click"}
 
 
-def test_every_part_runs_with_torch_triton_numpy_safetensors_and_tokenizers_alone(
-    tmp_path: Path,
-) -> None:
+def test_every_step_runs_with_what_a_gpu_machine_has(tmp_path: Path) -> None:
     hooks = tmp_path / "hooks"
     hooks.mkdir()
     # transformers too: it is compared with where it is installed.
@@ -35,7 +35,7 @@ def test_every_part_runs_with_torch_triton_numpy_safetensors_and_tokenizers_alon
     (hooks / "sitecustomize.py").write_text(MISSING.format(names=names))
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, str(GPU / "all.py"), "--out", str(out), "--dry"],
+        [sys.executable, str(GPU / "all.py"), "--out", str(out), "--dry", "--total", "270"],
         env={**os.environ, "PYTHONPATH": str(hooks)},
         capture_output=True,
         text=True,
@@ -43,33 +43,91 @@ def test_every_part_runs_with_torch_triton_numpy_safetensors_and_tokenizers_alon
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    parts = json.loads((out / "all.json").read_text())["parts"]
-    assert [part["ended"] for part in parts] == [0] * 4
-    checks = json.loads((out / "engine_checks.json").read_text())["checks"]
-    assert [check["right"] for check in checks] == [True] * 2
-    rates = json.loads((out / "decode_rates.json").read_text())["rows"]
-    assert not [row for row in rates if "error" in row]
-    decoded = [row for row in rates if "batch" in row]
+    assert sorted(path.name for path in out.iterdir()) == ["all.json", "all.log"]
+    steps = {step["step"]: step for step in json.loads((out / "all.json").read_text())["steps"]}
+    assert [step["ended"] for step in steps.values()] == [0] * 7
+    rows = {name: step["report"]["rows"] for name, step in steps.items()}
+    assert [row["right"] for row in rows["engine_checks"]] == [True] * 2
+    assert all(row["right"] for row in rows["kernel_checks"])
+    handed = [row for row in rows["hand_over_checks"] if "kv_bytes" in row]
+    assert [row["right"] for row in handed] == [True]
+    assert handed[0]["kv_bytes"] == 37 * 2 * 2 * 2 * 8 * 4  # layers, K and V, heads, width, float32
+    decoded = [row for row in rows["decode_rates"] if "batch" in row]
     assert all(len(row["replay_s"]) == len(row["step_s"]) == 2 for row in decoded)
     assert {row["batch"] for row in decoded} == {1, 2}
 
 
-def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
+def in_the_scripts_folder(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(GPU)!r})\n{program}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
+    out = tmp_path / "out"
     program = f"""
-import sys
-sys.path.insert(0, {str(GPU)!r})
 from pathlib import Path
 import all as command
 folder = Path({str(tmp_path)!r})
-(folder / "fails.py").write_text("raise SystemExit('broken')")
+(folder / "fails.py").write_text("raise SystemExit('CUDA error: broken')")
 (folder / "hangs.py").write_text("import time; print('began', flush=True); time.sleep(60)")
 (folder / "works.py").write_text("")
 command.__file__ = str(folder / "all.py")
-command.PARTS = (("fails", 30), ("hangs", 3), ("works", 30))
-sys.argv = ["all.py", "--out", str(folder / "out")]
+command.LEAST_S = 0.0
+command.CHECKS = (command.Step("hangs", (), 3), command.Step("fails", (), 30))
+command.RATES = (command.Step("works", ("--model", "small"), 30),)
+sys.argv = ["all.py", "--out", {str(out)!r}]
 raise SystemExit(command.main())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    done = in_the_scripts_folder(program)
     assert done.returncode == 1, done.stderr
-    parts = json.loads((tmp_path / "out" / "all.json").read_text())["parts"]
-    assert [part["ended"] for part in parts] == [1, "stopped after 3 s", 0]
+    steps = json.loads((out / "all.json").read_text())["steps"]
+    # What harmed the device is looked at again, last.
+    assert [(step["step"], step["ended"]) for step in steps] == [
+        ("hangs", "stopped after 3 s"),
+        ("fails", 1),
+        ("works small", 0),
+        ("fails again", 1),
+    ]
+    assert "began" in (out / "all.log").read_text()
+
+
+def test_no_step_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    program = f"""
+import all as command
+sys.argv = ["all.py", "--out", {str(tmp_path)!r}, "--total", "1"]
+raise SystemExit(command.main())
+"""
+    assert in_the_scripts_folder(program).returncode == 1
+    steps = json.loads((tmp_path / "all.json").read_text())["steps"]
+    assert {step["ended"] for step in steps} == {"left out: no time was left"}
+    assert len(steps) > 10
+
+
+def test_a_report_keeps_what_is_known_when_a_row_fails(tmp_path: Path) -> None:
+    program = f"""
+import argparse, json
+from pathlib import Path
+import running
+out = Path({str(tmp_path / "rows.json")!r})
+report = running.Report("What.", argparse.Namespace(dry=True, out=out, limit=50.0))
+def bad():
+    raise KeyError("no such kernel")
+report.add({{"row": 1}}, lambda: {{"value": float("inf")}})
+report.add({{"row": 2}}, bad)
+assert [row["row"] for row in json.loads(out.read_text())["rows"]] == [1, 2]
+report.add({{"row": 3}}, lambda: {{"right": True}}, needs_s=60.0)
+report.add({{"row": 4}}, lambda: {{"right": True}})
+raise SystemExit(report.ended())
+"""
+    done = in_the_scripts_folder(program)
+    assert done.returncode == 1, done.stderr
+    first, second, third, fourth = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert first["value"] == "inf"
+    assert "no such kernel" in second["error"]
+    assert "in bad" in second["trace"]
+    assert third["left_out"] == "no time was left"
+    assert fourth["right"]

@@ -1,0 +1,58 @@
+"""Triton kernels on a GPU, each against its reference: right or wrong, case by case.
+
+    python benchmarks/gpu/kernel_checks.py --model llama3-8b --dtype float32 --out build/checks.json
+
+Few and many rows, odd sizes, empty tails, several queries at once; all within the tests'
+tolerances, and what has to be exact to the bit. Any difference ends it with 1; what fails is
+recorded by its error, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from rate_cases import Batch, Bench, Case, check
+from running import Report, arguments
+
+from kernels.triton.shapes import LLAMA3_8B, SMOLLM2_135M, ModelShape
+
+MODELS = {model.name: model for model in (SMOLLM2_135M, LLAMA3_8B)}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+BATCHES = [
+    Batch(3, 1, 700),
+    Batch(1, 1, 1),
+    Batch(2, 130, 300),
+    Batch(2, 3, 515),
+    Batch(64, 1, 1024),
+    Batch(1, 512, 512),
+    Batch(1, 256, 4099),
+]
+ROWS = [1, 2, 3, 5, 64, 257]
+
+
+def cases(dry: bool, model: str, dtype: str) -> Iterator[Case]:
+    """Of a GPU; ``dry``: of a tiny model in the interpreter, whose products depend on the row."""
+    if not dry:
+        yield from Bench(MODELS[model], torch.device("cuda"), DTYPES[dtype]).cases(BATCHES, ROWS)
+        return
+    tiny = ModelShape("tiny", 40, 6, 2, 16, 24, 300)
+    bench = Bench(tiny, torch.device("cpu"), torch.float32)
+    for case in bench.cases([Batch(2, 1, 40)], [3]):
+        if "bits of" not in case.name:
+            yield case
+
+
+def main() -> int:
+    given = arguments(__doc__, model=list(MODELS), dtype=list(DTYPES))
+    report = Report(__doc__, given)
+    report.note(model=given.model, dtype=given.dtype)
+    for case in cases(given.dry, given.model, given.dtype):
+        report.add({"case": case.name}, lambda case=case: check(case))
+    return report.ended()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
