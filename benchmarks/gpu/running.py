@@ -44,11 +44,11 @@ def arguments(doc: str | None, **choices: list[str]) -> argparse.Namespace:
     for name, allowed in choices.items():
         parser.add_argument(f"--{name}", choices=allowed, default=allowed[0])
     given = parser.parse_args()
-    faulthandler.enable()
-    faulthandler.dump_traceback_later(max(1.0, given.limit - LAST_WORDS_S))
     if not given.dry and not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         raise SystemExit(2)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(1.0, given.limit - LAST_WORDS_S))
     torch.set_num_threads(1)
     return given
 

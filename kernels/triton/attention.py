@@ -14,7 +14,7 @@ keys begin at multiples of BLOCK_N, wherever the queries lie.
 One kernel, two uses. Long queries (prefill chunks): wide tiles, one program per tile and KV head.
 Short ones (decode, a few speculated tokens): narrow tiles, and the keys of a sequence are split
 among programs, whose (m, t, a) a second kernel merges in order. How many splits follows from the
-number of keys and the device's multiprocessors.
+numbers of keys and programs and the device's multiprocessors.
 
 Batch invariance: all queries take the wide tiles without splits, and every tile of keys is masked,
 because a compiler may round the two loops differently. Keys that a row does not see add exact
@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from kernels.meta import AttentionMeta
-from kernels.triton.attention_tiles import Tiles, count_splits, narrow_tiles, wide_tiles
+from kernels.triton.attention_tiles import Tiles, narrow_tiles, split_tokens, wide_tiles
 from kernels.triton.launch import Launch, ceil_div, power_of_2, require, rows_of_heads, same_dtype
 
 EVERYTHING = 1 << 30
@@ -302,14 +302,13 @@ def plan_attention(
     # A window begins anywhere within a tile of keys.
     reach = min(window or EVERYTHING, chunk or EVERYTHING) + short + narrow.block_n
     visible = min(meta.max_context, reach)
-    splits = count_splits(visible, sequences * kv_heads, multiprocessors)
-    split_tokens = ceil_div(ceil_div(visible, splits), narrow.block_n) * narrow.block_n
-    splits = ceil_div(visible, split_tokens)
+    of_split = split_tokens(visible, sequences * kv_heads, multiprocessors, narrow.block_n)
+    splits = ceil_div(visible, of_split)
     parts = (splits, sequences, short, heads)
     if splits > 1:
         a = q.new_empty(*parts, width, dtype=torch.float32)
         tm = q.new_empty(*parts, 2, dtype=torch.float32)
-        arguments = arguments | {"a_ptr": a, "tm_ptr": tm, "split_tokens": split_tokens}
+        arguments = arguments | {"a_ptr": a, "tm_ptr": tm, "split_tokens": of_split}
         constants = constants | {"SPLIT": True}
     launches.append(
         Launch(

@@ -19,6 +19,9 @@ PROGRAMS_PER_SM = 3
 """Of the decode kernel at work on one multiprocessor, by registers and shared memory at a head
 width of 128. Source: ``python -m kernels.triton.compiled``."""
 
+NEARLY_FILLED = 0.95
+"""Of the best filling of the device's waves: more splits are more to merge. Guess."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
@@ -51,10 +54,17 @@ def narrow_tiles(itemsize: int, group: int, width: int) -> Tiles:
     return Tiles(rows, 64 if width <= 128 else 32, 4, 5)
 
 
-def count_splits(visible: int, programs: int, multiprocessors: int) -> int:
-    """Among how many programs to split up to ``visible`` keys of each of ``programs`` tiles.
+def split_tokens(visible: int, programs: int, multiprocessors: int, block_n: int) -> int:
+    """Into parts of how many keys to split up to ``visible`` >= 1 keys of each of ``programs``
+    tiles: whole tiles of ``block_n``, no more parts than ``MIN_SPLIT_TOKENS`` allow.
 
-    As many as fill the device, as long as each has ``MIN_SPLIT_TOKENS``.
+    Programs run in waves of as many as fit on the device, and a last wave of a few takes as long as
+    a full one. So: the fewest parts whose waves are filled nearly as well as any number's.
     """
-    wanted = ceil_div(PROGRAMS_PER_SM * multiprocessors, max(1, programs))
-    return max(1, min(wanted, ceil_div(visible, MIN_SPLIT_TOKENS), MAX_SPLITS))
+    at_once = PROGRAMS_PER_SM * multiprocessors
+    most = max(1, min(ceil_div(visible, MIN_SPLIT_TOKENS), MAX_SPLITS))
+    sizes = [ceil_div(visible, splits * block_n) * block_n for splits in range(1, most + 1)]
+    counts = [programs * ceil_div(visible, size) for size in sizes]
+    filled = [count / (at_once * ceil_div(count, at_once)) for count in counts]
+    enough = NEARLY_FILLED * max(filled)
+    return next(size for size, share in zip(sizes, filled, strict=True) if share >= enough)

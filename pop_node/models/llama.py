@@ -184,10 +184,15 @@ class Llama:
         """
         c, dtype = self.config, DTYPES[self.dtype]
         shape = (c.layers, num_blocks, block_tokens, c.kv_heads, c.head_dim)
-        device = self._ops.device
+        device, nbytes = self._ops.device, math.prod(shape) * dtype.itemsize
         if device.type != "cpu":
-            return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in ("k", "v"))
-        nbytes = math.prod(shape) * dtype.itemsize
+            try:
+                return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in ("k", "v"))
+            except torch.OutOfMemoryError as exc:
+                raise ConfigError(
+                    f"no room on {device} for a KV cache of {2 * nbytes} bytes",
+                    suggestion="lower kv_tokens of the node",
+                ) from exc
         return tuple(
             torch.from_numpy(aligned_memory(nbytes, huge=False)).view(dtype).view(shape)
             for _ in ("k", "v")

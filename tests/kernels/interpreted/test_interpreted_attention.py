@@ -14,7 +14,8 @@ from kernel_cases import PagedBatch, paged_batch, place, random_kv
 
 from kernels.reference import attention as reference
 from kernels.triton.attention import attention, attention_kernel, merge_kernel, plan_attention
-from kernels.triton.attention_tiles import MAX_SPLITS, MIN_SPLIT_TOKENS, Tiles, count_splits
+from kernels.triton.attention_tiles import MAX_SPLITS, MIN_SPLIT_TOKENS, Tiles, split_tokens
+from kernels.triton.launch import ceil_div
 
 # Many small tiles in few tokens, which the tiles of real launches would swallow whole.
 WIDE, NARROW = Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 2)
@@ -213,12 +214,25 @@ def test_invariant_rows_have_the_same_bits_by_decode_by_chunks_and_beside_others
 
 
 def test_splits_follow_the_keys_and_the_device() -> None:
-    assert count_splits(100, 1, 132) == 1  # too few keys
-    assert count_splits(8192, 8, 132) == 32  # one sequence of an 8B model on an H200: all keys
-    assert count_splits(32768, 8, 132) == 50  # the device is full
-    assert count_splits(32768, 8 * 64, 132) == 1  # a batch fills it
-    assert count_splits(1 << 20, 1, 132) == MAX_SPLITS
-    assert count_splits(MIN_SPLIT_TOKENS + 1, 1, 132) == 2
+    """Of an 8B model with 8 KV heads on an H200, whose programs run 396 at a time."""
+
+    def splits(visible: int, programs: int) -> int:
+        return ceil_div(visible, split_tokens(visible, programs, 132, 64))
+
+    assert splits(1, 1) == splits(100, 1) == 1  # too few keys
+    assert splits(8192, 8) == 32  # one sequence: all keys, 256 programs at once
+    assert splits(32768, 8) == 47  # the device is full: 376 programs, and not 400 in two waves
+    assert splits(8192, 8 * 8) == 6  # 384 programs; a seventh part would be a second wave
+    assert splits(8192, 8 * 48) == 1  # a batch fills it
+    assert splits(8192, 8 * 64) == 3  # 512 leave the second wave nearly empty, 1,536 fill four
+    assert 0.95 * MAX_SPLITS <= splits(1 << 20, 1) <= MAX_SPLITS
+    assert splits(MIN_SPLIT_TOKENS + 1, 1) == 2
+    for visible in (1, 255, 257, 1000, 8191, 8192, 100_000):
+        for programs in (1, 7, 8, 64, 512, 4096):
+            size = split_tokens(visible, programs, 132, 64)
+            assert size % 64 == 0
+            assert splits(visible, programs) <= MAX_SPLITS
+            assert size >= min(visible, MIN_SPLIT_TOKENS // 2)
 
 
 def test_what_does_not_fit_is_refused(rng: torch.Generator) -> None:

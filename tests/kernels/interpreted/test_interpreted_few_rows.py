@@ -12,7 +12,7 @@ from kernels.triton import few_rows
 from kernels.triton.few_rows import FEW_ROWS, MAX_SUMS, PROGRAMS, plan_few_rows
 from kernels.triton.ops import TritonOps
 
-SHAPES = [(2, 64), (6, 1), (50, 100), (33 * 2, 192), (6, 1024), (1030, 64), (10, 2049)]
+SHAPES = [(2, 64), (6, 1), (50, 100), (66, 192), (6, 1024), (10, 2049)]
 """Outputs and depth: whole and partial tiles of either, one pass and several."""
 
 
@@ -33,6 +33,13 @@ def test_products_and_gates(
     close(few_rows.product(x, weight, dtype), linear(x, weight, None))
     close(few_rows.product(x, weight, torch.float32), logits(x, weight))
     close(few_rows.gate_up(x, weight), silu_mul(linear(x, weight, None)))
+
+
+def test_a_matrix_with_rows_enough_has_larger_tiles(rng: torch.Generator) -> None:
+    x, weight = operands(1, 2 * PROGRAMS + 6, 1024, torch.float32, rng)
+    plan = plan_few_rows(x, weight, torch.empty(1, len(weight)), gate=False)
+    assert plan.constants["BLOCK_N"] > few_rows.PASS_ELEMENTS // plan.constants["BLOCK_K"]
+    close(few_rows.product(x, weight, torch.float32), logits(x, weight))
 
 
 def test_nothing_is_written_beside_the_result(rng: torch.Generator) -> None:

@@ -67,6 +67,18 @@ def test_everything_lies_on_the_device_of_the_operations() -> None:
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
+def test_a_cache_that_a_device_has_no_room_for_is_a_mistake_of_the_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*size: Any, **how: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, _ = pair(dataclasses.replace(load_ops("reference", 1), device=torch.device("meta")))
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(ConfigError, match=r"KV cache of \d+ bytes.*kv_tokens"):
+        model.allocate_cache(3, 4)
+
+
 def test_bfloat16_is_as_near_to_the_float32_oracle_as_transformers(ops: Ops) -> None:
     model, theirs = pair(ops, "bfloat16")
     sequences = Sequences(model)
