@@ -109,10 +109,7 @@ class Running:
         self._log = self._report.with_suffix(".log")
         command = [sys.executable, str(Path(__file__).with_name(f"{step.script}.py"))]
         command += [*step.arguments, "--out", str(self._report), "--limit", str(limit_s)]
-        environment = os.environ | {
-            "PYTHONUNBUFFERED": "1",
-            "TRITON_CACHE_DIR": str(folder / "triton"),  # shared: a kernel is compiled once
-        }
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         if dry:
             command.append("--dry")
             environment["TRITON_INTERPRET"] = "1"

@@ -125,7 +125,7 @@ class Agent:
                 for message in site.heard():
                     if not isinstance(message, Beat):
                         last = time.monotonic()
-                        self._take(message)
+                        self._take(site, message)
             self._carry()
             if time.monotonic() - last > quiet_s:
                 loads = [site.load for site in self.sites]
@@ -168,13 +168,13 @@ class Agent:
         for site, leg in enumerate(("prefill", "decode")):
             self.add(site, seq, leg, prompt, more, transfer=transfer)
 
-    def _take(self, message: Any) -> None:
+    def _take(self, site: Site, message: Any) -> None:
         from pop_node.engine import messages as m
 
         first, second = self.sites
         if isinstance(message, m.Allocated):
             transfer = message.seq.to_bytes(16, "little")
-            if transfer in self._missing:  # either leg says so; a second grant changes nothing
+            if site is second and transfer in self._missing:  # there is a place to land
                 first.tell(m.StageFrom(transfer, 0))
         elif isinstance(message, m.Staged):
             self._staged.append(message)

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.resident import Weight
 from kernels.triton.activation import gated
 from kernels.triton.launch import Launch, ceil_div, power_of_2, require, same_dtype
 
@@ -160,10 +161,11 @@ def plan_few_rows(
     )
 
 
-def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def fits(x: torch.Tensor, weight: Weight) -> bool:
     """Whether ``product`` and ``gate_up`` can be asked for ``x`` [T, K] and ``weight`` [N, K]."""
-    shaped = 0 < x.shape[0] <= FEW_ROWS and x.stride(1) == 1 and weight.is_contiguous()
-    return shaped and same_dtype(x, weight)
+    if not isinstance(weight, torch.Tensor) or not 0 < x.shape[0] <= FEW_ROWS:
+        return False
+    return x.stride(1) == 1 and weight.is_contiguous() and same_dtype(x, weight)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -43,6 +43,7 @@ def interpreted_ops(batch_invariant: bool) -> Ops:
         logits=ops.logits,
         gumbel_sample=ops.gumbel_sample,
         penalize=ops.penalize,
+        gate_up=ops.gate_up,
     )
 
 
