@@ -27,9 +27,6 @@ MAX_UNSENT_BYTES = 32 * 1024 * 1024
 """Commands that the engine has not read, beyond which it gets no new sequences. Guess: its full
 queue of long prompts."""
 
-TERMINATE_WAIT_S = 2.0
-"""Between asking by signal and killing. Guess: an engine has nothing to save."""
-
 KILL_WAIT_S = 2.0
 """For a killed process to be gone. Guess: unmapping tens of gigabytes; one that sleeps in a driver
 is left behind."""
@@ -105,8 +102,8 @@ class EngineClient:
             self._socket.write(encode(message))
 
     async def stop(self, timeout_s: float) -> None:
-        """End the process: ask, after ``timeout_s`` ask by signal, then kill; returns when it is
-        gone, or cannot be killed.
+        """End the process: ask, after ``timeout_s`` kill; returns when it is gone, or cannot be
+        killed.
 
         ``on_exit`` is called as for any other end.
         """
@@ -115,8 +112,7 @@ class EngineClient:
         if self._socket is not None and not self._socket.is_closing():
             self._socket.write(encode(Stop()))
         for wait_s, force in (
-            (timeout_s, self._terminate),
-            (TERMINATE_WAIT_S, self.kill),
+            (timeout_s, self.kill),
             (KILL_WAIT_S, lambda: self.give_up("cannot be killed")),
         ):
             try:
@@ -130,7 +126,8 @@ class EngineClient:
 
     def kill(self) -> None:
         """End the process at once; ``on_exit`` follows."""
-        self._signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
 
     def give_up(self, why: str) -> None:
         """It is of no use any more: kill it, and call ``on_exit`` without waiting for its end, as a
@@ -142,13 +139,6 @@ class EngineClient:
         if self._socket is not None:
             self._socket.abort()
         self._exit(-signal.SIGKILL)
-
-    def _terminate(self) -> None:
-        self._signal(signal.SIGTERM)
-
-    def _signal(self, number: int) -> None:
-        if self._process is not None:
-            self._process.send_signal(number)
 
     # ---- callbacks -----------------------------------------------------------------------------
 

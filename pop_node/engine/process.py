@@ -25,13 +25,19 @@ IMPORT_SWITCH_S = 0.0005
 reader needs it a few times per chunk, for microseconds."""
 
 
+AGENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Left to the agent. They reach its engines as well: from a terminal, and from service managers
+that signal a whole control group (systemd's default). Answers that run shall end first."""
+
+
 def serve(sock: socket.socket, started_at: float, ahead: Ahead | None = None) -> int:
     """Be the engine at the other end of ``sock``; returns the exit code.
 
     ``started_at`` is when the process began to import, on the monotonic clock; ``ahead`` is what it
     has ready when the set-up comes.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the agent decides
+    for number in AGENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     gc.disable()  # imports make little garbage and much that would be walked again and again
     process_at = made_at(os.getpid())
     clock = StartClock(process_at)

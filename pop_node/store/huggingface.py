@@ -32,6 +32,12 @@ def open_huggingface(directory: Path) -> SourceModel:
 
     Raises ``ConfigError``: something is missing, malformed, quantised, or only there as a pickle.
     """
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            "no config.json here",
+            where=str(directory),
+            suggestion="give the directory that holds a model's config.json and safetensors",
+        )
     config = _read_object(directory / "config.json")
     if config.get("quantization_config") is not None:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from topology.model import Position
+    from topology.model import Position, Topology
     from wire.address import Dialer
     from wire.tls import Credentials
 
@@ -119,13 +119,25 @@ def load_dialer(link_map: Path | None) -> Dialer:
     return Dialer(read_link_map(link_map))
 
 
-def load_credentials(directory: Path | None) -> Credentials | None:
-    """Certificates, where there is a directory of them; raises ``ConfigError``."""
+def load_credentials(directory: Path | None, topology: Topology, name: str) -> Credentials | None:
+    """Certificates of the node or router ``name``, where there is a directory of them.
+
+    Raises ``ConfigError``, also where they are somebody else's: its peers would refuse it.
+    """
     if directory is None:
         return None
+    from popmesh.authority import identity_of
+    from wire.errors import ConfigError
     from wire.tls import Credentials
 
-    return Credentials.load(directory)
+    credentials, wanted = Credentials.load(directory), identity_of(topology, name)
+    if credentials.identity != wanted:
+        raise ConfigError(
+            f"this is the certificate of {credentials.identity.uri()}, not of {wanted.uri()}",
+            where=str(directory),
+            suggestion=f"popmesh tls issue DIR {name} --topology {topology.source}",
+        )
+    return credentials
 
 
 def parse_position(text: str) -> Position:

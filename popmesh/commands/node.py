@@ -72,7 +72,7 @@ def node(
         topology=mesh,
         registry_url=registry,
         store=store or mine.store or default_store(),
-        credentials=load_credentials(tls),
+        credentials=load_credentials(tls, mesh, name),
         dialer=load_dialer(link_map),
         status_file=status_file,
         drills=drills,

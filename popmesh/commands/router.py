@@ -62,7 +62,7 @@ def router(
         registry_url=registry,
         listen_host=host,
         listen_port=port,
-        credentials=load_credentials(tls),
+        credentials=load_credentials(tls, mesh, name),
         dialer=load_dialer(link_map),
         mmdb=mmdb,
     )

@@ -208,10 +208,16 @@ def write_json(path: Path, value: LinkPlan | LinkMap) -> None:
     temporary.replace(path)
 
 
+_NAMES: dict[type, str] = {
+    LinkPlan: "plan of links ('shaper.plan' in the ready file of 'popmesh up' names one)",
+    LinkMap: "link map",
+}
+
+
 def _decode(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as exc:
         raise ConfigError(f"cannot read it: {exc.strerror}", where=str(path)) from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(str(exc), where=str(path)) from exc
+        raise ConfigError(f"this is no {_NAMES[kind]}: {exc}", where=str(path)) from exc

@@ -115,6 +115,37 @@ def test_tls_init_and_issue_make_what_a_node_loads(tmp_path):
     assert Credentials.load(ca / "router-fra").identity.kind == "router"
 
 
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [
+        (["node", "lhr-1"], "fra-1"),
+        (["node", "fra-1"], "router-fra"),
+        (["router", "--name", "router-fra"], "fra-1"),
+    ],
+)
+def test_nobody_starts_with_the_certificate_of_another(tmp_path, command, folder):
+    popmesh("tls", "init", str(tmp_path))
+    popmesh("tls", "issue", str(tmp_path), folder, "--topology", str(DEMO))
+    told = ["--topology", str(DEMO), "--registry", "consul://127.0.0.1:1"]
+    result = popmesh(*command, *told, "--tls", str(tmp_path / folder))
+    assert result.exit_code == 2
+    assert f"/{folder}" in result.stderr
+    assert f"popmesh tls issue DIR {command[-1]}" in result.stderr
+
+
+def test_a_certificate_of_other_roles_is_made_anew(tmp_path):
+    popmesh("tls", "init", str(tmp_path))
+    popmesh("tls", "issue", str(tmp_path), "fra-1", "--topology", str(DEMO))
+    changed = tmp_path / "changed.yaml"
+    text = DEMO.read_text()
+    assert "fra-1: {site: fra, roles: [prefill]," in text
+    changed.write_text(text.replace("fra-1: {site: fra, roles: [prefill],", "fra-1: {site: fra,"))
+    told = ["--topology", str(changed), "--registry", "consul://127.0.0.1:1"]
+    result = popmesh("node", "fra-1", *told, "--tls", str(tmp_path / "fra-1"))
+    assert result.exit_code == 2
+    assert "roles=decode,prefill" in result.stderr
+
+
 def test_tls_init_never_replaces_an_authority(tmp_path):
     popmesh("tls", "init", str(tmp_path))
     before = (tmp_path / "ca.pem").read_bytes()

@@ -323,8 +323,19 @@ async def test_an_engine_that_was_given_up_is_over_at_once(config: EngineConfig)
         assert not psutil.pid_exists(engine.client.pid or 0)
 
 
+async def test_what_ends_the_agent_leaves_its_engines_to_it(config: EngineConfig) -> None:
+    """A service manager signals the whole control group; answers that run end first."""
+    async with running(config) as engine:
+        add = an_add(1, prompt_ids=prompt_of(20, 1), max_tokens=6)
+        before = await engine.answer(add)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(engine.client.pid or 0, number)
+        again = await engine.answer(replace(add, seq=2))
+        assert [token[1] for token in again] == [token[1] for token in before]
+
+
 async def test_a_stopped_engine_is_killed_in_the_end(config: EngineConfig) -> None:
-    """One that answers neither the message nor the signal."""
+    """One that does not hear that it shall stop."""
     async with running(config) as engine:
         os.kill(engine.client.pid or 0, signal.SIGSTOP)
         await engine.client.stop(timeout_s=0.1)
