@@ -101,7 +101,7 @@ def list_models(store: Path, as_json: bool) -> None:
     elif not rows:
         click.echo(f"{store} is empty; add a model with 'popmesh model add'", err=True)
     elif console.is_terminal:
-        console.print(models_table(rows, time.time()))
+        console.print(models_table(rows, time.time(), console.width))
     else:
         for line in models_lines(rows):
             click.echo(line)

@@ -40,14 +40,16 @@ def check(file: Path) -> None:
     from rich.console import Console
 
     from popmesh.render.topology import site_table
+    from popmesh.render.words import counted
     from topology.load import load_topology
 
     mesh = load_topology(file)
     console = Console()
     console.print(site_table(mesh))
     console.print(
-        f"{file}: mesh {mesh.mesh!r} is fine: {len(mesh.sites)} sites, {len(mesh.nodes)} nodes, "
-        f"{len(mesh.routers)} routers, {len(mesh.models)} models",
+        f"{file}: mesh {mesh.mesh!r} is fine: {counted(len(mesh.sites), 'site')}, "
+        f"{counted(len(mesh.nodes), 'node')}, {counted(len(mesh.routers), 'router')}, "
+        f"{counted(len(mesh.models), 'model')}",
         highlight=False,
         soft_wrap=True,
     )

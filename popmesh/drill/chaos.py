@@ -23,6 +23,7 @@ from popmesh.drill.report import SCHEMA, Report, Rest, moment
 from popmesh.drill.statistics import quantiles
 from popmesh.drill.stream import Caller
 from popmesh.drill.strikes import Striker
+from popmesh.render.words import counted
 from wire.errors import PeerError
 
 
@@ -72,8 +73,9 @@ class Chaos:
         if config.kills is not None:
             often = f"until {config.kills} faults were done, at most {config.duration_s:.0f} s"
         self._say(
-            f"Mesh {name}: {num_nodes} nodes, {len(config.urls)} routers. {config.streams} clients "
-            f"ask {config.model} while these faults are done {often} (seed {config.seed}):"
+            f"Mesh {name}: {counted(num_nodes, 'node')}, {counted(len(config.urls), 'router')}. "
+            f"{config.streams} clients ask {config.model} while these faults are done {often} "
+            f"(seed {config.seed}):"
         )
         for fault in config.faults:
             lasts = f", {fault.duration_s:.0f} s each" if fault.duration_s else ""

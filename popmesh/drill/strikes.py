@@ -92,7 +92,8 @@ class Striker:
 
     async def _strike(self, order: Order) -> None:
         name, number = order.fault.name, order.number
-        self._say(f"{self._now():7.1f} s  {number}: {name} of {order.victim}, {order.stage}")
+        aim = "" if order.stage == "any" else f", {order.stage}"
+        self._say(f"{self._now():7.1f} s  {number}: {name} of {order.victim}{aim}")
         try:
             async with asyncio.timeout(STRIKE_S):
                 await self._driver(order).strike(order)

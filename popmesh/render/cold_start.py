@@ -14,6 +14,7 @@ from pop_node.drills.report import Phase
 from popmesh.drill.cold_start.projection import Projection
 from popmesh.drill.cold_start.report import ColdStartDrill, Run
 from popmesh.render.models import size
+from popmesh.render.words import counted, name_column
 
 MIN_SHARE = 0.01
 """Of a bar, for what took next to no time: about an eighth of a character."""
@@ -43,7 +44,7 @@ def facts(report: ColdStartDrill) -> list[str]:
     sizes = sorted({run.bundle_bytes for run in report.runs})
     said = [
         f"{report.model} ({', '.join(map(size, sizes)) or 'not started'}) from {report.source}, "
-        f"mesh {report.mesh}; {len(report.runs)} cold starts{budget}."
+        f"mesh {report.mesh}; {counted(len(report.runs), 'cold start')}{budget}."
     ]
     if report.runs:
         times = report.times
@@ -93,7 +94,8 @@ def rate_of(phase: Phase) -> str:
 
 def _runs(runs: Sequence[Run]) -> Table:
     numbers = ("Ready, s", "In plan, s", "Down, s", "Rate", "Load avg")
-    table = Table("Run", "Node", *(Column(name, justify="right") for name in numbers), "")
+    columns = [Column(name, justify="right") for name in numbers]
+    table = Table("Run", name_column("Node"), *columns, "")
     longest_s = max(run.time_s for run in runs)
     for run in runs:
         rate = run.bytes_per_s()

@@ -64,7 +64,7 @@ def _runs(report: ColdStartDrill) -> str:
             )
         )
     head = ("run", "node", "ready", "in the plan", "to end it", "to drop pages", "rate")
-    return table((*head, "load average", ""), rows, numbers=(0, *range(2, 8)))
+    return table((*head, "load average", ""), rows, numbers=(0, *range(2, 8)), prose=(8,))
 
 
 def _waterfalls(report: ColdStartDrill) -> list[str]:

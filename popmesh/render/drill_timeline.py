@@ -60,9 +60,10 @@ def timeline(faults: Sequence[FaultRow], answers: Sequence[StreamRow], duration_
         f'height="{scale.height}" viewBox="0 0 {scale.width} {scale.height}">',
         *_axes(scale),
     ]
-    for fault in faults:
-        if fault.done:
-            parts += _fault(fault, scale)
+    done = [fault for fault in faults if fault.done]
+    for fault in done:
+        parts += _fault(fault, scale)
+    parts += _numbers(done, scale)
     for row in answers:
         parts += _answer(row, scale)
     return "\n".join([*parts, "</svg>"])
@@ -92,7 +93,17 @@ def _fault(fault: FaultRow, scale: _Scale) -> list[str]:
         f"<rect {scale.bar(kind, fault.at_s, end_s, 6, BAND_PX - 14)}>"
         f"<title>{escape(title)}</title></rect>",
         f'<line class="blow" x1="{x}" x2="{x}" y1="6" y2="{foot}"/>',
-        f'<text class="number" x="{x + 2}" y="{BAND_PX - 14}">{fault.number}</text>',
+    ]
+
+
+def _numbers(faults: Sequence[FaultRow], scale: _Scale) -> list[str]:
+    """The faults' numbers, those of one moment in one place."""
+    labels: dict[int, list[str]] = {}
+    for fault in faults:
+        labels.setdefault(round(scale.x(fault.at_s)), []).append(str(fault.number))
+    return [
+        f'<text class="number" x="{x + 2}" y="{BAND_PX - 14}">{", ".join(numbers)}</text>'
+        for x, numbers in labels.items()
     ]
 
 

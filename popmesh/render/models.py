@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 
+from popmesh.render.words import name_column
+
 if TYPE_CHECKING:
     from pop_node.store.store import Collected, Row
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _AGES = ((86400, "d"), (3600, "h"), (60, "min"))
 BAR_CELLS = 20
+
+WIDE = 130
+"""Columns of a terminal from which on a bar and the sources fit beside the rest."""
 
 
 def size(nbytes: int) -> str:
@@ -53,19 +58,19 @@ def stored_as(row: Row) -> str:
     return f"packed from {size(data.decoded_bytes)}"
 
 
-def models_table(rows: Sequence[Row], now_s: float) -> Table:
-    """One line per model, with a bar of its share of the store."""
+def models_table(rows: Sequence[Row], now_s: float, width: int) -> Table:
+    """One line per model; in a terminal of ``width`` columns that is wide, with its source and a
+    bar of its share of the store."""
+    is_wide = width >= WIDE
     stored = sum({row.entry.bundle: row.nbytes for row in rows}.values())
     table = Table(
-        Column("Name", no_wrap=True),
+        name_column("Name"),
         Column("Size", justify="right", no_wrap=True),
-        Column("", no_wrap=True),
+        *([Column("", no_wrap=True)] if is_wide else []),
         Column("Dtype", no_wrap=True),
-        Column("Stored", no_wrap=True),
-        Column("State", no_wrap=True),
-        Column("Used", no_wrap=True),
+        *("Stored", "State", "Used"),
         Column("Digest", no_wrap=True),
-        Column("Source", overflow="fold"),
+        *([name_column("Source")] if is_wide else []),
         caption=f"{size(stored)} in {len(rows)} models; 'popmesh model show NAME' tells all of one",
     )
     largest = max((row.nbytes for row in rows), default=0) or 1
@@ -73,13 +78,13 @@ def models_table(rows: Sequence[Row], now_s: float) -> Table:
         table.add_row(
             row.name,
             size(row.nbytes),
-            "█" * max(1, round(row.nbytes / largest * BAR_CELLS)),
+            *(["█" * max(1, round(row.nbytes / largest * BAR_CELLS))] if is_wide else []),
             row.entry.dtype,
             stored_as(row),
             state(row),
             age(row.used_ns, now_s),
             row.manifest.identity[:12] if row.manifest else "-",
-            row.entry.source,
+            *([row.entry.source] if is_wide else []),
         )
     return table
 

@@ -21,6 +21,7 @@ p { margin: 4px 0; } .soft, .axis { color: var(--soft); }
 .fit { width: fit-content; max-width: 100%; box-sizing: border-box; }
 table { border-collapse: collapse; } th, td { padding: 3px 12px 3px 0; text-align: left;
   border-bottom: 1px solid var(--line); vertical-align: top; }
+td.prose { min-width: 22em; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .axis { fill: var(--soft); font-size: 11px; } .tick { stroke: var(--line); }
 """
@@ -51,12 +52,18 @@ def keys(colors: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int]) -> str:
-    """A table of texts; columns in ``numbers`` stand to the right."""
-    right = set(numbers)
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers: Iterable[int],
+    prose: Iterable[int] = (),
+) -> str:
+    """A table of texts; columns in ``numbers`` stand to the right, those in ``prose`` are sentences
+    and stay legible on a narrow screen."""
+    kinds = dict.fromkeys(numbers, " class=n") | dict.fromkeys(prose, " class=prose")
 
     def cell(tag: str, at: int, text: str) -> str:
-        return f"<{tag}{' class=n' if at in right else ''}>{escape(text)}</{tag}>"
+        return f"<{tag}{kinds.get(at, '')}>{escape(text)}</{tag}>"
 
     def line(tag: str, texts: Sequence[str]) -> str:
         return f"<tr>{''.join(cell(tag, at, text) for at, text in enumerate(texts))}</tr>"

@@ -7,6 +7,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from popmesh.client import Plan, Record, Route, Transfer
+from popmesh.render.words import name_column
 
 TERMS = {
     "to_prefill": "client to prefill site",
@@ -32,7 +33,8 @@ def pair_text(route: Route) -> str:
 def plan_view(plan: Plan) -> Group:
     """Candidates side by side, term by term in ms, then why the best one is the best."""
     routes = [plan.route, *plan.fallbacks][:MAX_CANDIDATES]
-    columns = [Column(f"{r.prefill} -> {r.decode}", justify="right") for r in routes]
+    heads = [f"{r.prefill} -> {r.decode}" for r in routes]
+    columns = [Column(head, justify="right", overflow="fold") for head in heads]
     table = Table("ms", *columns, title="Candidates, the cheapest first", title_justify="left")
     for term in dict.fromkeys(reason.term for route in routes for reason in route.reasons):
         table.add_row(TERMS.get(term, term), *(_term_ms(route, term) for route in routes))
@@ -45,7 +47,7 @@ def plan_view(plan: Plan) -> Group:
     )
     parts: list[Text | Table] = [Text(head), table, reason_table(plan.route)]
     if plan.rejected:
-        out = Table("Left out", "Why")
+        out = Table(name_column("Left out"), "Why")
         for rejected in plan.rejected:
             out.add_row(rejected.node, rejected.reason)
         parts.append(out)

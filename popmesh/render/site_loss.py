@@ -8,10 +8,11 @@ from rich.text import Text
 
 from popmesh.drill.site_loss.report import SiteLossReport, Stretch
 from popmesh.render.drill import MAX_PROBLEMS_SHOWN, cells
+from popmesh.render.words import counted
 
 HEAD = (
-    *("Answers", "Right", "Wrong or cut", "Refused", "Texts/s", "TTFT p50", "TTFT p99"),
-    *("Gap p99", "Nodes", "KV tokens"),
+    *("Answers", "Right", "Wrong or cut", "Refused", "Texts/s", "TTFT p50, s", "TTFT p99, s"),
+    *("Gap p99, s", "Nodes", "KV tokens"),
 )
 
 
@@ -47,8 +48,8 @@ def sentences(report: SiteLossReport) -> list[str]:
     return [
         f"Site {report.site} ({', '.join(report.nodes)}) was lost for {report.away_s:g} s. "
         f"Answers: {verdicts or 'none'}; recoveries: {recovered or 'none counted'}.",
-        f"No router had a link to it after {_s(report.noticed_s)}; {report.spilled} requests were "
-        f"still sent there first{last}.",
+        f"No router had a link to it after {_s(report.noticed_s)}; until then "
+        f"{counted(report.spilled, 'request')} went there first{last}.",
         f"From when it could start again: first answer from there after {_s(report.answered_s)}, "
         f"all of it ready after {_s(report.whole_s)}.",
     ]

@@ -8,6 +8,8 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from popmesh.render.words import name_column
+
 
 def status_view(status: dict[str, Any]) -> Group:
     """The router, its nodes with link and load, and what placement keeps. ``status`` is the JSON of
@@ -22,14 +24,15 @@ def status_view(status: dict[str, Any]) -> Group:
     routable = ", ".join(status["routable"]) or "none"
     budgets = any(node.get("memory_bytes") for node in status["nodes"])
     nodes = Table(
-        *("Node", "Site", "Roles", "Link"),
+        name_column("Node"),
+        *("Site", "Roles", "Link"),
         Column("RTT, ms", justify="right"),
         *([Column("Models, GB", justify="right", no_wrap=True)] if budgets else []),
     )
     engines = Table(
-        *(Column(name, no_wrap=True) for name in ("Node", "Engine", "State")),
+        *(name_column("Node"), name_column("Engine"), Column("State", no_wrap=True)),
         *(Column(name, no_wrap=True, justify="right") for name in ("Run", "Wait", "Free blocks")),
-        *(Column(name, justify="right") for name in ("Prefill, tok/s", "Step, ms")),
+        *(Column(name, justify="right") for name in ("Prefill,\ntok/s", "Step,\nms")),
     )
     for node in sorted(status["nodes"], key=lambda node: (node["site"], node["name"])):
         link = "draining" if node["draining"] else node["link"]
@@ -62,7 +65,10 @@ def status_view(status: dict[str, Any]) -> Group:
 
 def _placement(decisions: list[dict[str, Any]]) -> Table:
     """Models that are in memory because a region asks for them."""
-    table = Table("Model", "Region", Column("Asked/min", justify="right"), "Kept by", "For, s")
+    table = Table(
+        *(name_column("Model"), "Region", Column("Asked/min", justify="right")),
+        *(name_column("Kept by"), "For, s"),
+    )
     for decision in decisions:
         kept_by, kept_s = ", ".join(decision["nodes"]), f"{decision['kept_s']:.0f}"
         asked = f"{decision['per_min']:.1f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group
 from rich.table import Table
 
+from popmesh.render.words import name_column
 from topology.geography import link_between
 from topology.model import Topology
 
@@ -15,7 +16,9 @@ MAX_LINKS = 40
 def site_table(mesh: Topology) -> Group:
     """Sites with their nodes, then the links between them."""
     sites = Table(
-        "Site", "Region", "Nodes", "Router", title=f"Mesh {mesh.mesh}", title_justify="left"
+        *(name_column("Site"), "Region", name_column("Nodes"), name_column("Router")),
+        title=f"Mesh {mesh.mesh}",
+        title_justify="left",
     )
     for site in mesh.sites.values():
         nodes = [

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from popmesh.render.models import size
+from popmesh.render.words import name_column
 from topology.planner import MeshPlan, NodePlan, PlacedModel
 from topology.reading.key_lines import KeyLines
 from topology.rollout import Fetch
@@ -38,8 +39,8 @@ def plan_view(plan: MeshPlan, lines: KeyLines) -> Group:
 
 def _nodes(plan: MeshPlan) -> Table:
     table = Table(
-        Column("Node", no_wrap=True),
-        Column("Model", overflow="fold"),
+        name_column("Node"),
+        name_column("Model"),
         Column("At start", no_wrap=True),
         Column("Disk", justify="right", no_wrap=True),
         Column("Memory", justify="right", no_wrap=True),
@@ -91,9 +92,9 @@ def _left(node: NodePlan) -> str:
 
 def _ways(plan: MeshPlan) -> Table:
     table = Table(
-        "Node",
-        "Model",
-        "Fetched from",
+        name_column("Node"),
+        name_column("Model"),
+        name_column("Fetched from"),
         Column("Time", justify="right", no_wrap=True),
         title="How models come to empty disks",
         title_justify="left",
@@ -121,7 +122,7 @@ def _links(plan: MeshPlan) -> Table:
     shown = plan.links[:MAX_LINKS]
     more = len(plan.links) - len(shown)
     table = Table(
-        "Link",
+        name_column("Link"),
         Column("Bytes", justify="right"),
         Column("Time alone", justify="right"),
         title="What that sends between sites",

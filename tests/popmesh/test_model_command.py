@@ -97,7 +97,7 @@ def test_a_terminal_gets_a_table_with_bars(store: str) -> None:
     from rich.console import Console
 
     console = Console(record=True, width=160, file=io.StringIO())
-    console.print(models_table(Store(Path(store)).rows(), now_s=1e10))
+    console.print(models_table(Store(Path(store)).rows(), 1e10, console.width))
     text = console.export_text()
     assert "tiny" in text
     assert "█" in text

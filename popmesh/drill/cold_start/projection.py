@@ -17,6 +17,7 @@ import msgspec
 
 from popmesh.drill.cold_start.report import ColdStartDrill
 from popmesh.render.models import size
+from popmesh.render.words import counted
 from popmesh.units import size_of
 from wire.errors import ConfigError
 
@@ -197,7 +198,7 @@ def _of_report(path: Path) -> tuple[int, Rates]:
         raise ConfigError("says of no run how fast it loaded", where=str(path))
     nbytes = drill.runs[-1].bundle_bytes
     where = (
-        f"median of {len(drill.runs)} cold starts of {drill.model} ({size(nbytes)}) "
+        f"median of {counted(len(drill.runs), 'cold start')} of {drill.model} ({size(nbytes)}) "
         f"on {', '.join(drill.nodes)}"
     )
     return nbytes, Rates(
