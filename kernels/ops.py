@@ -159,8 +159,9 @@ def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = 
     )
 
 
-def triton_ops(*, batch_invariant: bool = False) -> Ops:
-    """The Triton kernels and cuBLAS on the current CUDA device.
+def triton_ops(*, batch_invariant: bool = False, overlap: bool = False) -> Ops:
+    """The Triton kernels and cuBLAS on the current CUDA device; ``overlap`` as ``TritonOps`` takes
+    it.
 
     Also keeps cuBLAS, in this process, from adding up parts of a sum in bfloat16.
 
@@ -172,7 +173,7 @@ def triton_ops(*, batch_invariant: bool = False) -> Ops:
 
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     facts = torch.cuda.get_device_properties(device)
-    ops = TritonOps(facts.multi_processor_count, batch_invariant=batch_invariant)
+    ops = TritonOps(facts.multi_processor_count, batch_invariant=batch_invariant, overlap=overlap)
     return Ops(
         name=f"triton/sm_{facts.major}{facts.minor}{INVARIANT_SUFFIX if batch_invariant else ''}",
         device=device,

@@ -33,10 +33,10 @@ BLOCK_TOKENS = 16
 DRY_MULTIPROCESSORS = 4
 
 
-def operations(dry: bool, *, batch_invariant: bool = False) -> Ops:
-    """Of the GPU; ``dry``: the same kernels, interpreted."""
+def operations(dry: bool, *, batch_invariant: bool = False, overlap: bool = False) -> Ops:
+    """Of the GPU; ``dry``: the same kernels, interpreted, one after the other."""
     if not dry:
-        return triton_ops(batch_invariant=batch_invariant)
+        return triton_ops(batch_invariant=batch_invariant, overlap=overlap)
     table = TritonOps(DRY_MULTIPROCESSORS, batch_invariant=batch_invariant)
     names = [f.name for f in dataclasses.fields(Ops) if hasattr(table, f.name)]
     own = {name: getattr(table, name) for name in names}

@@ -9,7 +9,8 @@ bytes that a step must read (weights + KV) / copy bandwidth of the device, measu
 ``share`` = bound / time of a step. Also timed: replays of the step's graph alone, so that
 ``overhead`` = 1 - replay / step says what scheduling, copies and sampling cost. Prefill: a prompt
 in chunks, its FLOPs per second to those of a large product, measured here: ``share``. Last come the
-kernels of a replay with their times, by torch's profiler. transformers
+kernels of a replay with their times, by torch's profiler; then steps of one sequence again, with
+kernels that overlap (``kernels.triton.overlap``). transformers
 decodes with its dynamic cache, which holds as many tokens. Medians of rounds; every one is kept.
 What fails is recorded by its error, and the rest goes on.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import statistics
 import sys
 import time
@@ -197,16 +199,18 @@ class Measured:
         self._ceilings = ceilings(plan.dry)
         self.report.note(seed=SEED, ceilings=self._ceilings)
 
-    def of_engine(self) -> None:
-        """Everything on our engine."""
+    def of_engine(self, *, overlap: bool = False) -> None:
+        """Everything on our engine; with kernels that ``overlap``, steps of one sequence."""
         shape, plan = self._shape, self._plan
+        key = self._key | ({"overlap": True} if overlap else {})
+        batches = (1,) if overlap else plan.batches
         device = LastReplay(bench.a_device(plan.dry))
-        seats, longest = max(plan.batches), max(plan.contexts)
+        seats, longest = max(batches), max(plan.contexts)
         tokens = seats * (longest + 2 * bench.BLOCK_TOKENS)
         made: list[bench.Engine] = []
 
         def make() -> dict[str, Any]:
-            model = a_model(shape, self._dtype, bench.operations(plan.dry))
+            model = a_model(shape, self._dtype, bench.operations(plan.dry, overlap=overlap))
             engine = bench.Engine(model, device, tokens, seats=seats, budget=plan.budget)
             for component in engine.runner.cache:
                 for layer in component:
@@ -220,25 +224,26 @@ class Measured:
                 count += 1
             return {"graphs": count, "seconds": time.perf_counter() - began}
 
-        self.report.add(self._key | {"made": True}, make)
+        self.report.add(key | {"made": True}, make)
         if not made:
             return
-        self.report.add(self._key | {"captures": True}, capture)
+        self.report.add(key | {"captures": True}, capture)
         for context in plan.contexts:
-            for batch in plan.batches:
+            for batch in batches:
 
                 def measure(batch: int = batch, context: int = context) -> dict[str, Any]:
                     return self._decode(made[0], device, batch, context)
 
-                self.report.add(self._key | {"batch": batch, "context": context}, measure, 10.0)
-        self.report.add(
-            self._key | {"prefill": plan.prefill}, lambda: self._prefill(made[0]), needs_s=10.0
-        )
+                self.report.add(key | {"batch": batch, "context": context}, measure, 10.0)
+        if not overlap:
+            self.report.add(
+                key | {"prefill": plan.prefill}, lambda: self._prefill(made[0]), needs_s=10.0
+            )
         if plan.dry:
             return
         for context in plan.contexts:
-            for batch in plan.batches:
-                key = self._key | {"kernels_of_batch": batch, "context": context}
+            for batch in batches:
+                which = {"kernels_of_batch": batch, "context": context}
 
                 def profiled(batch: int = batch, context: int = context) -> dict[str, Any]:
                     short = dataclasses.replace(plan, steps=1, rounds=1)
@@ -246,7 +251,7 @@ class Measured:
                     # At once: the step's numbers have to be there still.
                     return {} if device.last is None else kernels_of(device.last)
 
-                self.report.add(key, profiled, needs_s=10.0)
+                self.report.add(key | which, profiled, needs_s=10.0)
 
     def _decode(
         self, engine: bench.Engine, device: LastReplay, batch: int, context: int
@@ -295,6 +300,10 @@ def main() -> int:
     )
     if given.engine == "popmesh":
         measured.of_engine()
+        if not given.dry:
+            gc.collect()
+            torch.cuda.empty_cache()
+            measured.of_engine(overlap=True)
     else:
         measured.of_transformers()
     return measured.report.ended()

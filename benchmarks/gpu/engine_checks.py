@@ -5,9 +5,9 @@
 float32: the logits of prompts in chunks, then of each decoded token, against the reference
 operations and against transformers on the same device. bfloat16: their error against the float32
 oracle is at most twice that of transformers in bfloat16. Either: graphs: the logits of every token
-have the same bits as when the same padded work is launched again. Batch-invariant mode: the same
-bits in other chunks, and alone as beside others. Any difference ends it with 1; what fails is
-recorded by its error, and the rest goes on.
+have the same bits as when the same padded work is launched again, and when kernels overlap.
+Batch-invariant mode: the same bits in other chunks, and alone as beside others. Any difference ends
+it with 1; what fails is recorded by its error, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ class Checks:
         only: int | None = None,
         graphs: bool = True,
         batch_invariant: bool = False,
+        overlap: bool = False,
         budget: int = 64,
         temperature: float = 0.0,
     ) -> Logits:
         """The logits of every token of every prompt, or of prompt number ``only``."""
-        ops = bench.operations(self.dry, batch_invariant=batch_invariant)
+        ops = bench.operations(self.dry, batch_invariant=batch_invariant, overlap=overlap)
         device = bench.a_device(self.dry)
         sampler = bench.RecordingSampler()
         numbers = [only] if only else list(range(1, len(self.prompts) + 1))
@@ -191,13 +192,21 @@ def bit_by_bit(checks: Checks) -> None:
     """Graphs, chunks and company; the interpreter's products depend on the row, so there only
     graphs."""
 
+    replayed: Logits = {}
+
     def graphs() -> float:
         again = checks.run(temperature=0.8, graphs=False)
-        return same_bits(checks.run(temperature=0.8), again)
+        replayed.update(checks.run(temperature=0.8))
+        return same_bits(replayed, again)
 
     checks.say("tokens whose bits graphs change", 0, graphs)
     if checks.dry:
         return
+
+    def overlapping() -> float:
+        return same_bits(replayed, checks.run(temperature=0.8, overlap=True))
+
+    checks.say("tokens whose bits overlapping kernels change", 0, overlapping)
     together: Logits = {}
 
     def against(other: Logits) -> float:

@@ -39,6 +39,7 @@ import triton.language as tl
 from kernels.meta import AttentionMeta
 from kernels.triton.attention_tiles import Tiles, narrow_tiles, split_tokens, wide_tiles
 from kernels.triton.launch import Launch, ceil_div, power_of_2, require, rows_of_heads, same_dtype
+from kernels.triton.overlap import await_turn
 
 EVERYTHING = 1 << 30
 """A window or chunk that no context fills."""
@@ -98,7 +99,9 @@ def attention_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NARROW: tl.constexpr, SPLIT: tl.constexpr, ALL_MASKED: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
+    await_turn(OVERLAP)
     per_tile: tl.constexpr = BLOCK_M // GROUP
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -184,8 +187,10 @@ def attention_kernel(
 def merge_kernel(
     a_ptr, tm_ptr, out_ptr, starts_ptr, sequences, short, splits,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """One row of the result from its partial ones, in order of the keys."""
+    await_turn(OVERLAP)
     sequence = tl.program_id(0) // short
     query = tl.program_id(0) % short
     head = tl.program_id(1)
@@ -351,6 +356,7 @@ def attention(
     chunk: int | None = None,
     multiprocessors: int,
     batch_invariant: bool = False,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """See ``kernels.reference.attention.attention`` and ``plan_attention``."""
     out = q.new_empty(q.shape)
@@ -366,5 +372,5 @@ def attention(
         multiprocessors=multiprocessors,
         batch_invariant=batch_invariant,
     ):
-        launch.run()
+        launch.run(overlap=overlap)
     return out

@@ -56,7 +56,8 @@ class Compiled:
 
     ``spilled``: instructions that store to or load from local memory. ``shared_bytes``: of a
     program. ``hmma`` and ``gmma``: tensor-core instructions. ``copies``: asynchronous ones from
-    global to shared memory, the mark of a pipelined loop.
+    global to shared memory, the mark of a pipelined loop. ``early``: of a launch that may overlap
+    the one before, instructions that touch memory before they wait for it; -1: nothing waits.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Compiled:
     hmma: int
     gmma: int
     copies: int
+    early: int = 0
 
     @property
     def programs_per_sm(self) -> int:
@@ -84,6 +86,8 @@ class Compiled:
             found.append(f"{self.name}: {self.shared_bytes} bytes of shared memory")
         if not {"": True, "HMMA": self.hmma, "GMMA": self.gmma}[cores]:
             found.append(f"{self.name}: no {cores} instructions")
+        if self.early:
+            found.append(f"{self.name}: begins before the launch before it has ended")
         return found
 
 
@@ -98,9 +102,9 @@ def compile_launch(name: str, launch: Launch) -> Compiled:
     attributes: dict[tuple[int], list[list[object]]] = {}
     for index, parameter in enumerate(launch.kernel.params):
         argument = parameter.name
-        if argument in launch.constants:
+        if argument in launch.constants or argument not in launch.arguments:
             signature[argument] = "constexpr"
-            constants[(index,)] = launch.constants[argument]
+            constants[(index,)] = launch.constants.get(argument, parameter.default)
             continue
         value = launch.arguments[argument]
         special = isinstance(value, int) and not parameter.do_not_specialize
@@ -131,7 +135,15 @@ def compile_launch(name: str, launch: Launch) -> Compiled:
         hmma=len(re.findall(r"\bHMMA\b", code)),
         gmma=len(re.findall(r"\b[HQI]GMMA\b", code)),
         copies=len(re.findall(r"\bLDGSTS\b", code)),
+        early=_early(code) if launch.constants.get("OVERLAP") else 0,
     )
+
+
+def _early(code: str) -> int:
+    """Instructions that touch device memory before the wait (ACQBULK); -1 without one."""
+    before, wait, _ = code.partition("ACQBULK")
+    touching = re.findall(r"\b(?:LD|ST|LDG|STG|LDGSTS|RED|REDG|ATOM|ATOMG|UBLKCP)\b", before)
+    return len(touching) if wait else -1
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:

@@ -24,6 +24,7 @@ import triton.language as tl
 from kernels.resident import Weight
 from kernels.triton.activation import gated
 from kernels.triton.launch import Launch, ceil_div, power_of_2, require, same_dtype
+from kernels.triton.overlap import await_turn
 
 FEW_ROWS = 4
 """Of x. Beyond, tensor cores have to do it (see the roofline). Guess."""
@@ -47,8 +48,9 @@ PROGRAMS = 512
 def few_rows_kernel(
     x_ptr, w_ptr, out_ptr, rows, columns, x_stride, out_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
+    await_turn(OVERLAP)
     line = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held = line < columns
     w_row = tl.minimum(line, columns - 1)
@@ -168,15 +170,17 @@ def fits(x: torch.Tensor, weight: Weight) -> bool:
     return x.stride(1) == 1 and weight.is_contiguous() and same_dtype(x, weight)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def product(
+    x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *, overlap: bool = False
+) -> torch.Tensor:
     """``x`` [T, K], of at most ``FEW_ROWS``, times ``weight`` [N, K]^T: [T, N] of ``dtype``."""
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-    plan_few_rows(x, weight, out, gate=False).run()
+    plan_few_rows(x, weight, out, gate=False).run(overlap=overlap)
     return out
 
 
-def gate_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def gate_up(x: torch.Tensor, weight: torch.Tensor, *, overlap: bool = False) -> torch.Tensor:
     """``silu_mul(linear(x, weight))`` of at most ``FEW_ROWS`` rows: [T, N / 2]."""
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-    plan_few_rows(x, weight, out, gate=True).run()
+    plan_few_rows(x, weight, out, gate=True).run(overlap=overlap)
     return out

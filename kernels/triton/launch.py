@@ -29,13 +29,15 @@ class Launch:
     warps: int = 4
     stages: int = 3
 
-    def run(self) -> None:
-        """Queue it on the current stream; an empty grid is no launch."""
+    def run(self, *, overlap: bool = False) -> None:
+        """Queue it on the current stream; an empty grid is no launch. ``overlap``: its programs may
+        start while those of the launch before end, see ``kernels.triton.overlap``."""
         if 0 in self.grid:
             return
-        self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages
-        )
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if overlap:
+            options |= {"OVERLAP": True, "launch_pdl": True}
+        self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
 def require(fits: bool, what: str, *tensors: torch.Tensor) -> None:

@@ -119,17 +119,19 @@ def plan_matmul(
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, overlap: bool = False
+) -> torch.Tensor:
     """See ``kernels.reference.linear.linear``."""
     if bias is None and few_rows.fits(x, weight):
-        return few_rows.product(x, weight, x.dtype)
+        return few_rows.product(x, weight, x.dtype, overlap=overlap)
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def logits(x: torch.Tensor, weight: torch.Tensor, *, overlap: bool = False) -> torch.Tensor:
     """See ``kernels.reference.linear.logits``."""
     if few_rows.fits(x, weight):
-        return few_rows.product(x, weight, torch.float32)
+        return few_rows.product(x, weight, torch.float32, overlap=overlap)
     if x.dtype is torch.float32 or not x.is_cuda:
         return x.float() @ weight.float().T
     return torch.mm(x, weight.T, out_dtype=torch.float32)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launch, power_of_2, require, same_dtype
+from kernels.triton.overlap import await_turn
 
 MAX_HIDDEN = 1 << 15
 """Elements of a row: 1,024 threads hold 32 each."""
@@ -30,8 +31,9 @@ ELEMENTS_PER_WARP = 512
 @triton.jit
 def norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, hidden, eps,
-    ADD: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
+    await_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * hidden
     at = tl.arange(0, BLOCK)
     held = at < hidden
@@ -99,10 +101,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``kernels.reference.norm.add_rms_norm``."""
     x, residual = x.contiguous(), residual.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x)
-    plan_norm(x, residual, weight, eps, out, total).run()
+    plan_norm(x, residual, weight, eps, out, total).run(overlap=overlap)
     return out, total

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from kernels.meta import AttentionMeta
 from kernels.triton import few_rows
-from kernels.triton import linear as linear_kernels
 from kernels.triton.activation import silu_mul
 from kernels.triton.attention import attention
+from kernels.triton.linear import invariant_linear, invariant_logits, linear, logits
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.penalties import penalize
 from kernels.triton.rope import rope_kv_write
@@ -16,27 +18,34 @@ from kernels.triton.sampling import gumbel_sample
 
 
 class TritonOps:
-    """Operations for a device with ``multiprocessors``, batch-invariant if asked for."""
+    """Operations for a device with ``multiprocessors``, batch-invariant if asked for; with
+    ``overlap`` kernels of a decode step start while those before end (``kernels.triton.overlap``),
+    which has not been measured yet."""
 
     rms_norm = staticmethod(rms_norm)
-    add_rms_norm = staticmethod(add_rms_norm)
-    rope_kv_write = staticmethod(rope_kv_write)
     silu_mul = staticmethod(silu_mul)
     gumbel_sample = staticmethod(gumbel_sample)
     penalize = staticmethod(penalize)
 
-    def __init__(self, multiprocessors: int, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, multiprocessors: int, *, batch_invariant: bool = False, overlap: bool = False
+    ) -> None:
         self._multiprocessors = multiprocessors
         self._batch_invariant = batch_invariant
-        chosen = linear_kernels
-        self.linear = chosen.invariant_linear if batch_invariant else chosen.linear
-        self.logits = chosen.invariant_logits if batch_invariant else chosen.logits
+        self._overlap = overlap
+        self.add_rms_norm = partial(add_rms_norm, overlap=overlap)
+        self.rope_kv_write = partial(rope_kv_write, overlap=overlap)
+        if batch_invariant:
+            self.linear, self.logits = invariant_linear, invariant_logits
+        else:
+            self.linear = partial(linear, overlap=overlap)
+            self.logits = partial(logits, overlap=overlap)
 
     def gate_up(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See ``kernels.ops.Ops.gate_up``."""
         if self._batch_invariant or not few_rows.fits(x, weight):
             return silu_mul(self.linear(x, weight, None))
-        return few_rows.gate_up(x, weight)
+        return few_rows.gate_up(x, weight, overlap=self._overlap)
 
     def attention(
         self,
@@ -60,4 +69,5 @@ class TritonOps:
             chunk=chunk,
             multiprocessors=self._multiprocessors,
             batch_invariant=self._batch_invariant,
+            overlap=self._overlap,
         )

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from kernels.meta import AttentionMeta
 from kernels.triton.launch import Launch, ceil_div, power_of_2, require, rows_of_heads, same_dtype
+from kernels.triton.overlap import await_turn
 
 TILE_ELEMENTS = 1024
 """Elements of half heads in one program: 8 per thread of 4 warps, twice. Guess."""
@@ -31,8 +32,9 @@ def rope_kv_write_kernel(
     q_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr,
     q_stride, k_stride, v_stride,
     QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
+    await_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     query_parts: tl.constexpr = (QUERY_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -142,6 +144,8 @@ def rope_kv_write(
     meta: AttentionMeta,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    *,
+    overlap: bool = False,
 ) -> None:
     """See ``kernels.reference.rope.rope_kv_write``."""
-    plan_rope_kv_write(q, k, v, cos_sin, meta, k_cache, v_cache).run()
+    plan_rope_kv_write(q, k, v, cos_sin, meta, k_cache, v_cache).run(overlap=overlap)

@@ -5,6 +5,7 @@ Tensors are on the meta device, so nothing is allocated.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -162,6 +163,29 @@ def _of_one_model(model: ModelShape) -> Iterator[Shape]:
     yield Shape("kv_unpack", plan_kv_move(component, piece, slots, 8, pack=False))
 
 
+def _overlapping(model: ModelShape) -> Iterator[Shape]:
+    """The kernels of a decode step of one sequence, each beginning while the one before ends."""
+    x, weight = _meta(1, model.hidden), _meta(model.hidden)
+    heads = [model.heads, model.kv_heads, model.kv_heads]
+    q, k, v = _meta(1, sum(heads), model.head_dim).split(heads, dim=1)
+    cache = _meta(1024, BLOCK_TOKENS, model.kv_heads, model.head_dim)
+    angles = _meta(8192, model.head_dim, dtype=torch.float32)
+    rope = plan_rope_kv_write(q, k, v, angles, _batch(1, 8192, 1), cache, cache)
+    narrow, merge = _attention(model, 1)
+    gates = _meta(2 * model.intermediate, model.hidden)
+    found = {
+        "add_rms_norm": plan_norm(x, x, weight, 1e-5, x, x),
+        "rope_kv_write": rope,
+        "attention": narrow,
+        "merge": merge,
+        "few outputs": plan_few_rows(x, _meta(model.hidden, model.hidden), x, gate=False),
+        "gates and ups": plan_few_rows(x, gates, _meta(1, model.intermediate), gate=True),
+    }
+    for name, launch in found.items():
+        constants = {**launch.constants, "OVERLAP": True}
+        yield Shape(f"overlapping, {name}", dataclasses.replace(launch, constants=constants))
+
+
 def _of_codec(model: ModelShape) -> Iterator[Shape]:
     """One matrix as a block of either kind of 16 bits."""
     values = model.hidden * model.intermediate
@@ -184,5 +208,6 @@ def shapes() -> list[Shape]:
     found = [(SMOLLM2_135M, shape) for shape in _of_every_model(SMOLLM2_135M)]
     found += [(LLAMA3_8B, shape) for shape in _of_every_model(LLAMA3_8B)]
     found += [(LLAMA3_8B, shape) for shape in _of_one_model(LLAMA3_8B)]
+    found += [(LLAMA3_8B, shape) for shape in _overlapping(LLAMA3_8B)]
     found += [(LLAMA3_8B, shape) for shape in _of_codec(LLAMA3_8B)]
     return [Shape(f"{model.name}: {s.name}", s.launch, s.cores) for model, s in found]

@@ -79,8 +79,8 @@ from kernels.triton.compiled import MAX_SHARED_BYTES, Compiled, table
 good = Compiled("k", 32, 0, 1024, 4, 0, 8, 4)
 assert good.faults("") == good.faults("GMMA") == []
 assert good.faults("HMMA") == ["k: no HMMA instructions"]
-bad = dataclasses.replace(good, spilled=3, shared_bytes=MAX_SHARED_BYTES + 1, gmma=0)
-assert len(bad.faults("GMMA")) == 3, bad.faults("GMMA")
+bad = dataclasses.replace(good, spilled=3, shared_bytes=MAX_SHARED_BYTES + 1, gmma=0, early=-1)
+assert len(bad.faults("GMMA")) == 4, bad.faults("GMMA")
 assert (good.programs_per_sm, dataclasses.replace(good, registers=168).programs_per_sm) == (16, 3)
 assert len(table([good, bad]).splitlines()) == 3
 """
@@ -117,6 +117,31 @@ launch = dataclasses.replace(shape.launch, warps=4)  # half the registers for th
 assert compiled.compile_launch("narrowed", launch).faults("GMMA"), "no spill was seen"
 """
     done = run_python(["-c", program], TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_overlapping_kernel_that_loads_before_its_turn_is_seen(tmp_path: Path) -> None:
+    program = """
+import dataclasses
+import triton
+import triton.language as tl
+from kernels.triton import compiled, overlap
+from kernels.triton.launch import Launch
+from kernels.triton.shapes import _meta
+
+@triton.jit
+def hasty(x_ptr, OVERLAP: tl.constexpr = False):
+    x = tl.load(x_ptr + tl.arange(0, 32))
+    overlap.await_turn(OVERLAP)
+    tl.store(x_ptr + tl.arange(0, 32), x + 1)
+
+launch = Launch(hasty, (1,), {"x_ptr": _meta(32)}, {"OVERLAP": True}, warps=1)
+assert compiled.compile_launch("hasty", launch).early == 1
+alone = dataclasses.replace(launch, constants={})
+assert compiled.compile_launch("alone", alone).faults("") == []
+"""
+    (tmp_path / "hasty.py").write_text(program)
+    done = run_python([str(tmp_path / "hasty.py")], TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
 
 
