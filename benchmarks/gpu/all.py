@@ -17,6 +17,7 @@ compared with.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -39,7 +40,9 @@ TOTAL_S = 515.0
 LEAST_S = 15.0
 """A step that could have no more is left out. Guess: imports and the first kernels."""
 
-SHOWN = 3000
+KILL_WAIT_S = 5.0
+
+SHOWN, SHOWN_OF_FAULTY = 800, 4000
 """Characters of a step's output that are printed, its end; all of it is in DIR/all.log."""
 
 KEPT = 200_000
@@ -143,10 +146,11 @@ class Running:
         }
 
     def kill(self) -> None:
-        """End it and what it started."""
+        """End it and what it started; one that sleeps in a driver is left behind."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(KILL_WAIT_S)
 
     def output(self) -> str:
         """What it printed."""
@@ -223,7 +227,8 @@ class All:
     def _note(self, found: dict[str, Any], output: str) -> None:
         self._steps.append(found)
         shown = {name: value for name, value in found.items() if name != "report"}
-        print(f"== {shown}\n{output[-SHOWN:]}", flush=True)
+        end = SHOWN if found["ended"] == 0 else SHOWN_OF_FAULTY
+        print(f"== {shown}\n{output[-end:]}", flush=True)
         with (self._out / "all.log").open("a") as log:
             log.write(f"== {shown}\n{output[-KEPT:]}\n")
         partial = self._out / "all.partial"
@@ -231,9 +236,23 @@ class All:
         os.replace(partial, self._out / "all.json")
 
     def sum_up(self) -> None:
-        """Print a line for each step, last of all."""
+        """Print a line for each step, last of all, and below it what was wrong or how fast."""
         for step in self._steps:
             print(f"{step.get('seconds', 0.0):6.1f} s  {step['ended']!s:<28} {step['step']}")
+            rows = step["report"]["rows"] if isinstance(step.get("report"), dict) else []
+            for row in rows:
+                wrong = "error" in row or row.get("right") is False
+                if wrong or "tokens_s" in row or "flops_s" in row:
+                    print(f"{'WRONG' if wrong else '':>10}  {brief(row)}")
+
+
+def brief(row: dict[str, Any]) -> str:
+    """A row of a report on one line: without lists and tracebacks, in few digits."""
+    shown = []
+    for name, value in row.items():
+        if not isinstance(value, list) and name != "trace":
+            shown.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(shown)[:300]
 
 
 def main() -> int:

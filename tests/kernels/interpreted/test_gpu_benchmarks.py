@@ -72,7 +72,11 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
 from pathlib import Path
 import all as command
 folder = Path({str(tmp_path)!r})
-(folder / "fails.py").write_text("raise SystemExit('CUDA error: broken')")
+(folder / "fails.py").write_text(
+    "import json, sys; rows = [{{'check': 'sums', 'right': False, 'off': 0.5, 'samples': [1]}}]\\n"
+    "open(sys.argv[2], 'w').write(json.dumps({{'rows': rows}}))\\n"
+    "raise SystemExit('CUDA error: broken')"
+)
 (folder / "hangs.py").write_text("import time; print('began', flush=True); time.sleep(60)")
 (folder / "works.py").write_text("")
 command.__file__ = str(folder / "all.py")
@@ -93,6 +97,7 @@ raise SystemExit(command.main())
         ("fails again", 1),
     ]
     assert "began" in (out / "all.log").read_text()
+    assert done.stdout.count("WRONG  check sums, right False, off 0.5\n") == 2
 
 
 def test_no_step_begins_when_the_time_is_over(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_captured_step_only_launches(
     batch_invariant: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches: list[Launch] = []
-    monkeypatch.setattr(Launch, "run", lambda launch: launches.append(launch))
+    monkeypatch.setattr(Launch, "run", lambda launch, **how: launches.append(launch))
     device = WatchedDevice(launches)
     config = LlamaConfig.from_hf(CONFIG)
     model = Llama(config, weights(rng), interpreted_ops(batch_invariant), "float32")
