@@ -106,7 +106,7 @@ def fill(
     starts = np.array([row.start for row in rows], dtype=np.int64)
     query_starts = fields.query_starts
     query_starts[0] = 0
-    np.cumsum(lens, out=query_starts[1 : count + 1])
+    query_starts[1 : count + 1] = np.cumsum(lens)
     tables = fields.block_tables
     tables[:count] = 0
     at = 0
