@@ -3,7 +3,7 @@
     python benchmarks/gpu/load_rates.py --out build/gpu/load_rates.json
 
 Measured, each as bytes per second: reads of a file of random bytes past the page cache into
-page-locked memory by the loader's workers and nothing else; copies of such memory to the device and
+page-locked memory by as many threads as a load has lanes; copies of such memory to the device and
 nothing else; both as a load does them (``pop_node.store.cuda_arena``). ``share`` = the load's rate
 / the smaller of the other two. What arrives is compared with the file. Digests are left out. The
 file is as long as the drive can write in ``WRITE_S``.
@@ -29,9 +29,9 @@ from running import Report, arguments, seconds_of
 from pop_node.store.cuda_arena import CudaArena
 
 CHUNK_BYTES = 4 << 20
-WORKERS = 24
-"""As the loader's: ``layout.CHUNK_BYTES`` and ``loader.READERS``, whose modules need more than is
-installed on every GPU machine."""
+WORKERS = 22
+"""``layout.CHUNK_BYTES``, and lanes of a load with eight checkers (``loader.Crew``), whose modules
+need more than is installed on every GPU machine."""
 
 MOST_BYTES = 6 << 30
 WRITE_S = 8.0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pop_node.store.loader import covered
+from pop_node.store.load_clock import covered
 
 Span = tuple[str, float, float, int]
 """(phase, start_s, end_s, bytes that went through it), as ``messages.Ready`` carries it."""

@@ -33,7 +33,8 @@ from pop_node.models.rope import cos_sin_table
 from pop_node.store.cuda_arena import CudaArena
 from pop_node.store.holding import Hold, mark_used
 from pop_node.store.host_arena import HostArena
-from pop_node.store.loader import LoadReport, Phase
+from pop_node.store.load_clock import Phase
+from pop_node.store.loader import LoadReport
 from pop_node.store.manifest import Manifest
 from pop_node.store.reading import MakeArena, ReadBundle, is_bundle, read_bundle, read_share
 from wire.errors import ConfigError

@@ -21,16 +21,16 @@ class HostArena:
     phase = "decode"
 
     def __init__(
-        self, plan: LoadPlan, workers: int, chunk_bytes: int, spare: SpareMemory | None = None
+        self, plan: LoadPlan, lanes: int, chunk_bytes: int, spare: SpareMemory | None = None
     ) -> None:
         """Takes memory from ``spare`` where there is any. Raises ``ConfigError`` without room."""
         nbytes = plan.arena_bytes
         self.memory = aligned_memory(nbytes) if spare is None else spare.take(nbytes)
         self._view = self.memory.data
         # The first reads touch their own memory before ``prepare`` could.
-        self._prepare_from = workers * chunk_bytes
+        self._prepare_from = lanes * chunk_bytes
         moved = any(chunk.in_place is None for chunk in plan.chunks)
-        self._buffers = [aligned_memory(chunk_bytes) for _ in range(workers if moved else 0)]
+        self._buffers = [aligned_memory(chunk_bytes) for _ in range(lanes if moved else 0)]
 
     def prepare(self, stop: threading.Event) -> None:
         """Touch the memory ahead of the reads: a read that does it itself keeps the drive waiting.
@@ -43,17 +43,17 @@ class HostArena:
             if stop.is_set() or not populate(base + start, length):
                 return
 
-    def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
-        """Where ``worker`` is to read ``chunk`` to: its last place or the worker's own buffer."""
+    def landing(self, lane: int, chunk: ChunkPlan) -> memoryview:
+        """Where to read ``chunk`` to: its last place or the lane's own buffer."""
         if chunk.in_place is not None:
             return self._view[chunk.in_place : chunk.in_place + chunk.nbytes]
-        return self._buffers[worker].data[: chunk.nbytes]
+        return self._buffers[lane].data[: chunk.nbytes]
 
-    def place(self, worker: int, chunk: ChunkPlan) -> int:
+    def place(self, lane: int, chunk: ChunkPlan) -> int:
         """Move a verified chunk out of its buffer; returns the bytes moved."""
         if chunk.in_place is not None:
             return 0
-        buffer = self._buffers[worker]
+        buffer = self._buffers[lane]
         moved = 0
         for move in chunk.moves:
             nbytes = move.rows * move.width

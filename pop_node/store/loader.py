@@ -1,22 +1,27 @@
 """The way from the drive to where a model is computed: read, verify, decode what is packed, place,
 on several threads.
 
-Each worker takes the next chunk and carries it through all steps, so that some always wait for the
-drive while others compute, a chunk is hashed while it is in the processor's cache, and no queue
-lies between the steps. At most one chunk per worker is under way: memory beyond the arena is
-bounded by ``READERS`` buffers, of packed bundles by twice as many.
+Some threads only read, so that the drive always has the next requests while others compute: a
+thread that hashed what it has read kept it waiting, and cost 3 to 5 % (measured). A chunk under way
+has a lane from its read until it is placed, and waits in it until a thread checks it, soon enough
+to be in the processor's cache. Lanes are few: they bound memory beyond the arena, a buffer of a
+chunk in each, of packed bundles two.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol
 
 from blake3 import blake3
 
@@ -24,22 +29,43 @@ from pop_node.store.arrivals import Arrivals
 from pop_node.store.direct_file import DirectFile
 from pop_node.store.host_memory import aligned_memory
 from pop_node.store.image import decode_chunk
+from pop_node.store.load_clock import LoadClock, Phase
 from pop_node.store.load_plan import ChunkPlan, LoadPlan
-from pop_node.store.manifest import DataFile, Manifest
+from pop_node.store.manifest import Manifest
 from wire.errors import ConfigError
 
-READERS = 24
-"""Workers. Measured: a virtual NVMe disk reaches its rate with 1 to 16 reads in flight; the rest
-covers for workers that hash, and for a machine whose processors are busy with something else (24
-load 5 % faster than 16 on one that is, and as fast on a quiet one)."""
+READERS = 6
+"""Threads that read. Measured on a virtual NVMe disk: 4 GiB arrive at 0.97 of its rate with 6 or 8,
+0.91 with 4, 0.86 with 12; 256 MiB in 82 ms with 3 to 6, in 85 with 8 or 12, in 89 with 2."""
 
-CHUNKS_PER_READER = 5
-"""At least: the first reads of all end at about the same time, and until then nobody hashes.
-Measured: 65 chunks in 92 ms by 12 readers, in 105 ms by 24."""
+CHECKERS = min(8, os.cpu_count() or 1)
+"""Threads that compute, one for each processor: one hashes 8 GB/s and decodes 3 (measured), so
+eight are ahead of any drive."""
+
+
+class Crew(NamedTuple):
+    """Threads of a load."""
+
+    readers: int
+    checkers: int
+
+    @property
+    def lanes(self) -> int:
+        """Chunks under way: one with each thread, and one that waits for each checker."""
+        return self.readers + 2 * self.checkers
+
+    @property
+    def threads(self) -> int:
+        """With the one that prepares the arena."""
+        return self.readers + self.checkers + 1
+
+
+WHOLE_CREW = Crew(READERS, CHECKERS)
 
 
 class Arena(Protocol):
-    """Memory that a plan's chunks are loaded into; each worker has a number below ``workers``."""
+    """Memory that a plan's chunks are loaded into. A chunk under way has a lane to itself, a number
+    below ``Crew.lanes``; one thread asks for its landing, perhaps another has it placed."""
 
     phase: str
 
@@ -48,29 +74,16 @@ class Arena(Protocol):
         """[bytes] uint8, an array or a tensor; whole once ``finish`` has returned."""
 
     def prepare(self, stop: threading.Event) -> None:
-        """Runs beside the workers in a thread of its own; ends soon after ``stop`` is set."""
+        """Runs beside the others in a thread of its own; ends soon after ``stop`` is set."""
 
-    def landing(self, worker: int, chunk: ChunkPlan) -> memoryview:
+    def landing(self, lane: int, chunk: ChunkPlan) -> memoryview:
         """Where to read or decode the chunk to: ``chunk.nbytes``, aligned for direct reads."""
 
-    def place(self, worker: int, chunk: ChunkPlan) -> int:
+    def place(self, lane: int, chunk: ChunkPlan) -> int:
         """Bring the verified bytes where they belong; returns how many were moved."""
 
     def finish(self) -> None:
         """Return when all that was placed is there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """``wall_s``: while at least one worker was at it (phases overlap); ``nbytes`` went through.
-
-    ``began`` and ``ended`` are moments of the monotonic clock.
-    """
-
-    wall_s: float
-    nbytes: int
-    began: float
-    ended: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +95,10 @@ class LoadReport:
     phases: dict[str, Phase]
 
 
-def readers(plan: LoadPlan) -> int:
-    """How many workers suit a load."""
-    return min(READERS, max(1, len(plan.chunks) // CHUNKS_PER_READER))
+def crew_for(plan: LoadPlan) -> Crew:
+    """Threads that suit a load: never more than it has chunks."""
+    chunks = max(1, len(plan.chunks))
+    return Crew(min(READERS, chunks), min(CHECKERS, chunks))
 
 
 def threads_of(pool: Executor | None, count: int) -> AbstractContextManager[Executor]:
@@ -97,7 +111,7 @@ def load_chunks(
     manifest: Manifest,
     plan: LoadPlan,
     arena: Arena,
-    workers: int = READERS,
+    crew: Crew = WHOLE_CREW,
     *,
     pool: Executor | None = None,
     on_reading: Callable[[], None] = lambda: None,
@@ -109,51 +123,23 @@ def load_chunks(
     tensors were checked too.
 
     Args:
-        pool: has ``workers + 1`` threads to spare; else threads are made for it.
-        on_reading: all workers are under way, and leave the interpreter to others most of the time;
+        arena: has ``crew.lanes``.
+        pool: has ``crew.threads`` to spare; else threads are made for it.
+        on_reading: all readers are under way, and leave the interpreter to others most of the time;
             not called where the load does not get as far.
 
     Raises ``ConfigError`` at the first chunk that cannot be read, does not match its digest or does
     not come; nothing of it goes on and no file is left behind then, and the arena must not be used.
     """
     began = time.monotonic()
-    clock = _Clock()
-    drawing = threading.Lock()
-    stop = threading.Event()
+    clock = LoadClock()
     arrivals = Arrivals.of(directory, manifest)
-    data = manifest.data
-    longest = data.longest_chunk if data.packing else 0
-    # In huge pages: direct reads into small ones took twice as long.
-    packed = [aligned_memory(longest).data for _ in range(workers if longest else 0)]
-    todo = iter(plan.chunks) if arrivals is None else arrivals.as_they_come(plan.chunks, stop)
-
-    def work(worker: int) -> None:
-        if worker == workers - 1:
-            on_reading()
-        try:
-            while not stop.is_set():
-                with drawing:
-                    chunk = next(todo, None)
-                if chunk is None:
-                    return
-                buffer = packed[worker] if packed else None
-                _carry(chunk, worker, file, data, buffer, arena, clock)
-        except BaseException:
-            stop.set()  # the others need not finish
-            raise
-
     # What has just arrived is in the page cache: a direct read would first write it to the drive.
     direct = arrivals is None
-    with arrivals or nullcontext(), DirectFile(directory / data.name, direct) as file:
-        with threads_of(pool, workers + 1) as threads:
-            futures = [threads.submit(work, worker) for worker in range(workers)]
-            futures.append(threads.submit(arena.prepare, stop))
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                stop.set()
-                wait(futures)
+    with arrivals or nullcontext(), DirectFile(directory / manifest.data.name, direct) as file:
+        line = _Line(file, manifest, plan, arena, crew, arrivals, clock)
+        with threads_of(pool, crew.threads) as threads:
+            line.run(threads, on_reading)
         with clock.phase(arena.phase, 0):
             arena.finish()
         if arrivals is not None:
@@ -161,69 +147,113 @@ def load_chunks(
         return LoadReport(time.monotonic() - began, file.direct, clock.phases())
 
 
-def _carry(
-    chunk: ChunkPlan,
-    worker: int,
-    file: DirectFile,
-    data: DataFile,
-    packed: memoryview | None,
-    arena: Arena,
-    clock: _Clock,
-) -> None:
-    """``packed``: the worker's buffer for what is stored of a chunk; None if nothing is packed."""
-    landing = arena.landing(worker, chunk)
-    offset, nbytes = data.span(chunk.index)
-    view = landing if packed is None or nbytes == chunk.nbytes else packed[:nbytes]
-    with clock.phase("read", nbytes):
-        file.read(view, offset)
-    with clock.phase("verify", nbytes):
-        found = blake3(view).hexdigest()
-    if found != data.chunks[chunk.index]:
-        raise ConfigError(
-            f"chunk {chunk.index} (bytes {offset} to {offset + nbytes}) does not match its digest",
-            where=file.where,
-            suggestion="the disk or the copy is damaged: remove the model and add it again",
+_Read = tuple[int, ChunkPlan, memoryview, memoryview]
+"""A lane, its chunk, what is stored of it and where it lands: the same if it is not packed."""
+
+
+class _Line:
+    """The chunks of a load on their way, each in its lane."""
+
+    def __init__(
+        self,
+        file: DirectFile,
+        manifest: Manifest,
+        plan: LoadPlan,
+        arena: Arena,
+        crew: Crew,
+        arrivals: Arrivals | None,
+        clock: LoadClock,
+    ) -> None:
+        self._file, self._data = file, manifest.data
+        self._arena, self._crew, self._clock = arena, crew, clock
+        self._stop = threading.Event()
+        self._todo: Iterator[ChunkPlan] = (
+            iter(plan.chunks)
+            if arrivals is None
+            else arrivals.as_they_come(plan.chunks, self._stop)
         )
-    if view is not landing:
-        with clock.phase("decode", chunk.nbytes):
-            decode_chunk(view, landing, chunk.index, file.where)
-    began = time.monotonic()
-    if moved := arena.place(worker, chunk):
-        clock.add(arena.phase, began, moved)
+        self._drawing = threading.Lock()
+        self._arrived = count(1)  # readers (a step of it is atomic)
+        self._free: SimpleQueue[int | None] = SimpleQueue()  # lanes, at most all of them
+        self._read: SimpleQueue[_Read | None] = SimpleQueue()
+        for lane in range(crew.lanes):
+            self._free.put(lane)
+        longest = self._data.longest_chunk if self._data.packing else 0
+        # In huge pages: direct reads into small ones took twice as long.
+        self._packed = [aligned_memory(longest).data for _ in range(crew.lanes if longest else 0)]
 
+    def run(self, threads: Executor, on_reading: Callable[[], None]) -> None:
+        """Return when all is placed; raises what went wrong once nothing goes on."""
+        work: list[Callable[[], None]] = [
+            *(partial(self._read_chunks, on_reading) for _ in range(self._crew.readers)),
+            *[self._check_chunks] * self._crew.checkers,
+        ]
+        futures: list[Future[None]] = []
+        try:
+            futures.extend(threads.submit(self._unless_it_fails, part) for part in work)
+            futures.append(threads.submit(self._arena.prepare, self._stop))
+            wait(futures[: self._crew.readers])
+            self._wake_checkers()  # nothing more comes
+            for future in futures[:-1]:
+                future.result()
+        finally:
+            self._end()
+            wait(futures)
+        futures[-1].result()
 
-class _Clock:
-    """Collects when each worker was in which phase (appending to a list is atomic)."""
+    def _unless_it_fails(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException:
+            self._end()  # the others need not finish
+            raise
 
-    def __init__(self) -> None:
-        self._spans: list[tuple[str, float, float, int]] = []
+    def _end(self) -> None:
+        self._stop.set()
+        for _ in range(self._crew.readers):
+            self._free.put(None)
+        self._wake_checkers()
 
-    def add(self, phase: str, began: float, nbytes: int) -> None:
-        self._spans.append((phase, began, time.monotonic(), nbytes))
+    def _wake_checkers(self) -> None:
+        for _ in range(self._crew.checkers):
+            self._read.put(None)
 
-    @contextmanager
-    def phase(self, name: str, nbytes: int) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.add(name, began, nbytes)
+    def _read_chunks(self, on_reading: Callable[[], None]) -> None:
+        if next(self._arrived) == self._crew.readers:
+            on_reading()
+        while (lane := self._free.get()) is not None and not self._stop.is_set():
+            with self._drawing:
+                chunk = next(self._todo, None)
+            if chunk is None:
+                return
+            landing = self._arena.landing(lane, chunk)
+            offset, nbytes = self._data.span(chunk.index)
+            view = self._packed[lane][:nbytes] if nbytes < chunk.nbytes else landing
+            with self._clock.phase("read", nbytes):
+                self._file.read(view, offset)
+            self._read.put((lane, chunk, view, landing))
 
-    def phases(self) -> dict[str, Phase]:
-        found = {}
-        for name in ("read", "verify", "decode", "to_device"):
-            spans = sorted(span[1:] for span in self._spans if span[0] == name)
-            total = sum(nbytes for _, _, nbytes in spans)
-            if total:
-                wall_s = covered([(began, ended) for began, ended, _ in spans])
-                ended = max(ended for _, ended, _ in spans)
-                found[name] = Phase(wall_s, total, spans[0][0], ended)
-        return found
+    def _check_chunks(self) -> None:
+        while (read := self._read.get()) is not None and not self._stop.is_set():
+            lane, chunk, view, landing = read
+            self._verify(chunk, view)
+            if view is not landing:
+                with self._clock.phase("decode", chunk.nbytes):
+                    decode_chunk(view, landing, chunk.index, self._file.where)
+            began = time.monotonic()
+            if moved := self._arena.place(lane, chunk):
+                self._clock.add(self._arena.phase, began, moved)
+            self._free.put(lane)
 
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals that are sorted by their beginning."""
-    total, until = 0.0, float("-inf")
-    for began, ended in spans:
-        if ended > until:
-            total += ended - max(began, until)
-            until = ended
-    return total
+    def _verify(self, chunk: ChunkPlan, view: memoryview) -> None:
+        """``view`` is what is stored of the chunk. Raises ``ConfigError``."""
+        offset, nbytes = self._data.span(chunk.index)
+        with self._clock.phase("verify", nbytes):
+            found = blake3(view).hexdigest()
+        if found != self._data.chunks[chunk.index]:
+            raise ConfigError(
+                f"chunk {chunk.index} (bytes {offset} to {offset + nbytes}) does not match its "
+                "digest",
+                where=self._file.where,
+                suggestion="the disk or the copy is damaged: remove the model and add it again",
+            )

@@ -17,23 +17,16 @@ from pop_node.store.bundle import read_texts
 from pop_node.store.holding import Hold
 from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import LoadPlan, plan_load
-from pop_node.store.loader import (
-    READERS,
-    Arena,
-    LoadReport,
-    load_chunks,
-    readers,
-    threads_of,
-)
+from pop_node.store.loader import WHOLE_CREW, Arena, LoadReport, crew_for, load_chunks, threads_of
 from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
 from pop_node.store.partial import published_as
 from wire.errors import ConfigError
 
-READING_THREADS = READERS + 2
-"""Beside the one that reads a bundle: the workers, one that prepares memory, one for the texts."""
+READING_THREADS = WHOLE_CREW.threads + 1
+"""Beside the one that reads a bundle: those of a load, one for the texts."""
 
 MakeArena = Callable[[LoadPlan, int, int], Arena]
-"""From a plan, the number of workers and the bytes of a chunk."""
+"""From a plan, the number of lanes and the bytes of a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +103,8 @@ def _read(
     try:
         manifest = read_manifest(directory)
         plan = plan_load(manifest)
-        workers = readers(plan)
-        place = arena(plan, workers, manifest.data.chunk_bytes)
+        crew = crew_for(plan)
+        place = arena(plan, crew.lanes, manifest.data.chunk_bytes)
         is_reading = threading.Event()
 
         def reading() -> None:
@@ -127,7 +120,7 @@ def _read(
         reading_texts = pool.submit(texts_beside)
         try:
             report = load_chunks(
-                directory, manifest, plan, place, workers, pool=pool, on_reading=reading
+                directory, manifest, plan, place, crew, pool=pool, on_reading=reading
             )
         finally:
             is_reading.set()
@@ -151,7 +144,7 @@ def read_share(
     """The weights of ``rank`` of ``ranks`` in the memory of an ``arena``; raises as
     ``load_chunks``."""
     plan = plan_load(manifest, rank, ranks)
-    workers = readers(plan)
-    place = arena(plan, workers, manifest.data.chunk_bytes)
-    report = load_chunks(directory, manifest, plan, place, workers)
+    crew = crew_for(plan)
+    place = arena(plan, crew.lanes, manifest.data.chunk_bytes)
+    report = load_chunks(directory, manifest, plan, place, crew)
     return plan, place.memory, report

@@ -24,7 +24,7 @@ from pop_node.store.cuda_arena import TURNS, CudaArena
 from pop_node.store.host_arena import HostArena
 from pop_node.store.host_memory import aligned_memory
 from pop_node.store.load_plan import plan_load
-from pop_node.store.loader import load_chunks
+from pop_node.store.loader import Crew, load_chunks
 from pop_node.store.store import Bundle, Store
 
 CPU = torch.device("cpu")
@@ -100,16 +100,16 @@ def bundle(store: Store, source: Path, monkeypatch: pytest.MonkeyPatch) -> Bundl
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("crew", [Crew(1, 1), Crew(3, 2)])
 def test_every_byte_arrives_however_late(
-    bundle: Bundle, streams: pytest.MonkeyPatch, rank: int, ranks: int, workers: int
+    bundle: Bundle, streams: pytest.MonkeyPatch, rank: int, ranks: int, crew: Crew
 ) -> None:
     plan = plan_load(bundle.manifest, rank, ranks)
-    assert len(plan.chunks) > workers * TURNS
-    arena = CudaArena(plan, workers, bundle.manifest.data.chunk_bytes, CPU)
-    report = load_chunks(bundle.path, bundle.manifest, plan, arena, workers)
-    expected = HostArena(plan, workers, bundle.manifest.data.chunk_bytes)
-    load_chunks(bundle.path, bundle.manifest, plan, expected, workers)
+    assert len(plan.chunks) > crew.lanes * TURNS
+    arena = CudaArena(plan, crew.lanes, bundle.manifest.data.chunk_bytes, CPU)
+    report = load_chunks(bundle.path, bundle.manifest, plan, arena, crew)
+    expected = HostArena(plan, crew.lanes, bundle.manifest.data.chunk_bytes)
+    load_chunks(bundle.path, bundle.manifest, plan, expected, crew)
     named = views(plan, torch.from_numpy(expected.memory))
     assert named
     for name, tensor in views(plan, arena.memory).items():
@@ -129,9 +129,10 @@ def test_packed_chunks_are_decoded_on_their_way(
     for name in ("raw", "packed"):
         bundle = store.get(name)
         plan = plan_load(bundle.manifest)
-        assert len(plan.chunks) > TURNS
-        arena = CudaArena(plan, 1, bundle.manifest.data.chunk_bytes, CPU)
-        report = load_chunks(bundle.path, bundle.manifest, plan, arena, 1)
+        crew = Crew(1, 1)
+        assert len(plan.chunks) > crew.lanes
+        arena = CudaArena(plan, crew.lanes, bundle.manifest.data.chunk_bytes, CPU)
+        report = load_chunks(bundle.path, bundle.manifest, plan, arena, crew)
         found.append(views(plan, arena.memory))
     assert report.phases["decode"].nbytes > 0
     assert found[0].keys() == found[1].keys()

@@ -13,11 +13,13 @@ from tiny_models import tensors, write_huggingface
 
 from pop_node.store import layout
 from pop_node.store.host_arena import HostArena
-from pop_node.store.load_plan import plan_load
-from pop_node.store.loader import load_chunks
+from pop_node.store.load_plan import ChunkPlan, plan_load
+from pop_node.store.loader import Crew, load_chunks
 from pop_node.store.reading import READING_THREADS, read_bundle
 from pop_node.store.store import Bundle, Store
 from wire.errors import ConfigError
+
+WAIT_S = 20.0
 
 
 class Recorded(ThreadPoolExecutor):
@@ -62,23 +64,23 @@ def test_a_bundle_is_read_by_the_threads_given(bundle: Bundle, pool: Recorded) -
     assert not pool._shutdown
 
 
-def test_it_says_once_that_it_reads_when_all_workers_are_under_way(
+def test_it_says_once_that_it_reads_when_all_readers_are_under_way(
     bundle: Bundle, pool: Recorded
 ) -> None:
     said: list[list[bool]] = []
     plan = plan_load(bundle.manifest)
-    arena = HostArena(plan, 3, 4096)
+    arena = HostArena(plan, Crew(3, 2).lanes, 4096)
     load_chunks(
         bundle.path,
         bundle.manifest,
         plan,
         arena,
-        3,
+        Crew(3, 2),
         pool=pool,
         on_reading=lambda: said.append([f.running() or f.done() for f in pool.futures[:2]]),
     )
-    assert said == [[True, True]]
-    assert len(pool.futures) == 4
+    assert said == [[True, True]]  # and the one that says so
+    assert len(pool.futures) == Crew(3, 2).threads
 
 
 def test_nothing_of_a_load_that_failed_goes_on(bundle: Bundle, pool: Recorded) -> None:
@@ -101,3 +103,32 @@ def test_a_bundle_without_its_data_ends_what_waits_for_the_reads(
         read_bundle(bundle.path, HostArena, lambda: began.append(True), pool)
     assert not began
     assert all(future.done() for future in pool.futures)
+
+
+def test_reads_go_on_while_a_chunk_is_computed_but_not_far(bundle: Bundle) -> None:
+    """Nothing is placed before every lane has a chunk; then no more are under way than lanes."""
+    crew, plan = Crew(1, 1), plan_load(bundle.manifest)
+    assert len(plan.chunks) > 2 * crew.lanes
+    all_lanes_taken = threading.Event()
+    under_way: set[int] = set()
+    most = 0
+
+    class Slow(HostArena):
+        def landing(self, lane: int, chunk: ChunkPlan) -> memoryview:
+            nonlocal most
+            assert lane not in under_way
+            under_way.add(lane)
+            most = max(most, len(under_way))
+            if most == crew.lanes:
+                all_lanes_taken.set()
+            return super().landing(lane, chunk)
+
+        def place(self, lane: int, chunk: ChunkPlan) -> int:
+            assert all_lanes_taken.wait(WAIT_S)
+            under_way.remove(lane)
+            return super().place(lane, chunk)
+
+    arena = Slow(plan, crew.lanes, 4096)
+    load_chunks(bundle.path, bundle.manifest, plan, arena, crew)
+    assert most == crew.lanes == 3
+    assert not under_way

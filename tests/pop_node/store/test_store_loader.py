@@ -25,7 +25,7 @@ from pop_node.store.holding import Hold
 from pop_node.store.host_arena import PREPARE_BYTES, HostArena
 from pop_node.store.host_memory import HUGE_PAGE_BYTES, aligned_memory
 from pop_node.store.load_plan import LoadPlan, plan_load
-from pop_node.store.loader import load_chunks, readers
+from pop_node.store.loader import Crew, crew_for, load_chunks
 from pop_node.store.store import Bundle, Store
 from wire.errors import ConfigError
 
@@ -212,16 +212,17 @@ def test_the_first_damaged_chunk_stops_the_others(bundle: Bundle) -> None:
     class Counting(HostArena):
         landed = 0
 
-        def landing(self, worker, chunk):  # type: ignore[no-untyped-def]
+        def landing(self, lane, chunk):  # type: ignore[no-untyped-def]
             self.landed += 1
-            return super().landing(worker, chunk)
+            return super().landing(lane, chunk)
 
-    arena = Counting(plan, 2, 4096)
+    crew = Crew(2, 1)
+    arena = Counting(plan, crew.lanes, 4096)
     with pytest.raises(ConfigError, match="does not match its digest"):
         load_chunks(
-            bundle.path, msgspec.structs.replace(bundle.manifest, data=data), plan, arena, workers=2
+            bundle.path, msgspec.structs.replace(bundle.manifest, data=data), plan, arena, crew
         )
-    assert arena.landed <= 2
+    assert arena.landed <= crew.lanes < len(plan.chunks)
 
 
 def test_a_plain_model_directory_is_still_read(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_memory_is_aligned_and_given_back() -> None:
 def test_what_a_load_touches_is_the_model_and_the_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All memory of a load comes from ``mmap``; the sum is the arena and a buffer per worker."""
+    """All memory of a load comes from ``mmap``; the sum is the arena and a buffer per lane."""
     store = Store(tmp_path / "store")
     store.add(str(write_huggingface(tmp_path / "source")), "tiny", "float32", lambda *_: None)
     bundle = store.get("tiny")
@@ -260,13 +261,15 @@ def test_what_a_load_touches_is_the_model_and_the_pool(
     load_weights(bundle.path, bundle.manifest, CPU)
     arena = bundle.manifest.data.nbytes + HUGE_PAGE_BYTES
     buffer = bundle.manifest.data.chunk_bytes + HUGE_PAGE_BYTES
-    assert sorted(sizes) == sorted([4096, arena, *[buffer] * readers(plan_load(bundle.manifest))])
+    assert sorted(sizes) == sorted(
+        [4096, arena, *[buffer] * crew_for(plan_load(bundle.manifest)).lanes]
+    )
     gc.collect()
 
 
 def test_memory_is_touched_ahead_of_the_reads_and_keeps_what_is_in_it() -> None:
     plan = LoadPlan(8 * HUGE_PAGE_BYTES, [], [])
-    arena = HostArena(plan, 2, HUGE_PAGE_BYTES)  # the first two chunks are left to the workers
+    arena = HostArena(plan, 2, HUGE_PAGE_BYTES)  # the first two chunks are left to the reads
     arena.memory[-1] = 7
     process = psutil.Process()
     before = process.memory_info().rss
