@@ -199,12 +199,15 @@ class Measured:
         self._ceilings = ceilings(plan.dry)
         self.report.note(seed=SEED, ceilings=self._ceilings)
 
-    def of_engine(self, *, overlap: bool = False) -> None:
-        """Everything on our engine; with kernels that ``overlap``, steps of one sequence."""
+    def of_engine(self, *, overlap: bool = False, graphs: bool = True) -> bool:
+        """Everything on our engine; with kernels that ``overlap``, steps of one sequence. False
+        when graphs could not be captured: nothing else was done."""
         shape, plan = self._shape, self._plan
         key = self._key | ({"overlap": True} if overlap else {})
+        key |= {} if graphs else {"graphs": False}
         batches = (1,) if overlap else plan.batches
-        device = LastReplay(bench.a_device(plan.dry))
+        own = bench.a_device(plan.dry)
+        device = LastReplay(own if graphs else bench.WithoutGraphs(own))
         seats, longest = max(batches), max(plan.contexts)
         tokens = seats * (longest + 2 * bench.BLOCK_TOKENS)
         made: list[bench.Engine] = []
@@ -225,9 +228,8 @@ class Measured:
             return {"graphs": count, "seconds": time.perf_counter() - began}
 
         self.report.add(key | {"made": True}, make)
-        if not made:
-            return
-        self.report.add(key | {"captures": True}, capture)
+        if not made or "error" in self.report.add(key | {"captures": True}, capture):
+            return False
         for context in plan.contexts:
             for batch in batches:
 
@@ -240,7 +242,7 @@ class Measured:
                 key | {"prefill": plan.prefill}, lambda: self._prefill(made[0]), needs_s=10.0
             )
         if plan.dry:
-            return
+            return True
         for context in plan.contexts:
             for batch in batches:
                 which = {"kernels_of_batch": batch, "context": context}
@@ -252,6 +254,7 @@ class Measured:
                     return {} if device.last is None else kernels_of(device.last)
 
                 self.report.add(key | which, profiled, needs_s=10.0)
+        return True
 
     def _decode(
         self, engine: bench.Engine, device: LastReplay, batch: int, context: int
@@ -299,11 +302,12 @@ def main() -> int:
         TINY if given.dry else shapes[given.model], DRY if given.dry else REAL, given
     )
     if given.engine == "popmesh":
-        measured.of_engine()
+        with_graphs = measured.of_engine()
         if not given.dry:
             gc.collect()
             torch.cuda.empty_cache()
-            measured.of_engine(overlap=True)
+            # Some figures are better than none.
+            measured.of_engine(overlap=with_graphs, graphs=with_graphs)
     else:
         measured.of_transformers()
     return measured.report.ended()

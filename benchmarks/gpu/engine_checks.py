@@ -203,10 +203,6 @@ def bit_by_bit(checks: Checks) -> None:
     if checks.dry:
         return
 
-    def overlapping() -> float:
-        return same_bits(replayed, checks.run(temperature=0.8, overlap=True))
-
-    checks.say("tokens whose bits overlapping kernels change", 0, overlapping)
     together: Logits = {}
 
     def against(other: Logits) -> float:
@@ -226,6 +222,11 @@ def bit_by_bit(checks: Checks) -> None:
         lambda: against(checks.run(batch_invariant=True, budget=17)),
     )
     checks.say("invariant: tokens that company changes", 0, lambda: against(alone()))
+
+    def overlapping() -> float:
+        return same_bits(replayed, checks.run(temperature=0.8, overlap=True))
+
+    checks.say("tokens whose bits overlapping kernels change", 0, overlapping)
 
 
 def main() -> int:
