@@ -33,24 +33,24 @@ BATCHES = [
 ROWS = [1, 2, 3, 5, 64, 257]
 
 
-def cases(dry: bool, model: str, dtype: str) -> Iterator[Case]:
+def parts(dry: bool, model: str, dtype: str) -> Iterator[tuple[str, Iterator[Case]]]:
     """Of a GPU; ``dry``: of a tiny model in the interpreter, whose products depend on the row."""
     if not dry:
-        yield from Bench(MODELS[model], torch.device("cuda"), DTYPES[dtype]).cases(BATCHES, ROWS)
+        yield from Bench(MODELS[model], torch.device("cuda"), DTYPES[dtype]).parts(BATCHES, ROWS)
         return
     tiny = ModelShape("tiny", 40, 6, 2, 16, 24, 300)
     bench = Bench(tiny, torch.device("cpu"), torch.float32)
-    for case in bench.cases([Batch(2, 1, 40)], [3]):
-        if "bits of" not in case.name:
-            yield case
+    for name, cases in bench.parts([Batch(2, 1, 40)], [3]):
+        yield name, (case for case in cases if "bits of" not in case.name)
 
 
 def main() -> int:
     given = arguments(__doc__, model=list(MODELS), dtype=list(DTYPES))
     report = Report(__doc__, given)
     report.note(model=given.model, dtype=given.dtype)
-    for case in cases(given.dry, given.model, given.dtype):
-        report.add({"case": case.name}, lambda case=case: check(case))
+    for name, cases in parts(given.dry, given.model, given.dtype):
+        for case in report.each({"part": name}, cases):
+            report.add({"case": case.name}, lambda case=case: check(case))
     return report.ended()
 
 

@@ -124,10 +124,12 @@ def main() -> int:
     ceilings = measure_ceilings(device, flush)
     report.note(ceilings=asdict(ceilings))
     for model in (LLAMA3_8B, SMOLLM2_135M):
-        for case in Bench(model, device, torch.bfloat16).cases(batches(), [1, 4, 64, 2048]):
-            if case.bytes:  # else a check only
-                key = {"model": model.name, "case": case.name}
-                report.add(key, lambda case=case: row_of(case, ceilings, flush), needs_s=2.0)
+        bench = Bench(model, device, torch.bfloat16)
+        for name, cases in bench.parts(batches(), [1, 4, 64, 2048]):
+            for case in report.each({"model": model.name, "part": name}, cases):
+                if case.bytes:  # else a check only
+                    key = {"model": model.name, "case": case.name}
+                    report.add(key, lambda case=case: row_of(case, ceilings, flush), needs_s=2.0)
     return report.ended()
 
 

@@ -128,18 +128,23 @@ class Bench:
 
     def cases(self, batches: list[Batch], rows: list[int]) -> Iterator[Case]:
         """Row-wise kernels at every count of ``rows``, attention and rotation at every batch."""
+        for _, cases in self.parts(batches, rows):
+            yield from cases
+
+    def parts(self, batches: list[Batch], rows: list[int]) -> Iterator[tuple[str, Iterator[Case]]]:
+        """``cases`` in parts with names; one that cannot be made leaves the others whole."""
         for count in rows:
-            yield from self._row_wise(count)
-            yield from self._products(count)
+            yield f"row-wise {count}", self._row_wise(count)
+            yield f"products {count}", self._products(count)
             if count <= MOST_LOGITS:
-                yield from self._head(count)
+                yield f"head {count}", self._head(count)
         for batch in batches:
-            yield from self._attention(batch)
-        yield from self._kv()
+            yield f"attention {batch}", self._attention(batch)
+        yield "kv", self._kv()
         for count in rows:
             if count <= MOST_LOGITS:
-                yield from self._sampling(count)
-        yield from self._penalties()
+                yield f"sampling {count}", self._sampling(count)
+        yield "penalties", self._penalties()
 
     def _row_wise(self, rows: int) -> Iterator[Case]:
         m, ops, size = self._model, self._ops, self._dtype.itemsize
@@ -202,12 +207,15 @@ class Bench:
 
     def _gates(self, x: torch.Tensor, weight: torch.Tensor) -> Iterator[Case]:
         rows, ops, size = x.shape[0], self._ops, self._dtype.itemsize
-        expected = activation.silu_mul(linear.linear(x, weight, None))
+
+        def expected() -> torch.Tensor:
+            return activation.silu_mul(linear.linear(x, weight, None))
+
         yield Case(
             f"gate_up with its gates {rows}",
             lambda: ops.gate_up(x, weight),
-            lambda: [(ops.gate_up(x, weight), expected)],
-            (x.numel() + weight.numel() + expected.numel()) * size,
+            lambda: [(ops.gate_up(x, weight), expected())],
+            (x.numel() + weight.numel() + rows * weight.shape[0] // 2) * size,
             2 * rows * weight.numel(),
         )
         yield Case(

@@ -15,15 +15,17 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from common import report  # noqa: E402
+
+T = TypeVar("T")
 
 DEFAULT_LIMIT_S = 500.0
 
@@ -100,9 +102,7 @@ class Report:
             try:
                 row = key | measure()
             except Exception as exc:  # noqa: BLE001 - supervisor: recorded, and the next goes on
-                trace = traceback.format_exc()[-TRACE_CHARACTERS:]
-                row = key | {"error": f"{type(exc).__name__}: {exc}"[:2000], "trace": trace}
-                self._lost = self._what_is_lost()
+                row = key | self._failed(exc)
         row["took_s"] = round(time.monotonic() - began, 3)
         self.rows.append(row)
         print({n: v for n, v in row.items() if not isinstance(v, list) and n != "trace"})
@@ -111,6 +111,26 @@ class Report:
         sys.stdout.flush()
         self._save()
         return row
+
+    def each(self, key: dict[str, Any], values: Iterator[T]) -> Iterator[T]:
+        """The ``values`` as far as they can be made; an error is a row with ``key``."""
+        while True:
+            try:
+                value = next(values, None)
+            except Exception as exc:  # noqa: BLE001 - supervisor: as in ``add``
+                row = key | self._failed(exc)
+                self.rows.append(row)
+                print(row["trace"], flush=True)
+                self._save()
+                return
+            if value is None:
+                return
+            yield value
+
+    def _failed(self, exc: Exception) -> dict[str, Any]:
+        trace = "".join(traceback.format_exception(exc))[-TRACE_CHARACTERS:]
+        self._lost = self._what_is_lost()
+        return {"error": f"{type(exc).__name__}: {exc}"[:2000], "trace": trace}
 
     def ended(self) -> int:
         """The exit code: 0 unless a row has an error, is wrong or was left out for a lost device.

@@ -126,13 +126,16 @@ report.add({{"row": 2}}, bad)
 assert [row["row"] for row in json.loads(out.read_text())["rows"]] == [1, 2]
 report.add({{"row": 3}}, lambda: {{"right": True}}, needs_s=60.0)
 report.add({{"row": 4}}, lambda: {{"right": True}})
+assert list(report.each({{"part": 5}}, (1 // (2 - number) for number in range(1, 4)))) == [1]
 raise SystemExit(report.ended())
 """
     done = in_the_scripts_folder(program)
     assert done.returncode == 1, done.stderr
-    first, second, third, fourth = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    first, second, third, fourth, fifth = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert first["value"] == "inf"
     assert "no such kernel" in second["error"]
     assert "in bad" in second["trace"]
     assert third["left_out"] == "no time was left"
     assert fourth["right"]
+    assert fifth["part"] == 5
+    assert "ZeroDivisionError" in fifth["error"]
