@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from rate_cases import Batch, Bench, Case, check
+from kernel_case import Batch, Case, check
+from rate_cases import Bench
 from running import Report, arguments
 
 from kernels.triton.shapes import LLAMA3_8B, SMOLLM2_135M, ModelShape

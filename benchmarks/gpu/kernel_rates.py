@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rate_cases import SEED, Batch, Bench, Case, check
+from kernel_case import SEED, Batch, Case, check
+from rate_cases import Bench
 from running import Report, arguments
 
 from kernels.triton.shapes import LLAMA3_8B, SMOLLM2_135M

@@ -5,18 +5,16 @@ Shapes come from models: rows of their matrices, batches of sequences at a conte
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import torch  # noqa: E402
+from kernel_case import BLOCK_TOKENS, SEED, Batch, Case, layout  # noqa: E402
 
-from kernels.meta import AttentionMeta  # noqa: E402
 from kernels.reference import activation, attention, kv_pack, linear, norm, rope  # noqa: E402
 from kernels.reference import sampling as reference_sampling  # noqa: E402
 from kernels.reference.penalties import penalize  # noqa: E402
@@ -27,86 +25,23 @@ from kernels.triton.ops import TritonOps  # noqa: E402
 from kernels.triton.sampling import pack_parameters, sample_on_device  # noqa: E402
 from kernels.triton.shapes import ModelShape  # noqa: E402
 
-BLOCK_TOKENS = 16
-
 MOST_LOGITS = 64
 """Rows of them: more are drawn in no step."""
 
-SEED = 20240607
-
-# As in the tests: |triton - reference| <= atol + rtol |reference|, results being of magnitude 1.
-TOLERANCE = {
-    torch.float32: (2e-5, 2e-5),
-    torch.float16: (1e-3, 2e-3),
-    torch.bfloat16: (1e-2, 1.6e-2),
-}
-
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+OTHER_SUMS = (few_rows.MAX_SUMS // 2, few_rows.MAX_SUMS * 2)
+"""Of a program of few rows, beside those that it has."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one shape.
-
-    ``run`` is what is timed, ``pairs`` computes (result, reference) for the check. ``bytes`` and
-    ``flops``: what has to be moved and computed at least. ``exact``: bits must agree.
-    """
-
-    name: str
-    run: Callable[[], Any]
-    pairs: Callable[[], Pairs]
-    bytes: int
-    flops: int
-    exact: bool = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """``sequences`` of ``queries`` new tokens at ``context`` tokens each."""
-
-    sequences: int
-    queries: int
-    context: int
-
-    @property
-    def rows(self) -> int:
-        return self.sequences * self.queries
-
-    @property
-    def visible(self) -> int:
-        """Pairs of a query and a key it sees, of one head."""
-        before = self.context - self.queries
-        return self.sequences * (self.queries * before + self.queries * (self.queries + 1) // 2)
-
-    def __str__(self) -> str:
-        return f"{self.sequences} x {self.queries} at {self.context}"
-
-
-def layout(batch: Batch, device: torch.device, rng: torch.Generator) -> tuple[AttentionMeta, int]:
-    """Blocks in random order, and how many there are."""
-    width = -(-batch.context // BLOCK_TOKENS)
-    blocks = batch.sequences * width
-    tables = torch.randperm(blocks, generator=rng).view(batch.sequences, width)
-    first = batch.context - batch.queries
-    position = torch.arange(first, batch.context).repeat(batch.sequences)
-    owner = torch.arange(batch.sequences).repeat_interleave(batch.queries)
-    slots = tables[owner, position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
-    starts = torch.arange(batch.sequences + 1, dtype=torch.int32) * batch.queries
-    contexts = torch.full((batch.sequences,), batch.context, dtype=torch.int32)
-    meta = AttentionMeta(
-        positions=position.to(device),
-        slots=slots.to(device),
-        query_starts=starts.to(device),
-        context_lens=contexts.to(device),
-        block_tables=tables.to(device, torch.int32),
-        block_tokens=BLOCK_TOKENS,
-        max_query=batch.queries,
-        max_context=batch.context,
-        query_lens_host=[batch.queries] * batch.sequences,
-        context_lens_host=[batch.context] * batch.sequences,
-    )
-    return meta, blocks
+def few_rows_of(
+    sums: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``linear`` of few rows in programs of at most ``sums`` sums."""
+    assert bias is None
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    few_rows.plan_few_rows(x, weight, out, gate=False, most_sums=sums).run()
+    return out
 
 
 class Bench:
@@ -196,6 +131,8 @@ class Bench:
         ways: dict[str, Product] = {"": self._ops.linear, ", invariant": self._invariant.linear}
         if rows <= few_rows.FEW_ROWS:
             ways[", cuBLAS"] = torch.nn.functional.linear
+            for sums in OTHER_SUMS:
+                ways[f", {sums} sums"] = partial(few_rows_of, sums)
         for how, of in ways.items():
             yield Case(
                 f"linear {name}{how} {rows} x {depth} x {columns}",
@@ -363,18 +300,3 @@ class Bench:
             0,
             exact=True,
         )  # fmt: skip
-
-
-def check(case: Case) -> dict[str, Any]:
-    """Whether its results are right, and how far off the worst is: for exact ones the elements that
-    differ, else the largest difference beyond the relative tolerance, to the absolute one."""
-    worst = 0.0
-    for actual, expected in case.pairs():
-        if case.exact:
-            worst = max(worst, float((actual != expected).sum()))
-            continue
-        atol, rtol = TOLERANCE[actual.dtype]
-        wide, oracle = actual.float(), expected.float()
-        excess = ((wide - oracle).abs() - rtol * oracle.abs()).max().item() / atol
-        worst = max(worst, excess if math.isfinite(excess) else math.inf)
-    return {"right": worst <= (0 if case.exact else 1), "worst": worst, "exact": case.exact}

@@ -113,10 +113,18 @@ def write(out_ptr, line, held, total, GATED: tl.constexpr, BLOCK_N: tl.constexpr
 
 
 def plan_few_rows(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gate: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    gate: bool,
+    most_sums: int = MAX_SUMS,
 ) -> Launch:
     """``x`` [T, K] times ``weight`` [N, K]^T into ``out`` [T, N] of any dtype, or, with ``gate``,
     what the first half of N lets through of the second, in the dtype of ``x``: [T, N / 2].
+
+    Args:
+        most_sums: of a program; benchmarks try others.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or there are more than ``FEW_ROWS`` rows.
@@ -137,7 +145,7 @@ def plan_few_rows(
     if block_k < MIN_BLOCK_K:
         block_k = min(PASS_ELEMENTS, power_of_2(depth))
     block_n = max(2 if gate else 1, PASS_ELEMENTS // block_k)
-    most = MAX_SUMS // held // block_k
+    most = most_sums // held // block_k
     while 2 * block_n <= most and ceil_div(columns, 2 * block_n) >= PROGRAMS:
         block_n *= 2
     return Launch(
