@@ -33,15 +33,19 @@ PM_INLINE const E *FN(block_row)(const FN(paged) * view, long block)
     return view->base + view->table[block] * view->block_stride;
 }
 
-/* Scratch of a chunk: M = q_block * group rows. */
+/* Scratch of an item: M = q_block * group rows. Arrays that are read by whole vectors have room for
+ * one more. */
 typedef struct {
-    A *q;            /* [M][Dk], Dk = D rounded up to STEP */
-    A *p;            /* [M][GEMM_NP] */
-    float *s;        /* [M][GEMM_NP] */
-    float *o;        /* [M][Dv], Dv = D rounded up to GEMM_NP */
-    float *peak;     /* [M] */
-    float *sum;      /* [M] */
-    uint32_t *b;     /* packed K^T [Dk / STEP][GEMM_NP], then V [GEMM_NP / STEP][GEMM_NP] */
+    A *q;          /* [M][Dk], Dk = D rounded up to STEP */
+    float *o;      /* [M][Dv], Dv = D rounded up to GEMM_NP */
+    float *peak;   /* [M + VW]: greatest score so far */
+    float *sum;    /* [M + VW] */
+    float *s;      /* [PART_ROWS][GEMM_NP] */
+    A *p;          /* [PART_ROWS][GEMM_NP] */
+    float *top;    /* [PART_ROWS + VW]: what peak becomes */
+    float *decay;  /* [PART_ROWS + VW]: what is left of older sums */
+    uint32_t *k;   /* K^T [Dk / STEP][GEMM_NP] */
+    uint32_t *v;   /* [Dv / GEMM_NP] times V [GEMM_NP / STEP][GEMM_NP] */
     size_t bytes;
 } FN(chunk);
 
@@ -50,19 +54,21 @@ static FN(chunk) FN(lay_out)(const pm_attention_job *job, char *memory)
     const size_t rows = (size_t)(job->q_block * (job->Hq / job->Hk));
     const size_t dk = (size_t)(pm_ceil_div(job->D, STEP) * STEP);
     const size_t dv_ = (size_t)(pm_ceil_div(job->D, GEMM_NP) * GEMM_NP);
-    const size_t words = (size_t)pm_max((long)dk, GEMM_NP) * GEMM_NP;
     FN(chunk) c;
     size_t at = 0;
 #define PLACE(field, count)                                  \
     c.field = (void *)(memory + at);                         \
     at += pm_round64((size_t)(count) * sizeof *c.field)
     PLACE(q, rows * dk);
-    PLACE(p, rows * GEMM_NP);
-    PLACE(s, rows * GEMM_NP);
     PLACE(o, rows * dv_);
-    PLACE(peak, rows);
-    PLACE(sum, rows);
-    PLACE(b, words);
+    PLACE(peak, rows + VW);
+    PLACE(sum, rows + VW);
+    PLACE(s, PART_ROWS * GEMM_NP);
+    PLACE(p, PART_ROWS * GEMM_NP);
+    PLACE(top, PART_ROWS + VW);
+    PLACE(decay, PART_ROWS + VW);
+    PLACE(k, dk * GEMM_NP);
+    PLACE(v, dv_ * GEMM_NP);
 #undef PLACE
     c.bytes = at;
     return c;
@@ -82,47 +88,82 @@ PM_INLINE void FN(gemm_rows)(const A *a, long lda, const uint32_t *b, long steps
                       pm_min(GEMM_MR, rows - i));
 }
 
-/* Online softmax of one row of a key tile: probabilities to p, running peak, sum and o updated. What
- * the query may not see gets probability 0, which leaves every sum as it is. */
-PM_INLINE void FN(softmax_tile)(FN(chunk) * c, long row, long visible, float scale, long dv_)
+/* Scales a row of scores; -inf replaces what the query may not see. Returns the greatest. */
+PM_INLINE float FN(scale_row)(float *s, long visible, float scale)
 {
-    float *s = c->s + row * GEMM_NP, *o = c->o + row * dv_;
-    vf top = vf_set1(c->peak[row]), total = vf_zero();
+    vf top = vf_set1(-INFINITY);
     for (long j = 0; j < GEMM_NP; j += VW) {
-        const long n = pm_min(VW, visible - j);
-        vf v = n > 0 ? vf_mul(vf_load(s + j), vf_set1(scale)) : vf_set1(-INFINITY);
-        if (n < VW) { /* hide what the query may not see */
-            vf_store(s + j, v);
-            for (long i = pm_max(n, 0); i < VW; i++)
-                s[j + i] = -INFINITY;
-            v = vf_load(s + j);
-        }
+        const vf v = vf_mul(vf_load(s + j), vf_set1(scale));
         vf_store(s + j, v);
         top = vf_max(top, v);
     }
-    const float peak = vf_hmax(top);
-    float decay;
-    vf_store_n(&decay, vf_exp(vf_set1(c->peak[row] - peak)), 1); /* 0 for the first tile */
-    for (long j = 0; j < GEMM_NP; j += VW) {
-        vf e = vf_exp(vf_sub(vf_load(s + j), vf_set1(peak)));
-        total = vf_add(total, e);
-#if PAIRS
-        vf_store_bf16(c->p + row * GEMM_NP + j, e);
-#else
-        vf_store(c->p + row * GEMM_NP + j, e);
-#endif
+    if (visible < GEMM_NP) {
+        for (long j = visible; j < GEMM_NP; j++)
+            s[j] = -INFINITY;
+        top = vf_set1(-INFINITY);
+        for (long j = 0; j < visible; j += VW)
+            top = vf_max(top, vf_load(s + j));
     }
-    c->sum[row] = c->sum[row] * decay + vf_sum(total);
-    c->peak[row] = peak;
-    if (decay != 1.0f)
-        for (long j = 0; j < dv_; j += VW)
-            vf_store(o + j, vf_mul(vf_load(o + j), vf_set1(decay)));
+    return vf_hmax(top);
 }
 
-/* Packs columns [d, d + GEMM_NP) of n rows of V as B, zero beyond them. */
-PM_INLINE void FN(pack_values)(const E *const rows[GEMM_NP], long n, long d, long D, uint32_t *b)
+/* Probabilities of a row from its scores, not divided by their sum, which it returns. */
+PM_INLINE float FN(exponentials)(const float *s, float peak, A *p)
+{
+    vf total = vf_zero();
+#if PAIRS
+    for (long j = 0; j < GEMM_NP; j += BW) {
+        const vf low = vf_exp2(vf_sub(vf_load(s + j), vf_set1(peak)));
+        const vf high = vf_exp2(vf_sub(vf_load(s + j + VW), vf_set1(peak)));
+        total = vf_add(vf_add(total, low), high);
+        vb_store(p + j, low, high);
+    }
+#else
+    for (long j = 0; j < GEMM_NP; j += VW) {
+        const vf e = vf_exp2(vf_sub(vf_load(s + j), vf_set1(peak)));
+        total = vf_add(total, e);
+        vf_store(p + j, e);
+    }
+#endif
+    return vf_sum(total);
+}
+
+/* Online softmax of a part's scores, rows [first, first + n) of the chunk: probabilities to p, running
+ * peaks, sums and o updated. Row r sees `seen + r / group` keys of the tile. `scale`: in octaves. */
+PM_INLINE void FN(softmax_part)(FN(chunk) * c, long first, long n, long seen, long group,
+                                float scale, long dv_)
+{
+    for (long i = 0; i < n; i++) {
+        const long visible = pm_min(seen + (first + i) / group, GEMM_NP);
+        const float top = FN(scale_row)(c->s + i * GEMM_NP, visible, scale);
+        c->top[i] = top > c->peak[first + i] ? top : c->peak[first + i];
+    }
+    for (long i = 0; i < n; i += VW) {
+        float *const peak = c->peak + first + i, *const sum = c->sum + first + i;
+        const vf top = vf_load(c->top + i), decay = vf_exp2(vf_sub(vf_load(peak), top));
+        vf_store(c->decay + i, decay); /* 0 for the first tile */
+        vf_store(peak, top);
+        vf_store(sum, vf_mul(vf_load(sum), decay));
+    }
+    for (long i = 0; i < n; i++) {
+        c->sum[first + i] +=
+            FN(exponentials)(c->s + i * GEMM_NP, c->top[i], c->p + i * GEMM_NP);
+        if (c->decay[i] != 1.0f) {
+            float *const o = c->o + (first + i) * dv_;
+            for (long j = 0; j < dv_; j += VW)
+                vf_store(o + j, vf_mul(vf_load(o + j), vf_set1(c->decay[i])));
+        }
+    }
+}
+
+/* Packs columns [d, d + GEMM_NP) of n rows of V as B, zero beyond them. Starts loading `ahead`. */
+PM_INLINE void FN(pack_values)(const E *const rows[GEMM_NP], const E *const ahead[GEMM_NP], long n,
+                               long d, long D, uint32_t *b)
 {
     for (long p = 0; p < GEMM_NP; p += STEP, b += GEMM_NP) {
+        for (long i = p; i < p + STEP; i++)
+            for (long j = d; j < pm_min(D, d + GEMM_NP); j += 64 / (long)sizeof(E))
+                __builtin_prefetch(ahead[i] + j);
         if (p >= n) {
             memset(b, 0, GEMM_NP * sizeof *b);
             continue;
@@ -144,40 +185,62 @@ PM_INLINE void FN(pack_values)(const E *const rows[GEMM_NP], long n, long d, lon
     }
 }
 
-/* The rows of a key tile: this KV head of n positions from `first` on, the last repeated to the end;
- * none for n <= 0. Starts loading them. */
-PM_INLINE void FN(find_tile)(const FN(paged) * view, long first, long n, long D,
-                             const E *rows[GEMM_NP])
+/* The rows of a key tile: this KV head of n > 0 positions from `first` on, the last repeated to the
+ * end. */
+PM_INLINE void FN(find_tile)(const FN(paged) * view, long first, long n, const E *rows[GEMM_NP])
 {
     long block = first / view->block_tokens, in_block = first % view->block_tokens;
     for (long i = 0; i < n; block++, in_block = 0) {
         const E *row = FN(block_row)(view, block) + in_block * view->token_stride;
         const long end = pm_min(n, i + view->block_tokens - in_block);
-        for (; i < end; i++, row += view->token_stride) {
+        for (; i < end; i++, row += view->token_stride)
             rows[i] = row;
-            for (long at = 0; at < D * (long)sizeof(E); at += 64)
-                __builtin_prefetch((const char *)row + at);
-        }
     }
-    for (long i = pm_max(n, 1); i < GEMM_NP && n > 0; i++)
+    for (long i = n; i < GEMM_NP; i++)
         rows[i] = rows[n - 1];
+}
+
+typedef struct {
+    const E *k[GEMM_NP], *v[GEMM_NP];
+} FN(tile);
+
+/* The first tile of an item, from `first` on for others. */
+PM_INLINE void FN(find_tiles)(const pm_attention_job *job, const pm_attention_item *item, long seen,
+                              long first, FN(tile) * tile)
+{
+    const FN(paged) keys = FN(open_cache)(job, job->k_cache, item->sequence, item->kv_head);
+    const FN(paged) values = FN(open_cache)(job, job->v_cache, item->sequence, item->kv_head);
+    FN(find_tile)(&keys, first, pm_min(GEMM_NP, seen - first), tile->k);
+    FN(find_tile)(&values, first, pm_min(GEMM_NP, seen - first), tile->v);
+}
+
+PM_INLINE void FN(load_tile)(const FN(tile) * tile, long D)
+{
+    for (long i = 0; i < GEMM_NP; i++)
+        for (long j = 0; j < D; j += 64 / (long)sizeof(E))
+            __builtin_prefetch(tile->k[i] + j);
+    for (long i = 0; i < GEMM_NP; i++)
+        for (long j = 0; j < D; j += 64 / (long)sizeof(E))
+            __builtin_prefetch(tile->v[i] + j);
 }
 
 PM_TARGET static void FN(attention)(const void *argument, long number, void *memory)
 {
     const pm_attention_job *job = argument;
     const pm_attention_item item = pm_attention_locate(job, number);
-    const long D = job->D, group = job->Hq / job->Hk, context = job->context_lens[item.sequence];
+    const pm_attention_item after = pm_attention_locate(job, pm_min(number + 1, job->items - 1));
+    const long D = job->D, group = job->Hq / job->Hk;
     const long dk = pm_ceil_div(D, STEP) * STEP, dv_ = pm_ceil_div(D, GEMM_NP) * GEMM_NP;
     const long start = job->query_starts[item.sequence];
-    const long queries = job->query_starts[item.sequence + 1] - start;
     const long rows = (item.query_hi - item.query_lo) * group;
-    const long before = context - queries; /* position of the sequence's first query */
-    const long seen = before + item.query_hi; /* keys that the last query of the block sees */
-    const FN(paged) keys = FN(open_cache)(job, job->k_cache, item.sequence, item.kv_head);
-    const FN(paged) values = FN(open_cache)(job, job->v_cache, item.sequence, item.kv_head);
+    const long seen = pm_attention_keys(job, &item);
+    const long before = seen - (item.query_hi - item.query_lo); /* position of the first query */
+    const float octaves = job->scale * 1.44269504f; /* e^x = 2^(x log2 e) */
     FN(chunk) c = FN(lay_out)(job, memory);
+    FN(tile) tiles[2];
 
+    FN(find_tiles)(job, &item, seen, 0, &tiles[0]);
+    FN(load_tile)(&tiles[0], D);
     for (long r = 0; r < rows; r++) { /* rows of a query are its heads */
         const E *q = (const E *)job->q + (start + item.query_lo + r / group) * job->q_stride +
                      (item.kv_head * group + r % group) * D;
@@ -187,25 +250,25 @@ PM_TARGET static void FN(attention)(const void *argument, long number, void *mem
     }
     memset(c.o, 0, (size_t)(rows * dv_) * sizeof *c.o);
 
-    const E *k[GEMM_NP], *v[GEMM_NP];
-    FN(find_tile)(&keys, 0, pm_min(GEMM_NP, seen), D, k);
     for (long first = 0; first < seen; first += GEMM_NP) {
         const long n = pm_min(GEMM_NP, seen - first), next = first + GEMM_NP;
+        const FN(tile) *const tile = &tiles[first / GEMM_NP % 2];
+        FN(tile) *const ahead = &tiles[next / GEMM_NP % 2];
+        if (next < seen)
+            FN(find_tiles)(job, &item, seen, next, ahead);
+        else
+            FN(find_tiles)(job, &after, pm_attention_keys(job, &after), 0, ahead);
+        FN(pack_rows)(tile->k, ahead->k, D, c.k);
+        for (long d = 0; d < D; d += GEMM_NP)
+            FN(pack_values)(tile->v, ahead->v, n, d, D, c.v + d / STEP * GEMM_NP);
         /* Queries before this tile see nothing of it. */
-        const long hidden = pm_max(0, first - before - item.query_lo) * group;
-        FN(find_tile)(&values, first, n, D, v);
-        FN(pack_rows)(k, D, c.b);
-        FN(find_tile)(&keys, next, pm_min(GEMM_NP, seen - next), D, k);
-        FN(gemm_rows)(c.q + hidden * dk, dk, c.b, dk / STEP, c.s + hidden * GEMM_NP, GEMM_NP, 0,
-                      rows - hidden);
-        for (long r = hidden; r < rows; r++) {
-            const long visible = before + item.query_lo + r / group + 1 - first;
-            FN(softmax_tile)(&c, r, pm_min(visible, GEMM_NP), job->scale, dv_);
-        }
-        for (long d = 0; d < D; d += GEMM_NP) {
-            FN(pack_values)(v, n, d, D, c.b);
-            FN(gemm_rows)(c.p + hidden * GEMM_NP, GEMM_NP, c.b, GEMM_NP / STEP,
-                          c.o + hidden * dv_ + d, dv_, 1, rows - hidden);
+        for (long r = pm_max(0, first - before) * group; r < rows; r += PART_ROWS) {
+            const long part = pm_min(PART_ROWS, rows - r);
+            FN(gemm_rows)(c.q + r * dk, dk, c.k, dk / STEP, c.s, GEMM_NP, 0, part);
+            FN(softmax_part)(&c, r, part, before + 1 - first, group, octaves, dv_);
+            for (long d = 0; d < D; d += GEMM_NP)
+                FN(gemm_rows)(c.p, GEMM_NP, c.v + d / STEP * GEMM_NP, GEMM_NP / STEP,
+                              c.o + r * dv_ + d, dv_, 1, part);
         }
     }
 

@@ -97,16 +97,19 @@ PM_INLINE void FN(store_words)(uint32_t *restrict dst, const uint32_t *restrict 
     }
 }
 
-/* Packs B = rows^T: GEMM_NP rows of n elements each become columns. */
-PM_TARGET static void FN(pack_rows)(const E *const rows[GEMM_NP], long n, uint32_t *dst)
+/* Packs B = rows^T: GEMM_NP rows of n elements each become columns. Starts loading `ahead`. */
+PM_TARGET static void FN(pack_rows)(const E *const rows[GEMM_NP], const E *const ahead[GEMM_NP],
+                                    long n, uint32_t *dst)
 {
     const long per_word = PM_BF16 ? 2 : 1, words = pm_ceil_div(n, per_word), whole = n / per_word;
     for (int group = 0; group < GEMM_NP; group += VW) {
         long j = 0;
         for (; j + VW <= whole; j += VW) {
             const void *from[VW];
-            for (int i = 0; i < VW; i++)
+            for (int i = 0; i < VW; i++) {
                 from[i] = rows[group + i] + j * per_word;
+                __builtin_prefetch(ahead[group + i] + j * per_word);
+            }
 #if PM_BF16 && !PAIRS
             uint32_t tile[VW * VW];
             transpose_words(from, tile, VW);

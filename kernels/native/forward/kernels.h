@@ -65,6 +65,7 @@ typedef struct {
     long q_stride, table_stride;
     long S, Hq, Hk, D, block_tokens;
     float scale;
+    long items;
     long q_block; /* queries of one sequence per item */
 } pm_attention_job;
 
@@ -100,6 +101,12 @@ typedef struct {
     long query_lo, query_hi; /* within the sequence */
 } pm_attention_item;
 pm_attention_item pm_attention_locate(const pm_attention_job *job, long item);
+/* Keys that the last query of an item sees. */
+long pm_attention_keys(const pm_attention_job *job, const pm_attention_item *item);
+
+/* Rows of an item whose scores exist at a time: with a tile's keys and values they stay in the first
+ * cache. A multiple of every GEMM_MR and VW. */
+enum { PART_ROWS = 48 };
 
 /* How far ahead one stream of weights is prefetched: at 40 GB/s it comes 200 ns before its use. */
 enum { AHEAD_BYTES = 8192 };

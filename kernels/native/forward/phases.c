@@ -117,9 +117,16 @@ pm_attention_item pm_attention_locate(const pm_attention_job *job, long item)
     return found;
 }
 
+long pm_attention_keys(const pm_attention_job *job, const pm_attention_item *item)
+{
+    const long queries = job->query_starts[item->sequence + 1] - job->query_starts[item->sequence];
+    return job->context_lens[item->sequence] - queries + item->query_hi;
+}
+
 int pm_run_attention(const pm_context *context, int dtype, pm_attention_job job)
 {
     job.q_block = pm_max(1, PM_CHUNK_ROWS / (job.Hq / job.Hk));
-    return pm_pool_run(context->pool, context->kernels->attention[dtype], &job,
-                       attention_items(&job), context->kernels->attention_scratch[dtype](&job));
+    job.items = attention_items(&job);
+    return pm_pool_run(context->pool, context->kernels->attention[dtype], &job, job.items,
+                       context->kernels->attention_scratch[dtype](&job));
 }

@@ -131,6 +131,11 @@ PM_INLINE vf vb_dot(vf acc, vb a, vb b)
 {
     return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 }
+/* Stores BW floats, rounded as by vf_store_bf16 but for subnormal results, which are 0. */
+PM_INLINE void vb_store(uint16_t *p, vf low, vf high)
+{
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
 /* The pair (p[0], p[1]) in every lane. */
 PM_INLINE vb vb_pair(const uint16_t *p)
 {

