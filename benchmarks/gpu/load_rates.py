@@ -33,8 +33,8 @@ WORKERS = 22
 """``layout.CHUNK_BYTES``, and lanes of a load with eight checkers (``loader.Crew``), whose modules
 need more than is installed on every GPU machine."""
 
-MOST_BYTES = 6 << 30
-WRITE_S = 8.0
+MOST_BYTES = 2 << 30
+WRITE_S = 5.0
 STRETCH_CHUNKS = 16
 """Between looks at the clock, each on the drive then."""
 
