@@ -28,7 +28,7 @@ from pop_node.engine.scheduling.schedule import (
 from pop_node.engine.scheduling.scheduler import Scheduler
 from pop_node.engine.scheduling.speculation import Speculation
 from pop_node.engine.scheduling.validate import Limits
-from pop_node.engine.staging.kv_mover import Arrived, HostMover
+from pop_node.engine.staging.kv_mover import Arrived, HostMover, Mark
 from pop_node.engine.staging.stager import Stager
 from pop_node.engine.watch import EngineWatch
 from pop_node.kv_stream.spec import Piece
@@ -110,7 +110,7 @@ class SimStager(Stager):
         )
         return lambda: True
 
-    def _copy_in(self, message: em.Import, blocks: tuple[int, ...], lo: int) -> None:
+    def _copy_in(self, message: em.Import, blocks: tuple[int, ...], lo: int, after: Mark) -> None:
         memory: CacheMemory = self._memory[message.group][message.component]
         width = (message.token_hi - message.token_lo) * WIDTH
         skip = (lo - message.token_lo) * WIDTH

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from pop_node.engine.running.cuda_device import Device
+from pop_node.engine.running.cuda_device import Device, Event
 
 Move = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, bool], None]
 """(cache, piece, slots [tokens] int64, first layer, whether into the piece); all on the device."""
@@ -20,12 +20,21 @@ Move = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, bool], None]
 Arrived = Callable[[], bool]
 """Whether a copy that was begun is done; does not wait."""
 
+Mark = Event | None
+"""A moment in what is queued to be computed; None where nothing is ever queued."""
+
 
 class Mover(Protocol):
-    """Used by two threads, one at a time; ``queued`` and ``release`` by the one that computes."""
+    """Used by two threads, one at a time; ``queued``, ``mark`` and ``release`` by the one that
+    computes."""
 
     def queued(self) -> None:
-        """Copies begun from here on come after all that is queued to be computed now."""
+        """Copies out that are begun from here on come after all that is queued to be computed
+        now."""
+
+    def mark(self) -> Mark:
+        """What is queued to be computed now, for a copy in that has to come after it, and waits for
+        nothing that is queued later."""
 
     def release(self) -> None:
         """What is computed from here on comes after all copies out that were begun."""
@@ -36,7 +45,12 @@ class Mover(Protocol):
         """Begin to copy tokens into ``target``, a piece in staging; ``slots`` are the host's."""
 
     def copy_in(
-        self, source: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, layer_lo: int
+        self,
+        source: torch.Tensor,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+        layer_lo: int,
+        after: Mark,
     ) -> None:
         """Bring a piece from staging into the cache; it is there on return."""
 
@@ -46,6 +60,10 @@ class HostMover:
 
     def queued(self) -> None:
         """It is computed already."""
+
+    def mark(self) -> Mark:
+        """It is computed already."""
+        return None
 
     def release(self) -> None:
         """Nothing is under way."""
@@ -58,7 +76,12 @@ class HostMover:
         return _at_once
 
     def copy_in(
-        self, source: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, layer_lo: int
+        self,
+        source: torch.Tensor,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+        layer_lo: int,
+        after: Mark,
     ) -> None:
         cache[layer_lo : layer_lo + source.shape[0]].index_copy_(1, slots, source)
 
@@ -77,6 +100,11 @@ class DeviceMover:
 
     def queued(self) -> None:
         self._queued.record()
+
+    def mark(self) -> Mark:
+        event = self._event()
+        event.record()
+        return event
 
     def release(self) -> None:
         self._read.wait()
@@ -98,7 +126,12 @@ class DeviceMover:
         return arrived.query
 
     def copy_in(
-        self, source: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, layer_lo: int
+        self,
+        source: torch.Tensor,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+        layer_lo: int,
+        after: Mark,
     ) -> None:
         source = source.contiguous()
         piece = self._as(source)
@@ -108,7 +141,7 @@ class DeviceMover:
             self._move(cache, piece, slots.to(self._where, non_blocking=True), layer_lo, False)
 
         written = self._event()
-        self._lane.wait(self._queued)
+        self._lane.wait(after)
         self._lane.run(work)
         self._lane.record(written)
         written.synchronize()

@@ -21,7 +21,7 @@ import torch
 from pop_node.engine.messages import Import, Staged, StageFrom
 from pop_node.engine.scheduling.schedule import Side
 from pop_node.engine.staging.exports import Export
-from pop_node.engine.staging.kv_mover import Arrived, Mover
+from pop_node.engine.staging.kv_mover import Arrived, Mark, Mover
 from pop_node.kv_stream.spec import DTYPE_BYTES, KvSpec, Piece
 from pop_node.kv_stream.staging import Staging
 from wire.errors import ConfigError
@@ -32,12 +32,14 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 @dataclass(frozen=True, slots=True)
 class _Incoming:
     """One transfer into this engine. Only tokens ``[held_tokens, total_tokens)`` may be written:
-    those before are shared with other sequences."""
+    those before are shared with other sequences, and only ``after`` what whoever had the blocks
+    was still to compute."""
 
     blocks: tuple[int, ...]
     generations: tuple[int, ...]
     held_tokens: int
     total_tokens: int
+    after: Mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +114,14 @@ class Stager:
     ) -> None:
         """Blocks now stand behind a transfer."""
         with self._lock:
-            self._mover.queued()  # whoever had these blocks may still be about to write there
             if side == "export":
+                self._mover.queued()
                 self._exports[transfer].bind(blocks, held_tokens)
             else:
                 generations = tuple(self._generations[block] for block in blocks)
-                self._incoming[transfer] = _Incoming(blocks, generations, held_tokens, total_tokens)
+                self._incoming[transfer] = _Incoming(
+                    blocks, generations, held_tokens, total_tokens, self._mover.mark()
+                )
         if side == "export":
             self._wake()
 
@@ -243,7 +247,7 @@ class Stager:
                 self._generations[incoming.blocks[i]] != incoming.generations[i] for i in touched
             ):
                 return
-            self._copy_in(message, incoming.blocks, lo)
+            self._copy_in(message, incoming.blocks, lo, incoming.after)
 
     # ---- copies --------------------------------------------------------------------------------
 
@@ -266,11 +270,12 @@ class Stager:
         target = self._view(slot, piece, memory.dtype, memory.shape[-1])
         return self._mover.copy_out(memory, where, piece.layer_lo, target)
 
-    def _copy_in(self, message: Import, blocks: tuple[int, ...], lo: int) -> None:
+    def _copy_in(self, message: Import, blocks: tuple[int, ...], lo: int, after: Mark) -> None:
         memory = self._memory[message.group][message.component]
         where = self._slots_of(blocks, lo, message.token_hi)
         source = self._view(message.slot, message.piece, memory.dtype, memory.shape[-1])
-        self._mover.copy_in(source[:, lo - message.token_lo :], memory, where, message.layer_lo)
+        source = source[:, lo - message.token_lo :]
+        self._mover.copy_in(source, memory, where, message.layer_lo, after)
 
     def _view(self, slot: int, piece: Piece, dtype: torch.dtype, width: int) -> torch.Tensor:
         """A staging slot as ``[layers, tokens, width]``; the bytes are the slot's own."""

@@ -14,7 +14,7 @@ from pop_node.engine.staging.kv_mover import DeviceMover
 from pop_node.engine.staging.stager import Stager
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.kv_stream.staging import Staging, StagingLayout
-from tests.fakes.late_device import LateDevice, LateLane
+from tests.fakes.late_device import LateDevice, LateEvent, LateLane
 
 T, LAYERS, BLOCK_TOKENS, BLOCKS, WIDTH = b"t" * 16, 2, 3, 6, 4
 SPEC = KvSpec((KvGroup("tokens", (0, 1), (KvComponent("k", "float16", (WIDTH,)),)),))
@@ -108,6 +108,50 @@ def test_blocks_are_copied_before_they_are_computed_anew(site: Site, how: str) -
     staged = site.stager.stage_one()
     assert staged is not None
     assert torch.equal(site.in_slot(staged), before)
+
+
+class DatedEvent(LateEvent):
+    """Remembers how much was queued to be computed when it was set."""
+
+    queued = 0
+    at = -1
+
+    def record(self, lane: LateLane | None = None) -> None:
+        super().record(lane)
+        self.at = DatedEvent.queued
+
+
+class DatedLane(LateLane):
+    """Remembers what it was told to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[int] = []
+
+    def wait(self, event: LateEvent) -> None:
+        assert isinstance(event, DatedEvent)
+        self.waited.append(event.at)
+        super().wait(event)
+
+
+def test_what_comes_in_waits_for_nothing_that_was_queued_after_its_blocks_were_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LateDevice, "event", lambda self: DatedEvent())
+    monkeypatch.setattr(LateDevice, "lane", lambda self: DatedLane())
+    site = Site()
+    other = b"o" * 16
+    DatedEvent.queued = 1
+    site.stager.bind("import", T, (2, 0), 0, 5)
+    DatedEvent.queued = 2
+    site.stager.bind("import", other, (3, 4), 0, 5)
+    site.export((1, 5), 4)
+    DatedEvent.queued = 3
+    for transfer in (other, T):
+        site.stager.take_in(Import(transfer, LAYOUT.export_slots, 0, 0, 0, LAYERS, 0, 4))
+    site.stager.stage_one()
+    assert isinstance(site.lane, DatedLane)
+    assert site.lane.waited == [2, 1, 2]
 
 
 def test_a_piece_that_came_is_in_the_cache_when_its_slot_is_given_back(site: Site) -> None:
