@@ -6,7 +6,8 @@ works.
 Versions, the driver's own words, and one row for each of: page-locked memory, page-locking memory
 that another process shares, copies beside a stream that computes, events between them, a kernel of
 Triton (with the time its first launch takes), a product into float32, and a graph of all of it that
-is captured while another thread uses the device, then replayed over new numbers.
+is captured while another thread uses the device, then replayed over new numbers. Last, what a short
+kernel costs in a row of them: launched by the host, in a graph, and in a graph where they overlap.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from running import Report, arguments
+from running import Report, arguments, seconds_of
 
-from kernels.triton.norm import rms_norm
+from kernels.triton.norm import add_rms_norm, rms_norm
 from pop_node.engine.running.cuda_device import CudaDevice
 from pop_node.kv_stream.staging import Staging, StagingLayout
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "msgpack")
 ELEMENTS = 1 << 20
+LAUNCHES, REPLAYS = 300, 20
 
 
 def what_is_there() -> dict[str, Any]:
@@ -146,6 +149,33 @@ class Look:
             right &= torch.allclose(out, expected, atol=1e-5)
         return {"right": right, "failed": failed}
 
+    def launched(self) -> dict[str, Any]:
+        """By the host, one after the other: its time, if that is longer than the device's."""
+        run = self._row_of_norms(overlap=False)
+        run()
+        return {"us": self._us(run)}
+
+    def in_a_graph(self) -> dict[str, Any]:
+        return {"us": self._us(self._device.capture(self._row_of_norms(overlap=False)))}
+
+    def overlapping(self) -> dict[str, Any]:
+        return {"us": self._us(self._device.capture(self._row_of_norms(overlap=True)))}
+
+    def _row_of_norms(self, *, overlap: bool) -> Callable[[], None]:
+        x = torch.randn(1, 4096, device=self._where).bfloat16()
+        weight = torch.ones(4096, device=self._where).bfloat16()
+
+        def run() -> None:
+            for _ in range(LAUNCHES):
+                add_rms_norm(x, x, weight, 1e-5, overlap=overlap)
+
+        return run
+
+    @staticmethod
+    def _us(run: Callable[[], None]) -> float:
+        """Microseconds per launch, of the quickest of some runs."""
+        return min(seconds_of(run, dry=False) for _ in range(REPLAYS)) / LAUNCHES * 1e6
+
 
 def main() -> int:
     given = arguments(__doc__)
@@ -162,6 +192,9 @@ def main() -> int:
         "triton",
         "product",
         "graph",
+        "launched",
+        "in_a_graph",
+        "overlapping",
     ):
         report.add({"look": name}, getattr(look, name))
     return report.ended()
