@@ -52,6 +52,10 @@ BROKEN = ("CUDA error", "illegal memory access", "device-side assert", "misalign
 """In the output of a step that may have harmed the device's memory."""
 
 
+RATES_OF_ROWS = {"tokens_s", "flops_s", "bytes_s", "us"}
+"""Rows with one of them are printed at the end: the others are too many."""
+
+
 @dataclass(frozen=True)
 class Step:
     """``script`` beside this one with ``arguments``, and the seconds that it may take."""
@@ -242,7 +246,7 @@ class All:
             rows = step["report"]["rows"] if isinstance(step.get("report"), dict) else []
             for row in rows:
                 wrong = "error" in row or row.get("right") is False
-                if wrong or "tokens_s" in row or "flops_s" in row:
+                if wrong or RATES_OF_ROWS & row.keys():
                     print(f"{'WRONG' if wrong else '':>10}  {brief(row)}")
 
 
