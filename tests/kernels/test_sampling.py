@@ -106,6 +106,23 @@ def test_native_draws_the_reference_tokens(isa: str, vocab: int, rng: torch.Gene
     )
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("spread", [0.0, 0.1, 4.0, 40.0])
+def test_no_token_that_would_win_is_passed_over(
+    isa: str, spread: float, rng: torch.Generator
+) -> None:
+    # Without limits most noise is never computed: whether the noise or the logits decide.
+    rows, vocab = 48, 777
+    logits = spread * torch.randn(rows, vocab, generator=rng)
+    logits[::3, 100:600] = float("-inf")
+    drawn = (
+        [(0.2, 1.0, 3.0)[i % 3] for i in range(rows)],
+        [1.0] * rows,
+        *([11 * i for i in range(rows)], [0] * rows, [5] * rows),
+    )
+    assert native(isa).gumbel_sample(logits, *drawn) == gumbel_sample(logits, *drawn)
+
+
 @pytest.mark.parametrize("isa", [None, *ISAS])
 def test_masked_tokens_are_never_drawn(isa: str | None) -> None:
     logits = torch.zeros(200, 50)

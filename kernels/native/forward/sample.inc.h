@@ -10,42 +10,48 @@ enum { PHILOX_ROUNDS = 10, LANES_PER_COUNTER = 4 };
 PM_INLINE void philox_words(uint32_t counter, uint32_t index, uint32_t choice, uint64_t seed,
                             uint32_t words[LANES_PER_COUNTER * VW])
 {
-    uint32_t c0[VW], c1[VW], c2[VW], c3[VW];
+    uint64_t c0[VW], c1[VW], c2[VW], c3[VW]; /* of 32 bits each: so they are multiplied as they lie */
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     for (int i = 0; i < VW; i++) {
-        c0[i] = counter + (uint32_t)i;
+        c0[i] = (uint32_t)(counter + (uint32_t)i);
         c1[i] = index;
         c2[i] = choice;
         c3[i] = 0;
     }
     for (int round = 0; round < PHILOX_ROUNDS; round++) {
         for (int i = 0; i < VW; i++) {
-            uint64_t p0 = (uint64_t)0xD2511F53u * c0[i], p1 = (uint64_t)0xCD9E8D57u * c2[i];
-            uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
-            c0[i] = n0;
-            c1[i] = (uint32_t)p1;
-            c2[i] = n2;
-            c3[i] = (uint32_t)p0;
+            const uint64_t p0 = 0xD2511F53u * (c0[i] & 0xffffffffu);
+            const uint64_t p1 = 0xCD9E8D57u * (c2[i] & 0xffffffffu);
+            c0[i] = (p1 >> 32) ^ c1[i] ^ k0;
+            c1[i] = p1 & 0xffffffffu;
+            c2[i] = (p0 >> 32) ^ c3[i] ^ k1;
+            c3[i] = p0 & 0xffffffffu;
         }
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
     for (int i = 0; i < VW; i++) {
-        words[4 * i] = c0[i];
-        words[4 * i + 1] = c1[i];
-        words[4 * i + 2] = c2[i];
-        words[4 * i + 3] = c3[i];
+        words[4 * i] = (uint32_t)c0[i];
+        words[4 * i + 1] = (uint32_t)c1[i];
+        words[4 * i + 2] = (uint32_t)c2[i];
+        words[4 * i + 3] = (uint32_t)c3[i];
     }
 }
 
-/* -log(-log1p(-v)) with v = (word + 0.5) 2^-32, v < 1 in float32. */
-PM_INLINE vf gumbel(const uint32_t *words)
+/* v = (word + 0.5) 2^-32, v < 1 in float32. */
+PM_INLINE vf uniform(const uint32_t *words)
 {
     float halves[VW];
     for (int i = 0; i < VW; i++) /* two exact halves, one rounding: like uint32 -> float32 */
         halves[i] = (float)(words[i] >> 16) * 65536.0f + (float)(words[i] & 0xffff);
     vf v = vf_mul(vf_add(vf_load(halves), vf_set1(0.5f)), vf_set1(0x1p-32f));
-    v = vf_min(v, vf_set1(1.0f - 0x1p-24f));
+    return vf_min(v, vf_set1(1.0f - 0x1p-24f));
+}
+
+/* -log(-log1p(-v)) of the words' v. */
+PM_INLINE vf gumbel(const uint32_t *words)
+{
+    const vf v = uniform(words);
     /* log1p(-v) = log(u) v / (1 - u) where u = 1 - v after rounding; -v where u is 1. */
     vf u = vf_sub(vf_set1(1.0f), v);
     vf rounded = vf_sub(vf_set1(1.0f), u);
@@ -110,6 +116,50 @@ PM_TARGET static float kth_largest(const float *x, long n, long k, float *heap)
     return heap[0];
 }
 
+/* The highest score where every token may be drawn; `token` is that of the greatest logit. Noise is at
+ * most -log v, so a score is at most z - log v, and who is to reach the highest so far needs
+ * v <= e^(z - highest). A handful of tokens pass, and only their noise is computed; REACH is more than
+ * all roundings together. */
+PM_TARGET static long draw_from_all(const pm_sample_job *job, long row, long token)
+{
+    enum { BLOCK = LANES_PER_COUNTER * VW };
+    const float log2e = 1.44269504f, REACH = 0x1p-10f;
+    const float *logits = job->logits + row * job->V;
+    const vf peak = vf_set1(logits[token]), divisor = vf_set1(job->temperature[row]);
+    const uint32_t index = job->index[row], choice = job->choice[row];
+    const uint64_t seed = job->seed[row];
+    uint32_t words[BLOCK];
+    float z[BLOCK], scores[VW];
+
+    philox_words((uint32_t)(token / LANES_PER_COUNTER), index, choice, seed, words);
+    vf_store(scores, gumbel(words));
+    float highest_score = scores[token % LANES_PER_COUNTER]; /* z is 0 */
+    for (long i = 0; i < job->V; i += BLOCK) {
+        const vf level = vf_set1(REACH - highest_score * log2e);
+        vf passed = vf_set1(-1.0f);
+        philox_words((uint32_t)(i / LANES_PER_COUNTER), index, choice, seed, words);
+        for (long j = 0; j < BLOCK && i + j < job->V; j += VW) {
+            const vf logit = vf_load_n(logits + i + j, pm_min(VW, job->V - i - j));
+            const vf zv = vf_div(vf_sub(logit, peak), divisor);
+            const vf octaves = vf_min(vf_fma(zv, vf_set1(log2e), level), vf_set1(127.0f));
+            vf_store(z + j, zv);
+            passed = vf_max(passed, vf_sub(vf_exp2(octaves), uniform(words + j)));
+        }
+        if (vf_hmax(passed) < 0.0f)
+            continue;
+        for (long j = 0; j < pm_min(BLOCK, job->V - i); j++) {
+            if (j % VW == 0)
+                vf_store(scores, vf_add(vf_load(z + j), gumbel(words + j)));
+            const float score = scores[j % VW];
+            if (score > highest_score || (score == highest_score && i + j < token)) {
+                highest_score = score;
+                token = i + j;
+            }
+        }
+    }
+    return token;
+}
+
 PM_TARGET static void sample(const void *argument, long row, void *scratch)
 {
     const pm_sample_job *job = argument;
@@ -121,6 +171,12 @@ PM_TARGET static void sample(const void *argument, long row, void *scratch)
     job->out[row] = token;
     if (token < 0 || temperature == 0.0f)
         return;
+    const long k = job->top_k ? job->top_k[row] : 0;
+    float limit = job->min_z ? job->min_z[row] : -INFINITY;
+    if (top_p >= 1.0f && (k == 0 || k >= V) && limit == -INFINITY) {
+        job->out[row] = draw_from_all(job, row, token);
+        return;
+    }
 
     const vf peak = vf_set1(logits[token]), divisor = vf_set1(temperature);
     vf total_mass = vf_zero();
@@ -141,8 +197,6 @@ PM_TARGET static void sample(const void *argument, long row, void *scratch)
     for (long i = V / VW * VW; i < V; i++)
         total += exp((double)z[i]);
 
-    const long k = job->top_k ? job->top_k[row] : 0;
-    float limit = job->min_z ? job->min_z[row] : -INFINITY;
     if (k > 0 && k < V) {
         const float kth = kth_largest(z, V, k, scores + (V + 63) / 64 * 64);
         total = 0.0;
