@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -26,6 +27,20 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def take_room(fd: int, nbytes: int) -> None:
+    """Have the disk keep room for the first ``nbytes`` of an empty file; raises ``OSError``, which
+    says how much is free where that is too little."""
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        disk = os.fstatvfs(fd)
+        free = disk.f_bavail * disk.f_frsize / 1e9
+        text = f"{exc.strerror}: {nbytes / 1e9:.2f} GB are needed, {free:.2f} GB are free"
+        raise OSError(exc.errno, text) from exc
 
 
 def begin_writing(fd: int, offset: int, nbytes: int) -> None:

@@ -23,6 +23,7 @@ from pop_node.store.files import (
     begin_writing,
     lock_patiently,
     sync_directory,
+    take_room,
     try_lock,
     write_durably,
 )
@@ -56,7 +57,7 @@ class Partial:
         self._empty = os.fstat(self._fd).st_size == 0
         try:
             if manifest.data.nbytes:  # a disk that is too full says so before anything travels
-                os.posix_fallocate(self._fd, 0, manifest.data.nbytes)
+                take_room(self._fd, manifest.data.nbytes)
             os.ftruncate(self._fd, manifest.data.nbytes)
             self._marks = Marks(path, len(manifest.data.chunks))
         except OSError:

@@ -18,6 +18,7 @@ from blake3 import blake3
 from pop_node.models.storage_order import StorageOrder
 from pop_node.store import layout
 from pop_node.store.dtypes import Array, Dtype, convert, storage, stored_dtype
+from pop_node.store.files import take_room
 from pop_node.store.image import ImageFile, read_all
 from pop_node.store.layout import Described, TensorEntry, aligned, lay_out
 from pop_node.store.manifest import WEIGHTS_FILE, DataFile
@@ -50,7 +51,7 @@ def write_tensors(
     finished = []
     with path.open("xb", buffering=0) as file:
         if nbytes:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            take_room(file.fileno(), nbytes)
         for entry in entries:
             digest = blake3()
             at = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 
-from popmesh.render.words import name_column
+from popmesh.render.words import counted, name_column
 
 if TYPE_CHECKING:
     from pop_node.store.store import Collected, Row
@@ -152,7 +152,7 @@ def collected_lines(collected: Collected) -> list[str]:
         for bundle in collected.bundles
     ]
     if collected.num_partials:
-        lines.append(f"removed {collected.num_partials} abandoned downloads")
+        lines.append(f"removed {counted(collected.num_partials, 'abandoned download')}")
     lines.append(f"freed {size(collected.freed_bytes)}, {size(collected.kept_bytes)} are in use")
     return lines
 
