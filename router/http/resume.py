@@ -23,9 +23,13 @@ from wire.errors import MeshError, OverloadError, RequestError
 from wire.messages import Accepted, Attach, Attached
 from wire.prefix import canonical_bytes
 
-MAX_SEARCHES = 16
-"""Searches among the nodes at once; each asks all of them. Guess: a router that dies with hundreds
-of streams leaves its neighbours this many questions per round trip."""
+MAX_SEARCHES = 64
+"""Searches among the nodes at once; each asks all of them, with a frame of a hundred bytes. Guess:
+a router that dies with hundreds of streams leaves its neighbours some round trips of questions."""
+
+SEARCH_WAIT_S = 5.0
+"""How long a client that comes back waits for its search to begin. Guess: all clients of a router
+that died come at once, and a node that says nothing holds up each search as long as it may."""
 
 TRIM_PERIOD_S = 1.0
 """How often records are checked against their bounds: an answer grows by a few hundred bytes
@@ -55,7 +59,7 @@ class Resumer:
         self._dispatch = dispatch
         self._loop = asyncio.get_running_loop()
         self._senders: dict[Key, Sender] = {}
-        self._num_searches = 0
+        self._searches = asyncio.Semaphore(MAX_SEARCHES)
         self._timer: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
@@ -141,9 +145,12 @@ class Resumer:
 
     async def _elsewhere(self, key: Key, event: EventId) -> Resumable | None:
         """The fullest answer that any node knows, from the event on."""
-        if self._num_searches >= MAX_SEARCHES:
-            raise OverloadError("many answers are being looked for", retry_after_s=1.0)
-        self._num_searches += 1
+        try:
+            async with asyncio.timeout(SEARCH_WAIT_S):
+                await self._searches.acquire()
+        except TimeoutError as exc:
+            text = "many answers are being looked for"
+            raise OverloadError(text, retry_after_s=1.0) from exc
         try:
             async with asyncio.TaskGroup() as group:
                 links = [link for link in self._dispatch.pool.all() if link.version >= 2]
@@ -151,7 +158,7 @@ class Resumer:
                     link.node.name: group.create_task(self._ask(link, key, event)) for link in links
                 }
         finally:
-            self._num_searches -= 1
+            self._searches.release()
         told = {node: task.result() for node, task in asked.items()}
         return fullest(key, event, {node: one for node, one in told.items() if one is not None})
 

@@ -237,8 +237,20 @@ async def test_an_answer_that_comes_back_waits_for_a_route(mesh):
     check_rest(first, await (await resuming).rest())
 
 
-async def test_searches_among_the_nodes_are_bounded(mesh, monkeypatch):
+async def test_searches_among_the_nodes_are_bounded(monkeypatch):
     monkeypatch.setattr(resume, "MAX_SEARCHES", 0)
-    async with await ask(mesh.http, last_id=f"chatcmpl-{'f' * 32}:4") as response:
-        assert (response.status, response.headers["Retry-After"]) == (503, "1")
-    assert not any(node.attaches for node in mesh.nodes.values())
+    monkeypatch.setattr(resume, "SEARCH_WAIT_S", 0.05)
+    async with running_mesh(monkeypatch) as mesh:
+        async with await ask(mesh.http, last_id=f"chatcmpl-{'f' * 32}:4") as response:
+            assert (response.status, response.headers["Retry-After"]) == (503, "1")
+        assert not any(node.attaches for node in mesh.nodes.values())
+
+
+async def test_clients_that_come_back_at_once_wait_for_each_other(monkeypatch):
+    """As those of a router that died; none is sent away."""
+    monkeypatch.setattr(resume, "MAX_SEARCHES", 2)
+    async with running_mesh(monkeypatch) as mesh:
+        unknown = [refused(mesh.http, last_id=f"chatcmpl-{n:032x}:4") for n in range(20)]
+        for status, code, _ in await asyncio.gather(*unknown):
+            assert (status, code) == (404, "stream_unknown")
+        assert {len(node.attaches) for node in mesh.nodes.values()} == {20}
