@@ -69,6 +69,7 @@ class ModelHost:
         self.settings = settings
         self.facts = ModelFacts(settings.model, settings.engine.kv_tokens)
         self.phases: list[tuple[str, float, float, int]] = []
+        self.last_words = ""  # of an engine that crashed, until another is ready
         self._codec = codec
         self._executor = executor
         self._on_ready = on_ready
@@ -292,6 +293,7 @@ class ModelHost:
             case engine.Ready():
                 self._tasks.create_task(self._engine_ready(generation, message))
             case engine.Crashed(text):
+                self.last_words = text
                 log.error("engine of %s crashed: %s", self.settings.model, text)
             case _:
                 assert_never(message)
@@ -308,7 +310,7 @@ class ModelHost:
         if generation is not self._generation or generation.spec is None or port is None:
             return
         self._kv_port, self._was_ready = port, True  # routers were told this address
-        self.phases = ready.phases
+        self.phases, self.last_words = ready.phases, ""
         self.facts.offer = ModelOffer(
             name=self.settings.model,
             identity=self.settings.identity,

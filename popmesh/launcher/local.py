@@ -16,7 +16,13 @@ from pathlib import Path
 from popmesh.client import MeshClient
 from popmesh.launcher.plan import Child, LaunchPlan, Probe
 from popmesh.launcher.processes import ChildProcess
-from popmesh.launcher.ready import NodeStatus, describe, read_status, write_ready_file
+from popmesh.launcher.ready import (
+    NodeStatus,
+    describe,
+    read_status,
+    told_mistake,
+    write_ready_file,
+)
 from popmesh.launcher.supervisor import CONFIG_EXIT_CODE, GaveUp
 from popmesh.links.plan import LinkMap, write_json
 from topology.dump import dump_topology
@@ -148,6 +154,7 @@ class LocalMesh:
         while True:
             while len(statuses := self._statuses()) < total:
                 report("nodes", len(statuses), total)
+                self._check_engines()
                 await asyncio.sleep(POLL_S)
             report("nodes", total, total)
             async with MeshClient(self.plan.router_url, self._api_key) as client:
@@ -196,12 +203,23 @@ class LocalMesh:
 
     def _statuses(self) -> dict[str, NodeStatus]:
         """The nodes that say that they are ready."""
+        return {name: status for name, status in self._told().items() if status.ready}
+
+    def _told(self) -> dict[str, NodeStatus]:
+        """What nodes say of themselves."""
         found = {}
         for name in self.plan.topology.nodes:
             status = read_status(self.plan.files.status(name), self._children["node", name].pid)
             if status is not None:
                 found[name] = status
         return found
+
+    def _check_engines(self) -> None:
+        """Raises ``ConfigError`` when one will never start: nobody waits for it in silence."""
+        for name, status in self._told().items():
+            mistake = told_mistake(status)
+            if mistake is not None:
+                raise ConfigError(f"node {name} cannot serve {mistake}")
 
     def _remove_ready_file(self) -> None:
         if self._ready_file is not None:

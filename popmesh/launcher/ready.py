@@ -13,14 +13,16 @@ from pathlib import Path
 import msgspec
 
 from popmesh.launcher.plan import LaunchPlan
+from wire.errors import ConfigError
 
 
-class EngineStatus(msgspec.Struct, frozen=True):
-    """One engine process; ``pid`` None: not running."""
+class EngineStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One engine process; ``pid`` None: not running. ``last_words``: why the last one crashed."""
 
     model: str
     rank: int
     pid: int | None
+    last_words: str = ""
 
 
 class NodeAddresses(msgspec.Struct, frozen=True):
@@ -77,12 +79,21 @@ class ReadyMesh(msgspec.Struct, frozen=True):
 
 
 def read_status(path: Path, agent_pid: int | None) -> NodeStatus | None:
-    """The status file at ``path``, if it is there, whole, ready and of process ``agent_pid``."""
+    """The status file at ``path``, if it is there, whole and of process ``agent_pid``."""
     try:
         status = msgspec.json.decode(path.read_bytes(), type=NodeStatus)
     except (OSError, msgspec.DecodeError):
         return None
-    return status if status.ready and status.agent_pid == agent_pid else None
+    return status if status.agent_pid == agent_pid else None
+
+
+def told_mistake(status: NodeStatus) -> str | None:
+    """What an engine said that no other try would mend: a setting that cannot be."""
+    for engine in status.engines:
+        kind, colon, text = engine.last_words.partition(": ")
+        if colon and kind == ConfigError.__name__:
+            return f"{engine.model}: {text}"
+    return None
 
 
 def describe(

@@ -1,7 +1,8 @@
 """Stands in for the ``popmesh`` command in launcher tests: the same arguments, nothing behind them.
 
 A node writes its status file and keeps a "sleep" as its engine, in its process group; ``refuse`` in
-a node's name makes it exit like a refused configuration; a router answers every completion.
+a node's name makes it exit like a refused configuration, ``mistaken`` its engine crash for good; a
+router answers every completion.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ def node() -> None:
         "engines": [{"model": "small", "rank": 0, "pid": engine.pid, "ready": True}],
         "addresses": {"mesh": "127.0.0.1:1", "kv": {"small": "127.0.0.1:2"}},
     }
+    if "mistaken" in sys.argv[2]:
+        words = "ConfigError: weights 'resident' cannot be used"
+        crashed = {"model": "small", "rank": 0, "pid": None, "last_words": words}
+        status |= {"ready": False, "engines": [crashed]}
     path = Path(option("--status-file"))
     path.with_suffix(".new").write_text(json.dumps(status))
     path.with_suffix(".new").replace(path)

@@ -19,7 +19,13 @@ from popmesh.launcher import local, processes, supervisor
 from popmesh.launcher.local import LocalMesh
 from popmesh.launcher.plan import make_plan
 from popmesh.launcher.ports import FreePorts
-from popmesh.launcher.ready import read_status
+from popmesh.launcher.ready import (
+    EngineStatus,
+    NodeAddresses,
+    NodeStatus,
+    read_status,
+    told_mistake,
+)
 from topology.load import parse_topology
 from wire.errors import ConfigError, MeshError
 
@@ -161,7 +167,28 @@ def test_a_status_file_of_an_earlier_process_says_nothing(tmp_path):
     assert read_status(path, None) is None
     assert read_status(path, 7) is not None
     path.write_text(json.dumps(status | {"ready": False}))
-    assert read_status(path, 7) is None
+    told = read_status(path, 7)
+    assert told is not None
+    assert not told.ready
+
+
+@pytest.mark.parametrize(
+    ("last_words", "mistake"),
+    [("", None), ("OSError: x: y", None), ("ConfigError: no: not ever", "small: no: not ever")],
+)
+def test_a_setting_that_cannot_be_is_told_from_bad_luck(last_words, mistake):
+    engine = EngineStatus("small", 0, None, last_words)
+    assert told_mistake(NodeStatus(7, False, [engine], NodeAddresses("", {}))) == mistake
+
+
+async def test_a_mesh_whose_engine_can_never_start_is_not_waited_for(tmp_path, children):
+    mesh = local_mesh(tmp_path, MESH.replace("  d: ", "  mistaken: "))
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with asyncio.timeout(60), mesh.serving(lambda *_: None):
+            raise AssertionError("it became ready")
+    expected = "node mistaken cannot serve small: weights 'resident' cannot be used"
+    assert caught.group_contains(ConfigError, match=expected)
+    assert not children()
 
 
 LAUNCHER = """

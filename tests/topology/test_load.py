@@ -228,6 +228,8 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
         site = sites[draw(st.sampled_from(site_names))]
         allowed = [m.name for m in models.values() if not m.regions or site.region in m.regions]
         served = draw(st.lists(st.sampled_from(allowed), min_size=1, unique=True))
+        backend = draw(st.sampled_from(["auto", "reference", "native", "triton"]))
+        weight_forms = st.sampled_from(["plain", "resident"])
         return tm.Node(
             name=name,
             site=site.name,
@@ -239,10 +241,10 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
             hardware=draw(free_text),
             store=draw(st.none() | names.map(lambda name: Path("/nvme") / name)),
             threads=draw(st.integers(1, 4096)),
-            backend=draw(st.sampled_from(["auto", "reference", "native", "triton"])),
+            backend=backend,
             kv_tokens=draw(tokens),
             batch_invariant=draw(st.booleans()),
-            weights=draw(st.sampled_from(["plain", "resident"])),
+            weights="plain" if backend == "reference" else draw(weight_forms),
             memory_gb=draw(st.none() | amounts),
             pinned=tuple(draw(st.lists(st.sampled_from(served), unique=True))),
             disk_gb=draw(st.none() | amounts),

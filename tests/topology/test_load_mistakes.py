@@ -96,6 +96,7 @@ MISTAKES = [
         "batch_invariant must be true or false",
     ),
     ("weights:", ["weights: packed"], 0, "weights cannot be 'packed'"),
+    ("backend:", ["backend: reference"], 3, "weights cannot be 'resident' with backend"),
     ("context_tokens:", ["context_tokens: 9999999999"], 0, "context_tokens must be at least 1"),
     ("memory_gb:", ["memory_gb: 0"], 0, "memory_gb must be above 0"),
     ("disk_gb:", ["disk_gb: -1"], 0, "disk_gb must be above 0"),

@@ -94,6 +94,7 @@ def read_nodes(
         fields = Fields(entry, _NODE, names.problems)
         site = sites.get(names.site_of(fields))
         served = _models_of(fields, names, site, models)
+        backend = fields.choice("backend", BACKENDS, "auto")
         nodes[name] = Node(
             name=name,
             site=site.name if site else "",
@@ -105,10 +106,10 @@ def read_nodes(
             hardware=fields.text("hardware", ""),
             store=_store(fields, folder),
             threads=fields.integer("threads", 1, MAX_THREADS, 1),
-            backend=fields.choice("backend", BACKENDS, "auto"),
+            backend=backend,
             kv_tokens=fields.integer("kv_tokens", 1, MAX_TOKENS, 16384),
             batch_invariant=fields.flag("batch_invariant", False),
-            weights=fields.choice("weights", WEIGHT_FORMS, "plain"),
+            weights=_weights(fields, backend),
             memory_gb=fields.number_or_none("memory_gb", 0, MAX_GB, above=True),
             pinned=_pinned(fields, names, served),
             disk_gb=fields.number_or_none("disk_gb", 0, MAX_GB, above=True),
@@ -154,6 +155,15 @@ def _pinned(fields: Fields, names: Names, served: tuple[str, ...]) -> tuple[str,
             message = f"{model!r} is pinned here, and this node does not serve it"
             fields.problems.add(line, message, "add it to models, or remove it from pinned")
     return tuple(model for model, _ in given)
+
+
+def _weights(fields: Fields, backend: str) -> WeightForm:
+    """How weights lie in memory; the readable operations multiply plain ones only."""
+    weights, found = fields.choice("weights", WEIGHT_FORMS, "plain"), fields.entry("weights")
+    if found is not None and weights == "resident" and backend == "reference":
+        message = "weights cannot be 'resident' with backend 'reference'"
+        fields.problems.add(found.line, message, "leave one of them out")
+    return weights
 
 
 def _store(fields: Fields, folder: Path) -> Path | None:
