@@ -63,7 +63,7 @@ PER_KILL_S = 60.0
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Nodes out at once; the last whole node of a role is never harmed.",
+    help="Nodes and routers out at once; the last whole one of a role is never harmed.",
 )
 @deadline_option
 @click.option(

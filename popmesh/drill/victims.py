@@ -40,8 +40,8 @@ class Victims:
         """Within the bounds?"""
         down, nodes = self._down(), self._nodes()
         if target == "router":
-            ready = [router.name for router in self.mesh.routers if router.ready]
-            return name in ready and len(ready) > 1 and not down
+            ready = {router.name for router in self.mesh.routers if router.ready} - down
+            return name in ready and len(ready) > 1 and len(down) < self._max_down
         affected = self.affected(name)
         return bool(affected) and may_lose(affected, nodes, down, self._max_down)
 

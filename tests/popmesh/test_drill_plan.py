@@ -186,6 +186,19 @@ def test_the_last_router_is_spared():
     assert len([e for e in w.other if isinstance(e, Recovered)]) == 6
 
 
+def test_routers_are_harmed_as_often_as_nodes_also_while_one_of_those_is_out():
+    """Who knows an answer may be gone altogether then."""
+    faults = (*KILLS, FAULTS["kill-router"])
+    w = world(1, faults=faults, max_down=2, kills=60)
+    w.run(3000.0)
+    kinds = Counter(s.order.fault.name for s in w.strikes)
+    assert min(kinds.values()) >= 15, kinds
+    routers = {"r1", "r2"}
+    assert any(len(together) == 2 and together & routers for together in w.together)
+    assert not any(together >= routers for together in w.together)
+    assert max(map(len, w.together)) == 2
+
+
 def test_a_link_counts_for_every_node_behind_it():
     links = (LinkSeen("ams~fra", frozenset({"d1", "d2"})), LinkSeen("ams~lhr", frozenset({"b"})))
     w = world(1, faults=(FAULTS["partition"],), links=links, kills=3)
