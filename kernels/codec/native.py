@@ -41,7 +41,7 @@ class NativeCodec:
     """The codec of one instruction set.
 
     Attributes:
-        isa: ``avx512``, ``avx2`` or ``portable``.
+        isa: ``avx512``, ``avx2``, ``sse41``, ``neon`` or ``portable``.
     """
 
     def __init__(self, library: Path, isa: str | None = None) -> None:

@@ -34,7 +34,7 @@ FLAGS = (
     "-Wextra",
 )
 LIBRARIES = ("-lm",)
-# A build takes about 10 s on one slow core; ten times that means a compiler that hangs.
+# A build takes 10 to 20 s on one core; far more than that means a compiler that hangs.
 COMPILE_TIMEOUT_S = 120.0
 MESSAGE_LINES = 8
 PREBUILT = "prebuilt.so"

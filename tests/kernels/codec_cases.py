@@ -12,7 +12,7 @@ from kernels.codec.native import NativeCodec
 from kernels.native.build import NativeUnavailableError, ensure_library
 from kernels.reference import exponent_codec
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "neon", "sse41", "avx2", "avx512")
 DTYPES = tuple(FLOAT_TYPES)
 
 

@@ -104,7 +104,8 @@ static long damage(uint8_t *block, long bytes, uint32_t kind)
 
 int main(int argc, char **argv)
 {
-    static const char *isas[] = {"portable", "avx2", "avx512"};
+    static const char *isas[] = {"portable", "neon", "sse41", "avx2", "avx512"};
+    enum { ISAS = sizeof isas / sizeof *isas };
     const long most = 2 * 5 * PM_CODEC_TILE + 2 * 77;
     long refused = 0, decoded = 0;
     if (argc != 3)
@@ -115,10 +116,10 @@ int main(int argc, char **argv)
         const int dtype = (int)number(5);
         const long bytes = make(data, dtype, number(40) == 0 ? most : most / 10);
         uint8_t *given = copy(data, bytes);
-        const long length = pm_codec_encode(isas[number(2) * 2], given, bytes, dtype, out, 1);
+        const long length = pm_codec_encode(isas[number(ISAS)], given, bytes, dtype, out, 1);
         const long coded =
             length > 0 ? length : pm_codec_encode("portable", given, bytes, dtype, out, 1);
-        for (int i = 0; i < 3; i++)
+        for (int i = 0; i < ISAS; i++)
             for (uint32_t kind = 0; kind < 7; kind++) {
                 uint8_t *block = copy(out, coded);
                 long left = coded;

@@ -50,7 +50,7 @@ static void put32(uint8_t *at, uint32_t value) { *(pm_u32 *)at = value; }
 
 static const pm_codec_kernels *find_kernels(const char *isa)
 {
-    const pm_codec_kernels *known[3];
+    const pm_codec_kernels *known[4];
     int count = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -58,8 +58,12 @@ static const pm_codec_kernels *find_kernels(const char *isa)
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
         known[count++] = &pm_codec_avx512;
-    if (__builtin_cpu_supports("avx2"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt"))
         known[count++] = &pm_codec_avx2;
+    if (__builtin_cpu_supports("sse4.1") && __builtin_cpu_supports("popcnt"))
+        known[count++] = &pm_codec_sse41;
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+    known[count++] = &pm_codec_neon;
 #endif
     known[count++] = &pm_codec_portable;
     for (int i = 0; i < count; i++)

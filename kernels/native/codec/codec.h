@@ -1,7 +1,9 @@
 /* Lossless coding of floating-point values; the format is in kernels/codec/layout.py.
  *
  * codec.c reads and writes headers and cuts a block into tiles; codec_table.c makes tables;
- * codec_values.inc.h and codec_tile.inc.h code one tile, once per instruction set.
+ * codec_values.inc.h and codec_tile.inc.h code one tile, once per instruction set. Those with vectors
+ * decode several tiles at once (codec_flight.inc.h): with AVX-512 by tables in registers, with
+ * shuffles of bytes elsewhere (codec_bytes.inc.h, and codec_groups.inc.h where a vector is half a row).
  */
 #ifndef PM_CODEC_H
 #define PM_CODEC_H
@@ -16,6 +18,7 @@ enum {
     PM_CODEC_SLOTS = 1 << PM_CODEC_SLOT_BITS,
     PM_CODEC_BUCKET = PM_CODEC_SLOTS / PM_CODEC_SYMBOLS,
     PM_CODEC_LOW = 1 << 16,
+    PM_CODEC_RECIPROCAL_BITS = 32 + PM_CODEC_SLOT_BITS,
     PM_CODEC_TILE = 32768, /* values */
     PM_CODEC_STATE_BYTES = 4 * PM_CODEC_LANES,
     PM_CODEC_ROW_WORDS = 2 * PM_CODEC_LANES, /* bytes that a row reads at most */
@@ -50,7 +53,7 @@ typedef struct {
     uint8_t symbol_of[256];
     uint8_t escaped[256];
     uint32_t starts[PM_CODEC_SYMBOLS]; /* of a symbol's slots in slot_of */
-    double reciprocals[PM_CODEC_SYMBOLS];
+    uint64_t reciprocals[PM_CODEC_SYMBOLS]; /* 2^44 / frequency, and a little more */
     uint16_t slot_of[PM_CODEC_SLOTS + 2]; /* read two at a time */
 } pm_codec_encoder;
 
@@ -93,7 +96,9 @@ void pm_codec_choose_table(pm_codec_encoder *encoder, const uint64_t *counts, ui
 
 extern const pm_codec_kernels pm_codec_portable;
 #if defined(__x86_64__)
-extern const pm_codec_kernels pm_codec_avx2, pm_codec_avx512;
+extern const pm_codec_kernels pm_codec_sse41, pm_codec_avx2, pm_codec_avx512;
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+extern const pm_codec_kernels pm_codec_neon;
 #endif
 
 /* Memory at any address, which may hold anything. */

@@ -13,6 +13,7 @@
 #define PM_INLINE static inline __attribute__((always_inline))
 #define PM_CODEC_OWN_DECODE
 #define PM_CODEC_OWN_ENCODE
+#define PM_CODEC_OWN_SYMBOLS
 #include "codec_tile.inc.h"
 
 /* Tables by part (see pm_codec_table): in dwords, the own ones and the aliases'. */
@@ -23,19 +24,36 @@ typedef struct {
     __m512i shown[2]; /* exponent where it goes, or the mark of the escape */
 } decode_tables;
 
-/* One tile in flight. */
 typedef struct {
-    __m512i even, odd, hash;
-    const uint8_t *words, *end, *escape, *escape_end;
-    const uint8_t *wide, *twos, *ones; /* planes of 8 or 4, 2 and 1 bits, where the type has them */
-    uint8_t *out;
-    long rows;
-    int good;
-} flight;
+    __m512i even, odd;
+} lane_states;
 
-/* A type by the bits of its mantissa: a constant in everything that is inlined below. */
-enum { TYPE_BF16 = 7, TYPE_F16 = 10, TYPE_E4M3 = 3, TYPE_E5M2 = 2 };
-#define ONE_BYTE(type) ((type) < TYPE_BF16)
+typedef __m512i hash_lanes;
+
+PM_TARGET PM_INLINE lane_states load_lanes(const uint8_t *section)
+{
+    return (lane_states){_mm512_loadu_si512(section), _mm512_loadu_si512(section + 64)};
+}
+
+PM_TARGET PM_INLINE int at_rest(lane_states lanes)
+{
+    const __m512i rest = _mm512_set1_epi32(PM_CODEC_LOW);
+    const __m512i wrong =
+        _mm512_or_si512(_mm512_xor_si512(lanes.even, rest), _mm512_xor_si512(lanes.odd, rest));
+    return _mm512_test_epi32_mask(wrong, wrong) == 0;
+}
+
+PM_TARGET PM_INLINE hash_lanes load_hash(const uint32_t *lanes)
+{
+    return _mm512_loadu_si512(lanes);
+}
+
+PM_TARGET PM_INLINE void store_hash(uint32_t *lanes, hash_lanes hash)
+{
+    _mm512_storeu_si512(lanes, hash);
+}
+
+#include "codec_flight.inc.h"
 
 /* Exponents appear where they belong in a value, the escape as the bit of the sign. */
 PM_TARGET PM_INLINE decode_tables load_tables(const pm_codec_table *table, int type)
@@ -105,8 +123,8 @@ PM_TARGET PM_INLINE __m512i put_escapes(__m512i row, __mmask32 escaped, flight *
 PM_TARGET PM_INLINE __m512i exponents_of_row(const decode_tables *tables, flight *f, int type,
                                              __mmask32 valid)
 {
-    const __m512i even = step(tables, &f->even, &f->words);
-    const __m512i odd = step(tables, &f->odd, &f->words);
+    const __m512i even = step(tables, &f->lanes.even, &f->words);
+    const __m512i odd = step(tables, &f->lanes.odd, &f->words);
     if (!ONE_BYTE(type)) {
         const __m512i row = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
         return put_escapes(row, _mm512_movepi16_mask(row) & valid, f, type);
@@ -158,7 +176,6 @@ PM_TARGET PM_INLINE __m512i hash_step(__m512i hash, __m512i row)
     return _mm512_mullo_epi32(mixed, _mm512_set1_epi32((int)HASH_P));
 }
 
-/* A whole row; with its checksum where it is the 64 bytes of a step. */
 PM_TARGET PM_INLINE void decode_row(const decode_tables *tables, flight *f, int type)
 {
     __m512i row = exponents_of_row(tables, f, type, 0xffffffff);
@@ -169,169 +186,20 @@ PM_TARGET PM_INLINE void decode_row(const decode_tables *tables, flight *f, int 
         f->hash = hash_step(f->hash, row);
         _mm512_storeu_si512(f->out, row);
     }
-    f->wide += type == TYPE_E4M3 ? 16 : 32;
-    f->twos += 8;
-    f->ones += 4;
-    f->out += ONE_BYTE(type) ? 32 : 64;
+    move_on(f, type);
 }
 
-/* The last row, of `count` < 32 values. */
 PM_TARGET PM_INLINE void decode_part(const decode_tables *tables, flight *f, int type, long count)
 {
     const __mmask32 valid = (1u << count) - 1;
-    uint8_t wide[32] = {0}, twos[8] = {0}, ones[4] = {0};
-    if (type != TYPE_E5M2)
-        memcpy(wide, f->wide, (size_t)(type == TYPE_E4M3 ? (count + 1) / 2 : count));
-    if (type == TYPE_F16 || type == TYPE_E5M2) {
-        memcpy(twos, f->twos, (size_t)(count + 3) / 4);
-        memcpy(ones, f->ones, (size_t)(count + 7) / 8);
-    }
-    const __m512i row =
-        with_rest(exponents_of_row(tables, f, type, valid), type, wide, twos, ones);
+    const row_planes part = part_of_planes(f, type, count);
+    const __m512i row = with_rest(exponents_of_row(tables, f, type, valid), type, part.wide,
+                                  part.twos, part.ones);
     if (ONE_BYTE(type)) {
         _mm256_mask_storeu_epi8(f->out, valid, _mm512_castsi512_si256(row));
     } else {
         f->hash = hash_step(f->hash, _mm512_maskz_mov_epi16(valid, row));
         _mm512_mask_storeu_epi16(f->out, valid, row);
-    }
-}
-
-/* Rows that can be decoded without a look at the end of the words. */
-PM_TARGET PM_INLINE long safe_rows(const flight *f)
-{
-    const long safe = (f->end - f->words) / PM_CODEC_ROW_WORDS;
-    return safe < f->rows ? safe : f->rows;
-}
-
-/* Where the tile's part of each plane begins, of those that the type has. */
-typedef struct {
-    uint8_t *wide, *twos, *ones;
-} plane_parts;
-
-PM_TARGET static plane_parts planes_of(const pm_codec_tile *tile)
-{
-    const long width = tile->type.mantissa_bits + 1 >= 8 ? 8 : (tile->type.mantissa_bits + 1) & 4;
-    uint8_t *twos = tile->planes + (tile->block_values * width + 7) / 8;
-    uint8_t *ones = twos + (tile->block_values * 2 + 7) / 8;
-    return (plane_parts){tile->planes + tile->first * width / 8, twos + tile->first / 4,
-                    ones + tile->first / 8};
-}
-
-PM_TARGET static flight take_off(const pm_codec_piece *piece)
-{
-    const pm_codec_tile *tile = &piece->tile;
-    const plane_parts planes = planes_of(tile);
-    uint32_t seeds[HASH_LANES];
-    for (int i = 0; i < HASH_LANES; i++)
-        seeds[i] = (uint32_t)i * HASH_P;
-    const uint8_t *words = piece->section + PM_CODEC_STATE_BYTES;
-    const uint8_t *end = words + 2 * (long)piece->words;
-    return (flight){
-        .even = _mm512_loadu_si512(piece->section),
-        .odd = _mm512_loadu_si512(piece->section + 64),
-        .hash = _mm512_loadu_si512(seeds),
-        .words = words,
-        .end = end,
-        .escape = end,
-        .escape_end = end + piece->escapes,
-        .wide = planes.wide,
-        .twos = planes.twos,
-        .ones = planes.ones,
-        .out = tile->data,
-        .rows = tile->values / PM_CODEC_LANES,
-        .good = 1,
-    };
-}
-
-/* The rest of a flight: the rows near the end of the words, the last row if it is not whole, and
- * all checks. */
-PM_TARGET PM_INLINE int land(const decode_tables *tables, flight *flying,
-                             const pm_codec_piece *piece, int type)
-{
-    const pm_codec_tile *tile = &piece->tile;
-    flight f = *flying;
-    uint8_t last[2 * PM_CODEC_ROW_WORDS] = {0};
-    uint32_t lanes[HASH_LANES];
-    const long rest = tile->values % PM_CODEC_LANES, bytes = tile->values * tile->type.bytes;
-    for (long safe; (safe = safe_rows(&f)) > 0; f.rows -= safe)
-        for (long i = 0; i < safe; i++)
-            decode_row(tables, &f, type);
-    if (f.end - f.words > PM_CODEC_ROW_WORDS)
-        return -1;
-    memcpy(last, f.words, (size_t)(f.end - f.words));
-    f.end = last + (f.end - f.words);
-    f.words = last;
-    for (; f.rows > 0 && f.words <= f.end; f.rows--)
-        decode_row(tables, &f, type);
-    if (rest > 0 && f.words <= f.end)
-        decode_part(tables, &f, type, rest);
-    const __m512i wrong = _mm512_or_si512(_mm512_xor_si512(f.even, _mm512_set1_epi32(PM_CODEC_LOW)),
-                                          _mm512_xor_si512(f.odd, _mm512_set1_epi32(PM_CODEC_LOW)));
-    const int good = f.good && f.rows == 0 && f.words == f.end && f.escape == f.escape_end &&
-                     _mm512_test_epi32_mask(wrong, wrong) == 0;
-    if (!good || !zeros_after(f.escape_end, piece->section) || !planes_filled_up(tile))
-        return -1;
-    _mm512_storeu_si512(lanes, f.hash);
-    const uint32_t sum = ONE_BYTE(type) ? checksum(tile->data, bytes) : hash_end(lanes, bytes);
-    return sum == piece->checksum ? 0 : -1;
-}
-
-PM_TARGET PM_INLINE long least(long a, long b) { return a < b ? a : b; }
-
-/* `count` tiles side by side, until one comes near the end of its words; a constant where this is
- * called, and each tile a variable of its own, so that all of them stay in registers. */
-PM_TARGET PM_INLINE void fly(const decode_tables *tables, flight *flights, int count, int type)
-{
-    flight a = flights[0], b = flights[1], c = flights[2], d = flights[3];
-    for (;;) {
-        long safe = least(safe_rows(&a), safe_rows(&b));
-        if (count > 2)
-            safe = least(safe, least(safe_rows(&c), safe_rows(&d)));
-        if (safe <= 0)
-            break;
-        for (long i = 0; i < safe; i++) {
-            decode_row(tables, &a, type);
-            decode_row(tables, &b, type);
-            if (count > 2) {
-                decode_row(tables, &c, type);
-                decode_row(tables, &d, type);
-            }
-        }
-        a.rows -= safe, b.rows -= safe, c.rows -= safe, d.rows -= safe;
-    }
-    flights[0] = a, flights[1] = b;
-    if (count > 2)
-        flights[2] = c, flights[3] = d;
-}
-
-PM_TARGET PM_INLINE int decode_type(const pm_codec_decoder *decoder, const pm_codec_piece *pieces,
-                                    long count, int type)
-{
-    const decode_tables tables = load_tables(&decoder->table, type);
-    flight flights[PM_CODEC_PIECES];
-    int result = 0;
-    for (long i = 0; i < PM_CODEC_PIECES; i++)
-        flights[i] = take_off(&pieces[least(i, count - 1)]);
-    for (long i = 0; i < count; i++)
-        if (beyond(pieces[i].tile.type, flights[i].escape, flights[i].escape_end))
-            return -1;
-    if (count == PM_CODEC_PIECES)
-        fly(&tables, flights, PM_CODEC_PIECES, type);
-    else if (count > 1)
-        fly(&tables, flights, 2, type);
-    for (long i = 0; i < count; i++)
-        result |= land(&tables, &flights[i], &pieces[i], type);
-    return result;
-}
-
-PM_TARGET static int decode_tiles(const pm_codec_decoder *decoder, const pm_codec_piece *pieces,
-                                  long count)
-{
-    switch (pieces[0].tile.type.mantissa_bits) {
-    case TYPE_BF16: return decode_type(decoder, pieces, count, TYPE_BF16);
-    case TYPE_F16: return decode_type(decoder, pieces, count, TYPE_F16);
-    case TYPE_E4M3: return decode_type(decoder, pieces, count, TYPE_E4M3);
-    default: return decode_type(decoder, pieces, count, TYPE_E5M2);
     }
 }
 

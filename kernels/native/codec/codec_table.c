@@ -1,6 +1,4 @@
 /* Tables of a block: which exponents have symbols, and whose the slots are. */
-#include <math.h>
-
 #include "codec.h"
 
 void pm_codec_place_slots(pm_codec_table *table)
@@ -98,7 +96,9 @@ void pm_codec_choose_table(pm_codec_encoder *encoder, const uint64_t *counts, ui
     uint32_t used = 0;
     for (int s = 0; s < table->count; s++) {
         encoder->starts[s] = used;
-        encoder->reciprocals[s] = nextafter(1.0 / table->frequencies[s], 2.0);
+        /* Too large by 1 at most: quotients of x < 2^32 by less than 2^-12, which is no more than a
+         * remainder leaves; and x < 2^20 frequency, which a product has room for. */
+        encoder->reciprocals[s] = (1ull << PM_CODEC_RECIPROCAL_BITS) / table->frequencies[s] + 1;
         used += table->frequencies[s];
     }
     for (int part = 0; part < 2 * PM_CODEC_SYMBOLS; part++) {

@@ -1,7 +1,7 @@
 /* One tile of kernels/codec/layout.py. The including file defines, beforehand:
  *   PM_TARGET            attribute of every function
- *   PM_CODEC_OWN_ENCODE  where it has split_tile, find_symbols and encode_rows itself
- *   PM_CODEC_OWN_ROWS    where it has decode_rows and show_exponents itself
+ *   PM_CODEC_OWN_ENCODE  where it has split_tile and encode_rows itself
+ *   PM_CODEC_OWN_SYMBOLS where it has find_symbols itself
  *   PM_CODEC_OWN_DECODE  where it has decode_tiles itself
  */
 #include "codec_values.inc.h"
@@ -11,8 +11,8 @@ PM_TARGET static inline long lane_position(long lane)
     return lane % (PM_CODEC_LANES / 2) * 2 + lane / (PM_CODEC_LANES / 2);
 }
 
-/* Writes the states' words backwards from `end`, and returns where they begin. `symbols` holds
- * whole rows. */
+/* Writes the states' words backwards from `end`, and returns where they begin; touches a word more
+ * before them. `symbols` holds whole rows. */
 PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uint8_t *symbols,
                                       long rows, uint32_t *state, uint8_t *end);
 /* Exponents to symbols in place; the number of escapes, which go to `escapes`. Both have room for
@@ -20,7 +20,7 @@ PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uin
 PM_TARGET static long find_symbols(const pm_codec_encoder *encoder, uint8_t *symbols, long values,
                                    uint8_t *escapes);
 
-#ifndef PM_CODEC_OWN_ENCODE
+#ifndef PM_CODEC_OWN_SYMBOLS
 PM_TARGET static long find_symbols(const pm_codec_encoder *encoder, uint8_t *symbols, long values,
                                    uint8_t *escapes)
 {
@@ -33,7 +33,9 @@ PM_TARGET static long find_symbols(const pm_codec_encoder *encoder, uint8_t *sym
     }
     return escaped;
 }
+#endif
 
+#ifndef PM_CODEC_OWN_ENCODE
 PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uint8_t *symbols,
                                       long rows, uint32_t *state, uint8_t *end)
 {
@@ -45,13 +47,13 @@ PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uin
             const int symbol = symbols[row * PM_CODEC_LANES + lane_position(lane)];
             const uint32_t frequency = table->frequencies[symbol];
             uint32_t x = state[lane];
-            if (x >> (32 - PM_CODEC_SLOT_BITS) >= frequency) {
-                end -= 2;
-                *(pm_u16 *)end = (uint16_t)x;
-                x >>= 16;
-            }
-            /* The reciprocal is a little too large, by far less than 1 / x: the quotient is exact. */
-            const uint32_t quotient = (uint32_t)((double)x * encoder->reciprocals[symbol]);
+            /* Without a branch: one lane in six gives a word, and no processor foresees which. */
+            const uint32_t full = x >> (32 - PM_CODEC_SLOT_BITS) >= frequency;
+            *(pm_u16 *)(end - 2) = (uint16_t)x;
+            end -= 2 * full;
+            x >>= 16 * full;
+            const uint32_t quotient =
+                (uint32_t)((uint64_t)x * encoder->reciprocals[symbol] >> PM_CODEC_RECIPROCAL_BITS);
             const uint32_t place = encoder->starts[symbol] + x - quotient * frequency;
             state[lane] = (quotient << PM_CODEC_SLOT_BITS) + encoder->slot_of[place];
         }
@@ -62,7 +64,7 @@ PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uin
 PM_TARGET static long encode_tile(const pm_codec_encoder *encoder, const pm_codec_tile *tile,
                                   uint8_t *section, uint32_t *words, uint32_t *escapes)
 {
-    uint8_t symbols[PM_CODEC_TILE], found[PM_CODEC_TILE], stream[2 * PM_CODEC_TILE];
+    uint8_t symbols[PM_CODEC_TILE], found[PM_CODEC_TILE], stream[2 * PM_CODEC_TILE + 2];
     uint32_t state[PM_CODEC_LANES];
     const long rows = (tile->values + PM_CODEC_LANES - 1) / PM_CODEC_LANES;
     split_tile(tile, symbols);
@@ -105,15 +107,6 @@ static int zeros_after(const uint8_t *end, const uint8_t *section)
 #ifndef PM_CODEC_OWN_DECODE
 /* Decodes `rows` rows to table indices; moves `*words`. Reads PM_CODEC_ROW_WORDS bytes per row at
  * most. */
-PM_TARGET static void decode_rows(const pm_codec_decoder *decoder, uint32_t *state,
-                                  const uint8_t **words, long rows, uint8_t *symbols);
-/* Symbols to exponents in place, with the escapes in order; where those end, or NULL: one is
- * missing. There is room for whole rows, of which `values` count. */
-PM_TARGET static const uint8_t *show_exponents(const pm_codec_table *table, uint8_t *symbols,
-                                               long values, const uint8_t *escape,
-                                               const uint8_t *end);
-
-#ifndef PM_CODEC_OWN_ROWS
 PM_TARGET static void decode_rows(const pm_codec_decoder *decoder, uint32_t *restrict state,
                                   const uint8_t **words, long rows, uint8_t *restrict symbols)
 {
@@ -133,6 +126,8 @@ PM_TARGET static void decode_rows(const pm_codec_decoder *decoder, uint32_t *res
     *words = at;
 }
 
+/* Symbols to exponents in place, with the escapes in order; where those end, or NULL: one is
+ * missing. */
 PM_TARGET static const uint8_t *show_exponents(const pm_codec_table *table, uint8_t *symbols,
                                                long values, const uint8_t *escape,
                                                const uint8_t *end)
@@ -149,7 +144,6 @@ PM_TARGET static const uint8_t *show_exponents(const pm_codec_table *table, uint
     }
     return escape;
 }
-#endif
 
 /* Table indices of a tile's rows; -1 where the words do not fit them. */
 PM_TARGET static int decode_symbols(const pm_codec_decoder *decoder, const uint8_t *section,
