@@ -44,9 +44,9 @@ def compute_kv(store: Path, tokens: int) -> np.ndarray:
     """[component, layer, token, values] uint16: bfloat16 bits of K and V of a text."""
     import torch
 
-    from pop_node.engine.scheduling.block_pool import BlockPool
     from pop_node.engine.messages import Add
     from pop_node.engine.running.runner import Runner
+    from pop_node.engine.scheduling.block_pool import BlockPool
     from pop_node.engine.scheduling.scheduler import Scheduler
     from pop_node.engine.scheduling.validate import Limits
     from pop_node.models.registry import load_backend, load_model
