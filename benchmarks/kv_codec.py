@@ -9,7 +9,11 @@ is the entropy of each piece's exponents plus its signs and mantissas, GB/s are 
 second of processor time on one thread. ``links``: two processes with real endpoints hand the whole
 cache over through the link shaper, raw and packed in turn over the same connections; seconds run
 from the offer until the prefill node knows that everything is there, and what arrived is compared.
-``speedup`` is the median over rounds of raw seconds / packed seconds.
+``speedup`` is the median over rounds of raw seconds / packed seconds. ``beside_streams``: the same
+hand-overs, one after the other, on a machine whose cores an engine uses to decode ``streams``
+answers; ``lost_ms`` is the time by which one hand-over sets each of them back, from the steps of a
+window against those of windows without one. Both nodes are on that machine, so it is what packing
+and unpacking cost together.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ PIECE_TOKENS = (16, 64, 512)
 LINKS_MBPS = (100.0, 1000.0)
 RTT_MS = 20.0
 BLOCK_TOKENS = 16
+STREAMS, STREAMS_MBPS, WINDOW_S = 4, 1000.0, 1.0
 VARIANTS = {"raw": ["raw"], "packed": ["packed-1", "raw"]}
 
 
@@ -119,13 +124,13 @@ def size(kv: np.ndarray, part: int, tokens: int) -> dict[str, Any]:
 
 
 class Process:
-    """One of the two nodes."""
+    """One of the two nodes, or the engine beside them: a script and its arguments."""
 
-    def __init__(self, stack: ExitStack, kind: str, kv: Path) -> None:
-        script = Path(__file__).parent / "parts" / "kv_codec_sides.py"
+    def __init__(self, stack: ExitStack, script: str, *arguments: object) -> None:
+        path = Path(__file__).parent / "parts" / script
         self._process = stack.enter_context(
             subprocess.Popen(
-                [sys.executable, str(script), kind, str(kv)],
+                [sys.executable, str(path), *map(str, arguments)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
@@ -138,14 +143,13 @@ class Process:
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self) -> Any:
         """What it says next."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit("a node ended")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        return json.loads(line)
 
 
 def shape(stack: ExitStack, target: str, work: Path) -> dict[float, str]:
@@ -168,25 +172,40 @@ def shape(stack: ExitStack, target: str, work: Path) -> dict[float, str]:
     return dict(zip(LINKS_MBPS, listen, strict=True))
 
 
-def hand_overs(kv: np.ndarray, rounds: int) -> list[dict[str, Any]]:
+class Nodes:
+    """A prefill and a decode node, and the links between them."""
+
+    def __init__(self, stack: ExitStack, kv: np.ndarray) -> None:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="popmesh-bench-")))
+        np.save(work / "kv.npy", kv)
+        self._prefill, self._decode = (
+            Process(stack, "kv_codec_sides.py", kind, work / "kv.npy")
+            for kind in ("prefill", "decode")
+        )
+        self._addresses = shape(stack, self._decode.ready["address"], work)
+        self._number = 0
+
+    def hand_over(self, mbps: float, codecs: list[str]) -> dict[str, Any]:
+        """Once, over a link: what both sides tell."""
+        self._number += 1
+        self._decode.ask(number=self._number)
+        self._prefill.ask(number=self._number, address=self._addresses[mbps], codecs=codecs)
+        sample: dict[str, Any] = self._prefill.answer() | self._decode.answer()
+        if sample.pop("checksum") != self._prefill.ready["checksum"]:
+            raise SystemExit("the cache arrived otherwise")
+        return sample
+
+
+def over_links(kv: np.ndarray, rounds: int) -> list[dict[str, Any]]:
     """Raw samples of each link, and medians; the first hand-over of a link is not counted."""
     found = []
     with ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="popmesh-bench-")))
-        np.save(work / "kv.npy", kv)
-        prefill, decode = (Process(stack, k, work / "kv.npy") for k in ("prefill", "decode"))
-        addresses = shape(stack, decode.ready["address"], work)
-        number = 0
-        for mbps, address in addresses.items():
+        nodes = Nodes(stack, kv)
+        for mbps in LINKS_MBPS:
             samples: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
             for turn in range(rounds + 1):
                 for name, codecs in VARIANTS.items():
-                    number += 1
-                    decode.ask(number=number)
-                    prefill.ask(number=number, address=address, codecs=codecs)
-                    sample = prefill.answer() | decode.answer()
-                    if sample.pop("checksum") != prefill.ready["checksum"]:
-                        raise SystemExit("the cache arrived otherwise")
+                    sample = nodes.hand_over(mbps, codecs)
                     if turn:
                         samples[name].append(sample)
             speedups = [
@@ -211,6 +230,52 @@ def hand_overs(kv: np.ndarray, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
+def beside_streams(kv: np.ndarray, store: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """Windows with raw hand-overs, with packed ones and with none, in turn."""
+    windows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*VARIANTS, "none")}
+    with ExitStack() as stack:
+        nodes = Nodes(stack, kv)
+        engine = Process(stack, "kv_codec_streams.py", store, threads, STREAMS)
+        for turn in range(rounds + 1):
+            for name, samples in windows.items():
+                engine.ask()
+                engine.answer()
+                began, done = time.monotonic(), []
+                while time.monotonic() - began < WINDOW_S:
+                    if name in VARIANTS:
+                        done.append(nodes.hand_over(STREAMS_MBPS, VARIANTS[name])["wall_s"])
+                    else:
+                        time.sleep(WINDOW_S)
+                window_s = time.monotonic() - began
+                engine.ask()
+                steps = engine.answer()
+                if turn:
+                    samples.append(
+                        {
+                            "window_s": round(window_s, 3),
+                            "hand_overs": len(done),
+                            "wall_s": round(median(done), 4) if done else None,
+                            "steps": len(steps),
+                            "itl_ms": {
+                                f"p{p}": round(float(np.percentile(steps, p)), 3)
+                                for p in (50, 90, 99)
+                            },
+                        }
+                    )
+    alone = median(w["steps"] / w["window_s"] for w in windows["none"])
+    found: dict[str, Any] = {"mbps": STREAMS_MBPS, "threads": threads, "streams": STREAMS}
+    for name, samples in windows.items():
+        found[name] = {
+            "itl_ms": {p: median(w["itl_ms"][p] for w in samples) for p in samples[0]["itl_ms"]}
+        }
+        if name in VARIANTS:
+            lost = [(w["window_s"] - w["steps"] / alone) / w["hand_overs"] for w in samples]
+            found[name]["lost_ms"] = round(median(lost) * 1e3, 1)
+            found[name]["wall_s"] = median(w["wall_s"] for w in samples)
+    print(found, flush=True)
+    return found | {"windows": windows}
+
+
 def main() -> None:
     """Command line."""
     parser = command_line(__doc__)
@@ -224,7 +289,10 @@ def main() -> None:
     report["sizes"] = [size(kv, part, n) for part in (0, 1) for n in PIECE_TOKENS]
     for each in report["sizes"]:
         print(each, flush=True)
-    report["links"] = hand_overs(kv, args.rounds)
+    report["links"] = over_links(kv, args.rounds)
+    report["beside_streams"] = [
+        beside_streams(kv, args.store, threads, args.rounds) for threads in (1, 2)
+    ]
     save(report, args.out)
 
 
