@@ -41,6 +41,8 @@ from wire.errors import ConfigError
 CODED = {"BF16": "bfloat16", "F16": "float16"}
 """Stored dtypes that the codec shrinks, and their names there."""
 
+INTEGERS = ("I8", "U8", "I16", "I32", "I64", "BOOL")
+
 AHEAD = 2
 """Chunks per thread that are coded or wait to be written."""
 
@@ -183,6 +185,8 @@ def _told(piece: Piece, start: int, block: bytes) -> PackedPiece:
     limit, reason = float(piece.nbytes), about.raw_reason or ""
     if piece.dtype not in CODED:
         reason = f"{piece.dtype or 'no'} values are not coded"
+        if piece.dtype in INTEGERS:
+            reason = f"{piece.dtype} values (integers, quantised weights) have no exponents to code"
     elif not reason:
         limit *= about.limit_bits_per_value / 16
     return PackedPiece(start + piece.offset, piece.nbytes, len(block), limit, reason)

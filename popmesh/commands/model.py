@@ -236,6 +236,7 @@ def verify(names: tuple[str, ...], store: Path, as_json: bool) -> None:
     from rich.console import Console
 
     from pop_node.store.store import Store
+    from popmesh.render.packing import intact_line
     from popmesh.render.progress import Phases
     from wire.errors import ConfigError
 
@@ -250,7 +251,7 @@ def verify(names: tuple[str, ...], store: Path, as_json: bool) -> None:
         else:
             problems[name] = None
             if not as_json:
-                click.echo(f"{name} is intact")
+                click.echo(intact_line(name, opened.get(name).manifest))
     if as_json:
         _say_json([{"name": name, "problem": problem} for name, problem in problems.items()])
     broken = [problem for problem in problems.values() if problem]

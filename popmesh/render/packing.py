@@ -10,6 +10,7 @@ from pop_node.store.pack_table import ClassRow, class_rows
 from popmesh.render.models import size
 
 if TYPE_CHECKING:
+    from pop_node.store.manifest import Manifest
     from pop_node.store.packing import Packed
 
 BAR_CELLS = 10
@@ -77,6 +78,16 @@ def pack_lines(name: str, packed: Packed) -> list[str]:
         return [*lines, f"{name} is stored raw: {after} of weights"]
     share = 100 * data.nbytes / data.decoded_bytes
     return [*lines, f"{name} is packed: {before} of weights in {after} ({share:.1f} %)"]
+
+
+def intact_line(name: str, manifest: Manifest) -> str:
+    """What it means that every byte of a model matched."""
+    if manifest.data.packing is None:
+        return f"{name} is intact"
+    return (
+        f"{name} is intact: its packed weights decode, bit for bit, to those of the model's digest "
+        f"{manifest.identity[:12]}"
+    )
 
 
 def pack_json(name: str, packed: Packed) -> dict[str, Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -188,38 +186,6 @@ def test_a_bundle_lives_as_long_as_a_name_means_it(store: Store, source: Path) -
 
 
 # ---- crashes -----------------------------------------------------------------------------------
-
-
-class Fault(OSError):
-    """The disk that broke."""
-
-
-@pytest.fixture
-def failing_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """``[n]``: the n-th fsync or rename from now on fails, and all after it; ``[0]``: none."""
-    countdown = [0]
-
-    def strike() -> None:
-        if countdown[0]:
-            countdown[0] -= 1
-            if countdown[0] == 0:
-                countdown[0] = 1
-                raise Fault("disk failed")
-
-    real_fsync, real_rename = os.fsync, Path.rename
-
-    def fsync(fd: int) -> None:
-        strike()
-        real_fsync(fd)
-
-    def rename(self: Path, target: Path) -> Path:
-        strike()
-        return real_rename(self, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "rename", rename)
-    yield countdown
-    countdown[0] = 0
 
 
 def test_every_disk_fault_leaves_the_old_state_or_the_new(

@@ -134,6 +134,11 @@ def test_what_does_not_shrink_stays_and_says_why(store: Store, source: Path) -> 
     for row in class_rows(kept.manifest, kept.pieces):
         assert row.stored_bytes == pytest.approx(row.decoded_bytes)
         assert sum(row.raw.values()) == row.decoded_bytes
+    quantised = tensors() | {"model.layers.0.mlp.scales": np.arange(64, dtype=np.int8)}
+    whole = write_huggingface(source.parent / "whole", quantised)
+    store.add(str(whole), "whole", "float32", unwatched)
+    reasons = {piece.reason for piece in store.pack("whole", progress=unwatched).pieces}
+    assert "I8 values (integers, quantised weights) have no exponents to code" in reasons
     values = tensors()
     rng = np.random.default_rng(5)
     for name, value in values.items():  # every exponent is as likely

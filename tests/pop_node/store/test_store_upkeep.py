@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -178,32 +176,9 @@ def test_a_damaged_bundle_of_format_1_is_not_made_into_a_good_one(
 # ---- disks -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def failing_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """``[n]``: from the n-th change on the disk is full; ``[0]``: it has room."""
-    countdown = [0]
-
-    def full() -> None:
-        if countdown[0] == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        if countdown[0]:
-            countdown[0] -= 1
-
-    for owner, name in ((os, "pwrite"), (os, "posix_fallocate"), (os, "fsync"), (Path, "mkdir")):
-        real = getattr(owner, name)
-
-        def fails(*arguments: object, real: object = real, **named: object) -> object:
-            full()
-            return real(*arguments, **named)  # type: ignore[operator]
-
-        monkeypatch.setattr(owner, name, fails)
-    yield countdown
-    countdown[0] = 0
-
-
 @pytest.mark.parametrize("way", ["directory", "url"])
 def test_a_disk_that_fills_at_any_moment_leaves_the_old_state(
-    tmp_path: Path, source: Path, failing_disk: list[int], monkeypatch: pytest.MonkeyPatch, way: str
+    tmp_path: Path, source: Path, filling_disk: list[int], monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_BYTES", 16384)
     there = Store(tmp_path / "there")
@@ -214,13 +189,13 @@ def test_a_disk_that_fills_at_any_moment_leaves_the_old_state(
     store.add(str(first), "first", "float32", unwatched)
     steps = 0
     for steps in range(1, 200):
-        failing_disk[0] = steps
+        filling_disk[0] = steps
         said = ""
         try:
             store.add(origin, "tiny", "float32", unwatched)
         except ConfigError as exc:
             said = str(exc)
-        failing_disk[0] = 0
+        filling_disk[0] = 0
         if not said:
             break
         assert "No space left" in said
