@@ -4,20 +4,7 @@ Exponents of a trained matrix keep to a few values around the one of its largest
 of 4 bits into a palette of the 16 most frequent ones stands for nearly all of them; the rest are
 escapes, listed. ``kernels.reference.resident`` makes and undoes the form; the native operations
 multiply with it as it is. Whether it shrinks a matrix is known once it was tried.
-
-Layout, for a matrix [N, K]: rows in tiles of 4, columns in groups of 64, both padded with zeros.
-A group of a tile is 384 bytes:
-
-======== ======= ==============================================================================
-bytes    shape   what
-======== ======= ==============================================================================
-0-255    [4, 64] sign and mantissa of each weight: sign << 7 | mantissa
-256-383  [2, 64] codes of rows 0 and 1, then of rows 2 and 3; the lower row's in the low 4 bits
-======== ======= ==============================================================================
-
-Column c of a group lies at byte ``c // 8 % 4 * 16 + c // 32 * 8 + c % 8`` of its 64. An escape is a
-word: group << 16 | row << 14 | column << 8 | exponent; those of a tile ascend. The form lives in
-the memory of one process and is never read from outside.
+``kernels.resident_layout`` has the bytes.
 """
 
 from __future__ import annotations
@@ -26,17 +13,36 @@ from dataclasses import dataclass
 
 import torch
 
-TILE_ROWS = 4
-GROUP_COLUMNS = 64
-GROUP_BYTES = TILE_ROWS * GROUP_COLUMNS * 3 // 2
-PALETTE = 16
+from kernels.resident_layout import (
+    ESCAPE_SHARE,
+    GROUP_BYTES,
+    GROUP_COLUMNS,
+    MAX_GROUPS,
+    PALETTE,
+    TILE_ROWS,
+    escape_room,
+    group_count,
+    pays,
+    resident_bytes,
+    tile_count,
+)
 
-MAX_GROUPS = 1 << 15
-"""Of a row: an escape has 16 bits for its group, and is kept as a signed word."""
-
-ESCAPE_SHARE = 32
-"""One weight in so many may be an escape, of 4 bytes: more, and an eighth of a byte a weight of the
-half byte that the form saves would be gone. Trained matrices have one in some thousands."""
+__all__ = [
+    "ESCAPE_SHARE",
+    "GROUP_BYTES",
+    "GROUP_COLUMNS",
+    "MAX_GROUPS",
+    "PALETTE",
+    "TILE_ROWS",
+    "ResidentMatrix",
+    "Weight",
+    "choose_palette",
+    "escape_room",
+    "group_count",
+    "may_pack",
+    "resident_bytes",
+    "tile_count",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,36 +70,14 @@ Weight = torch.Tensor | ResidentMatrix
 """A matrix of a model, [out, in]."""
 
 
-def tile_count(rows: int) -> int:
-    """Tiles of a matrix of ``rows`` rows."""
-    return -(-rows // TILE_ROWS)
-
-
-def group_count(columns: int) -> int:
-    """Groups of a row of ``columns`` columns."""
-    return -(-columns // GROUP_COLUMNS)
-
-
-def resident_bytes(rows: int, columns: int) -> int:
-    """Bytes of the planes of a matrix, which are all but its escapes and their index."""
-    return tile_count(rows) * group_count(columns) * GROUP_BYTES
-
-
 def may_pack(weight: torch.Tensor) -> bool:
     """Is ``weight`` of a kind that the form exists for, and can it be smaller in it?
 
-    Floats of 32 bits have no repeated exponents to speak of, and padding may cost small matrices
-    more than is saved.
+    Floats of 32 bits have no repeated exponents to speak of.
     """
     if weight.dtype is not torch.bfloat16 or weight.dim() != 2 or weight.stride(1) != 1:
         return False
-    rows, columns = weight.shape
-    return resident_bytes(rows, columns) < weight.numel() * 2 and group_count(columns) < MAX_GROUPS
-
-
-def escape_room(rows: int, columns: int) -> int:
-    """How many escapes a matrix may have at most to be kept in the form."""
-    return rows * columns // ESCAPE_SHARE
+    return pays(*weight.shape)
 
 
 def choose_palette(counts: torch.Tensor) -> torch.Tensor:

@@ -87,11 +87,9 @@ class NativeContext:
             operation.restype = c_int
         self.lib.pm_workspace_bytes.argtypes = [_INT, _POINTER, _LONG]
         self.lib.pm_workspace_bytes.restype = c_size_t
-        self.lib.pm_resident_count.argtypes = [_POINTER, *[_LONG] * 4, POINTER(c_int64)]
-        self.lib.pm_resident_count.restype = None
         self.lib.pm_resident_pack.argtypes = [
             *[_POINTER] * 2,
-            *[_LONG] * 3,
+            *[_LONG] * 4,
             *[_POINTER] * 4,
             _LONG,
         ]

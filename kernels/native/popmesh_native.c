@@ -35,6 +35,9 @@ static const pm_kernels *find_kernels(const char *isa)
 /* Name of the fastest instruction set of this processor that there are kernels for. */
 PM_API const char *pm_best_isa(void) { return find_kernels("")->name; }
 
+/* Kernels for what needs no workers; `isa` "" means the fastest, NULL: this processor lacks it. */
+PM_API const pm_kernels *pm_kernels_of(const char *isa) { return find_kernels(isa); }
+
 /* `isa` "" means the fastest. NULL when this processor lacks it, or threads cannot be started. */
 PM_API pm_context *pm_open(int threads, const char *isa)
 {

@@ -101,6 +101,13 @@ def _read(
     try:
         if goes_to_device(config.backend) or not is_bundle(config.model_dir):
             return None
+        if config.weights == "resident":
+            # Only here: a cold start counts every import.
+            from pop_node.store.resident_reading import packer_for, read_resident
+
+            packer = packer_for(config.weights, config.dtype)
+            if packer is not None:
+                return read_resident(config.model_dir, packer, is_reading.set, pool, spare)
         arena = partial(HostArena, spare=spare)
         return read_bundle(config.model_dir, arena, is_reading.set, pool, on_placed)
     finally:

@@ -19,10 +19,12 @@ import torch
 
 from kernels.decoder import DecoderWeights
 from kernels.ops import Ops
-from kernels.resident import Weight
+from kernels.resident import GROUP_BYTES, ResidentMatrix, Weight, group_count, tile_count
 from pop_node.models.llama import DTYPES, Llama, LlamaConfig
+from pop_node.models.packing import NOTHING_PACKED, as_it_is
 from pop_node.store.load_plan import LoadPlan
-from pop_node.store.reading import PlacedBundle
+from pop_node.store.reading import PlacedBundle, ReadBundle
+from pop_node.store.resident_arena import PackedMatrix, ResidentMemory
 from wire.errors import ConfigError
 
 Model = Llama
@@ -60,16 +62,42 @@ def build_model(
     weights: Mapping[str, torch.Tensor],
     dtype: str,
     ops: Ops,
-    pack: Callable[[torch.Tensor], Weight] | None = None,
+    pack: Callable[[torch.Tensor], Weight] = as_it_is,
+    packed: Mapping[tuple[str, ...], ResidentMatrix] = NOTHING_PACKED,
 ) -> Model:
-    """A model from the object of its ``config.json`` and its tensors; ``pack`` as ``Llama`` takes
-    it.
+    """A model from the object of its ``config.json`` and its tensors; ``pack`` and ``packed`` as
+    ``Llama`` takes them.
 
     Raises:
         ConfigError: unsupported family or feature, or weights that do not fit.
     """
-    more = () if pack is None else (pack,)
-    return Llama(LlamaConfig.from_hf(config), weights, ops, dtype, *more)
+    return Llama(LlamaConfig.from_hf(config), weights, ops, dtype, pack, packed)
+
+
+def build_read(
+    read: ReadBundle, dtype: str, ops: Ops, pack: Callable[[torch.Tensor], Weight]
+) -> Model:
+    """The model of a bundle that was read; raises as ``build_model`` does."""
+    config = parse_object(read.texts[CONFIG_FILE], read.directory / CONFIG_FILE)
+    if not isinstance(read.memory, ResidentMemory):
+        return build_model(config, views(read.plan, tensor_of(read.memory)), dtype, ops, pack)
+    weights: dict[str, torch.Tensor] = {}
+    for plan, placed in read.memory.placed:
+        weights |= views(plan, tensor_of(placed))
+    packed = {matrix.names: _resident(matrix) for matrix in read.memory.matrices}
+    return build_model(config, weights, dtype, ops, pack, packed)
+
+
+def _resident(matrix: PackedMatrix) -> ResidentMatrix:
+    rows, columns = matrix.shape
+    planes = (tile_count(rows), group_count(columns), GROUP_BYTES)
+    return ResidentMatrix(
+        shape=matrix.shape,
+        palette=torch.from_numpy(matrix.palette),
+        tiles=torch.from_numpy(matrix.tiles).view(planes),
+        starts=torch.from_numpy(matrix.starts),
+        escapes=torch.from_numpy(matrix.escapes),
+    )
 
 
 def bind_ahead(placed: PlacedBundle, dtype: str, ops: Ops) -> Bound | None:

@@ -11,8 +11,9 @@ section 3.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NoReturn
 
 import torch
 
@@ -20,9 +21,11 @@ from kernels.decoder import Decoder, DecoderLayer, DecoderWeights
 from kernels.meta import AttentionMeta
 from kernels.ops import Ops
 from kernels.reference.decoder import decoder
-from kernels.resident import Weight
+from kernels.reference.resident import dense
+from kernels.resident import ResidentMatrix, Weight
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.models.llama_config import LlamaConfig
+from pop_node.models.packing import NOTHING_PACKED, as_it_is
 from pop_node.models.rope import cos_sin_table
 from pop_node.store.host_memory import aligned_memory
 from wire.errors import ConfigError
@@ -50,32 +53,61 @@ class _WeightReader:
     """Takes named tensors out of a mapping, checking shapes, and knows what was never taken."""
 
     def __init__(
-        self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        pack: Callable[[torch.Tensor], Weight],
+        packed: Mapping[tuple[str, ...], ResidentMatrix],
     ) -> None:
         self._weights = weights
         self._dtype = dtype
         self._device = device
+        self._pack = pack
+        self._packed = packed
         self._taken: set[str] = set()
+
+    def matrix(self, columns: int, parts: Mapping[str, int]) -> Weight:
+        """Rows of the tensors ``parts``, so many each, as one matrix in the form that it keeps.
+
+        Raises ConfigError as ``take`` does.
+        """
+        names = tuple(parts)
+        found = self._packed.get(names)
+        if found is None:
+            return self._pack(_fused([self.take(name, n, columns) for name, n in parts.items()]))
+        rows = sum(parts.values())
+        if found.shape != (rows, columns):
+            self._refuse(" + ".join(names), found.shape, (rows, columns))
+        self._taken.update(names)
+        return found
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor ``name`` as the model has it. Raises ConfigError: missing or misshapen."""
         tensor = self._weights.get(name)
+        if tensor is None and (name,) in self._packed:
+            tensor = dense(self._packed[name,])
         if tensor is None:
             raise ConfigError(f"weight {name} is missing", where="model.safetensors")
         if tensor.shape != shape:
-            raise ConfigError(
-                f"weight {name} has shape {tuple(tensor.shape)}, the configuration says {shape}",
-                where="model.safetensors",
-            )
+            self._refuse(name, tensor.shape, shape)
         self._taken.add(name)
         return tensor.to(self._device, self._dtype).contiguous()
 
     def leftover(self) -> list[str]:
         """Names that nobody took, sorted."""
+        packed = (name for names in self._packed for name in names)
         return sorted(
             name
-            for name in self._weights
+            for name in (*self._weights, *packed)
             if name not in self._taken and not name.endswith(DERIVED_SUFFIX)
+        )
+
+    @staticmethod
+    def _refuse(name: str, found: Sequence[int], wanted: Sequence[int]) -> NoReturn:
+        raise ConfigError(
+            f"weight {name} has shape {tuple(found)}, the configuration says {tuple(wanted)}",
+            where="model.safetensors",
         )
 
 
@@ -88,13 +120,15 @@ class Llama:
         weights: Mapping[str, torch.Tensor],
         ops: Ops,
         dtype: str,
-        pack: Callable[[torch.Tensor], Weight] = lambda weight: weight,
+        pack: Callable[[torch.Tensor], Weight] = as_it_is,
+        packed: Mapping[tuple[str, ...], ResidentMatrix] = NOTHING_PACKED,
     ) -> None:
         """Take ``weights`` (Hugging Face names) and fuse what is multiplied together.
 
         Args:
             dtype: ``"bfloat16"`` or ``"float32"``, of weights, activations and KV cache.
             pack: gives each matrix the form that it keeps, and may use up what it is given.
+            packed: matrices that have it already, by the names of the weights that they are of.
 
         Raises:
             ConfigError: unknown dtype, or a weight is missing, misshapen or not understood.
@@ -104,13 +138,13 @@ class Llama:
         self.config = config
         self.dtype = dtype
         self._ops = ops
-        reader = _WeightReader(weights, DTYPES[dtype], ops.device)
+        reader = _WeightReader(weights, DTYPES[dtype], ops.device, pack, packed)
         hidden, vocab = config.hidden_size, config.vocab_size
-        embedding = pack(reader.take("model.embed_tokens.weight", vocab, hidden))
-        layers = tuple(self._read_layer(reader, i, pack) for i in range(config.layers))
+        embedding = reader.matrix(hidden, {"model.embed_tokens.weight": vocab})
+        layers = tuple(self._read_layer(reader, i) for i in range(config.layers))
         final_norm = reader.take("model.norm.weight", hidden)
         tied = config.tied_embeddings
-        head = embedding if tied else pack(reader.take("lm_head.weight", vocab, hidden))
+        head = embedding if tied else reader.matrix(hidden, {"lm_head.weight": vocab})
         tied_copy = {"lm_head.weight"} if tied else set()
         unknown = [name for name in reader.leftover() if name not in tied_copy]
         if unknown:
@@ -138,36 +172,27 @@ class Llama:
             else ops.decoder(self.weights)
         )
 
-    def _read_layer(
-        self, reader: _WeightReader, index: int, pack: Callable[[torch.Tensor], Weight]
-    ) -> DecoderLayer:
+    def _read_layer(self, reader: _WeightReader, index: int) -> DecoderLayer:
         c = self.config
         prefix = f"model.layers.{index}"
-        q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
-
-        def attention(name: str, rows: int, columns: int) -> torch.Tensor:
-            return reader.take(f"{prefix}.self_attn.{name}_proj.weight", rows, columns)
-
-        def mlp(name: str, rows: int, columns: int) -> torch.Tensor:
-            return reader.take(f"{prefix}.mlp.{name}_proj.weight", rows, columns)
+        q_size, kv_size, inner = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.intermediate_size
 
         return DecoderLayer(
             attention_norm=reader.take(f"{prefix}.input_layernorm.weight", c.hidden_size),
-            qkv=pack(
-                _fused(
-                    [
-                        attention("q", q_size, c.hidden_size),
-                        attention("k", kv_size, c.hidden_size),
-                        attention("v", kv_size, c.hidden_size),
-                    ]
-                )
+            qkv=reader.matrix(
+                c.hidden_size,
+                {
+                    f"{prefix}.self_attn.{name}_proj.weight": rows
+                    for name, rows in (("q", q_size), ("k", kv_size), ("v", kv_size))
+                },
             ),
-            output=pack(attention("o", c.hidden_size, q_size)),
+            output=reader.matrix(q_size, {f"{prefix}.self_attn.o_proj.weight": c.hidden_size}),
             mlp_norm=reader.take(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
-            gate_up=pack(
-                _fused([mlp(name, c.intermediate_size, c.hidden_size) for name in ("gate", "up")])
+            gate_up=reader.matrix(
+                c.hidden_size,
+                {f"{prefix}.mlp.{name}_proj.weight": inner for name in ("gate", "up")},
             ),
-            down=pack(mlp("down", c.hidden_size, c.intermediate_size)),
+            down=reader.matrix(inner, {f"{prefix}.mlp.down_proj.weight": c.hidden_size}),
         )
 
     def kv_spec(self) -> KvSpec:

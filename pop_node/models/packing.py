@@ -1,15 +1,20 @@
 """Matrices into the resident form while a model is bound, and the memory of both.
 
-The 16-bit matrix is given back as soon as its 12-bit form is there, so binding takes at most the
-largest matrix more than the model as it was read.
+Those of a bundle for a CPU come packed (``pop_node.store.resident_arena``); this is for what comes
+as it is: plain directories, and matrices whose parts a bundle keeps apart. A matrix in 16 bits is
+given back as soon as its 12-bit form is there, so binding takes at most the largest one more than
+the model as it was read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from kernels.ops import Ops
-from kernels.resident import Weight
+from kernels.resident import ResidentMatrix, Weight
 from pop_node.store.host_memory import HUGE_PAGE_BYTES, aligned_memory, forget
 from wire.errors import ConfigError
 
@@ -18,6 +23,13 @@ PIECE_BYTES = 32 * HUGE_PAGE_BYTES
 huge pages of its own would waste half a one on average, as much as a small matrix has."""
 
 LINE_BYTES = 64
+
+NOTHING_PACKED: Mapping[tuple[str, ...], ResidentMatrix] = MappingProxyType({})
+
+
+def as_it_is(weight: torch.Tensor) -> Weight:
+    """A ``Packer`` that packs nothing."""
+    return weight
 
 
 class Packer:

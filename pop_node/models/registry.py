@@ -23,12 +23,13 @@ from pop_node.models.binding import (
     Bound,
     Model,
     build_model,
+    build_read,
     parse_object,
     tensor_of,
     views,
 )
 from pop_node.models.llama import LlamaConfig
-from pop_node.models.packing import Packer
+from pop_node.models.packing import Packer, as_it_is
 from pop_node.models.rope import cos_sin_table
 from pop_node.store.cuda_arena import CudaArena
 from pop_node.store.holding import Hold, mark_used
@@ -37,6 +38,7 @@ from pop_node.store.load_clock import Phase
 from pop_node.store.loader import LoadReport
 from pop_node.store.manifest import Manifest
 from pop_node.store.reading import MakeArena, ReadBundle, is_bundle, read_bundle, read_share
+from pop_node.store.resident_reading import packer_for, read_resident
 from wire.errors import ConfigError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -113,18 +115,21 @@ def load(
             compute with ``form``.
     """
     whole = read is not None or is_bundle(directory)
-    pack = Packer(ops, release=whole) if form == "resident" else None
+    pack = Packer(ops, release=whole) if form == "resident" else as_it_is
     if not whole:
         config = _read_json(directory / CONFIG_FILE)
         return Loaded(build_model(config, read_weights(directory), dtype, ops, pack))
     if read is None:
-        read = read_bundle(directory, _arena(ops.device))
+        packer = packer_for(form, dtype) if ops.device.type == "cpu" else None
+        read = (
+            read_bundle(directory, _arena(ops.device))
+            if packer is None
+            else read_resident(directory, packer)
+        )
     try:
         if bound is None or bound.placed.memory is not read.memory:
             began = time.monotonic()
-            config = parse_object(read.texts[CONFIG_FILE], read.directory / CONFIG_FILE)
-            weights = views(read.plan, tensor_of(read.memory))
-            model = build_model(config, weights, dtype, ops, pack)
+            model = build_read(read, dtype, ops, pack)
             ended = time.monotonic()
         else:
             model, began, ended = bound.model, bound.began, bound.ended

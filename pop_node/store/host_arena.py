@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 
 from pop_node.store.host_memory import HUGE_PAGE_BYTES, aligned_memory, populate
-from pop_node.store.load_plan import ChunkPlan, LoadPlan
+from pop_node.store.load_plan import ChunkPlan, LoadPlan, Move
 from pop_node.store.spare_memory import SpareMemory
 
 PREPARE_BYTES = 4 * HUGE_PAGE_BYTES
@@ -37,11 +40,7 @@ class HostArena:
 
         Measured: 3.37 GB/s without, 3.66 with, where 16 readers without any checking get 3.61.
         """
-        base, end = self.memory.ctypes.data, len(self.memory)
-        for start in range(self._prepare_from, end, PREPARE_BYTES):
-            length = min(PREPARE_BYTES, end - start)
-            if stop.is_set() or not populate(base + start, length):
-                return
+        touch_ahead(self.memory, self._prepare_from, stop)
 
     def landing(self, lane: int, chunk: ChunkPlan) -> memoryview:
         """Where to read ``chunk`` to: its last place or the lane's own buffer."""
@@ -53,16 +52,27 @@ class HostArena:
         """Move a verified chunk out of its buffer; returns the bytes moved."""
         if chunk.in_place is not None:
             return 0
-        buffer = self._buffers[lane]
-        moved = 0
-        for move in chunk.moves:
-            nbytes = move.rows * move.width
-            source = buffer[move.source : move.source + nbytes].reshape(move.rows, move.width)
-            target = self.memory[move.target :]
-            shape, strides = (move.rows, move.width), (move.stride, 1)
-            np.copyto(as_strided(target, shape, strides), source)
-            moved += nbytes
-        return moved
+        return copy_moves(self._buffers[lane], self.memory, chunk.moves)
 
     def finish(self) -> None:
         """Nothing is under way after ``place``."""
+
+
+def touch_ahead(memory: NDArray[Any], start: int, stop: threading.Event) -> None:
+    """Have the pages of ``memory`` from ``start`` on, until ``stop`` is set."""
+    base, end = memory.ctypes.data, len(memory)
+    for at in range(start, end, PREPARE_BYTES):
+        if stop.is_set() or not populate(base + at, min(PREPARE_BYTES, end - at)):
+            return
+
+
+def copy_moves(chunk: NDArray[Any], memory: NDArray[Any], moves: Iterable[Move]) -> int:
+    """Move bytes of ``chunk`` where they belong in ``memory``; returns how many."""
+    moved = 0
+    for move in moves:
+        nbytes = move.rows * move.width
+        source = chunk[move.source : move.source + nbytes].reshape(move.rows, move.width)
+        shape, strides = (move.rows, move.width), (move.stride, 1)
+        np.copyto(as_strided(memory[move.target :], shape, strides), source)
+        moved += nbytes
+    return moved

@@ -7,11 +7,11 @@ read, or decoded, to where it stays. Any other chunk goes through a buffer and i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pop_node.store.layout import Share, aligned, share_of
+from pop_node.store.layout import Share, TensorEntry, aligned, share_of
 from pop_node.store.manifest import Manifest
 
 
@@ -73,8 +73,31 @@ def plan_load(manifest: Manifest, rank: int = 0, ranks: int = 1) -> LoadPlan:
     return LoadPlan(arena_bytes, list(_chunks(manifest, shares, whole=ranks == 1)), tensors)
 
 
+def plan_part(
+    manifest: Manifest, entries: Iterable[TensorEntry], also: Container[int] = frozenset()
+) -> LoadPlan:
+    """The plan for ``entries`` alone, which ascend, close together in memory; units stay back to
+    back. Chunks ``also`` are in it whether they hold something of them or not."""
+    shares: list[tuple[Share, int]] = []
+    tensors = []
+    end, unit = 0, -1
+    for entry in entries:
+        share = share_of(entry, manifest.stripes, 0, 1)
+        at = end if entry.unit == unit else aligned(end)
+        end, unit = at + share.nbytes, entry.unit
+        if share.nbytes:
+            shares.append((share, at))
+        tensors.append(Bound(entry.name, entry.dtype, share.shape, at))
+    chunks = list(_chunks(manifest, shares, whole=False, also=also))
+    return LoadPlan(aligned(end), chunks, tensors)
+
+
 def _chunks(
-    manifest: Manifest, shares: list[tuple[Share, int]], *, whole: bool
+    manifest: Manifest,
+    shares: list[tuple[Share, int]],
+    *,
+    whole: bool,
+    also: Container[int] = frozenset(),
 ) -> Iterator[ChunkPlan]:
     first = 0
     for index in range(len(manifest.data.chunks)):
@@ -89,7 +112,7 @@ def _chunks(
             moves += _moves(share, at, offset, offset + nbytes)
             linear = linear and not share.interleaved
             number += 1
-        if moves:
+        if moves or index in also:
             yield ChunkPlan(
                 index, offset, nbytes, offset if whole and linear else None, tuple(moves)
             )

@@ -28,6 +28,8 @@ READING_THREADS = WHOLE_CREW.threads + 1
 MakeArena = Callable[[LoadPlan, int, int], Arena]
 """From a plan, the number of lanes and the bytes of a chunk."""
 
+MakePlan = Callable[[Manifest], LoadPlan]
+
 
 @dataclass(frozen=True, slots=True)
 class PlacedBundle:
@@ -42,9 +44,9 @@ class PlacedBundle:
 
 @dataclass(frozen=True, slots=True)
 class ReadBundle:
-    """All of a bundle, verified. ``memory``: [bytes] uint8 as ``plan`` says, the host's or a tensor
-    of a device; ``hold`` keeps the bundle from being collected. ``began`` and ``ended`` are moments
-    of the monotonic clock."""
+    """All of a bundle, verified. ``memory`` is the arena's, as ``plan`` says: [bytes] uint8 of the
+    host's, a tensor of a device, or a ``ResidentMemory``; ``hold`` keeps the bundle from being
+    collected. ``began`` and ``ended`` are moments of the monotonic clock."""
 
     directory: Path
     manifest: Manifest
@@ -68,6 +70,7 @@ def read_bundle(
     on_reading: Callable[[], None] = lambda: None,
     pool: Executor | None = None,
     on_placed: Callable[[PlacedBundle], None] = lambda _: None,
+    plan: MakePlan = plan_load,
 ) -> ReadBundle:
     """Read and verify everything. One that is still arriving is read meanwhile, wherever it goes.
 
@@ -77,18 +80,19 @@ def read_bundle(
             interpreter to others.
         pool: has ``READING_THREADS`` to spare; else threads are made for it.
         on_placed: called meanwhile by another thread; twice if it has to begin anew.
+        plan: says where in it.
 
     Raises ``ConfigError`` as ``load_chunks`` does, holding nothing then.
     """
     with threads_of(pool, READING_THREADS) as threads:
         try:
-            return _read(directory, arena, on_reading, threads, on_placed)
+            return _read(directory, arena, on_reading, threads, on_placed, plan)
         except ConfigError:
             published = published_as(directory)
             if published is None:
                 raise
             # It was completed just then, which happens only once.
-            return _read(published, arena, on_reading, threads, on_placed)
+            return _read(published, arena, on_reading, threads, on_placed, plan)
 
 
 def _read(
@@ -97,12 +101,13 @@ def _read(
     on_reading: Callable[[], None],
     pool: Executor,
     on_placed: Callable[[PlacedBundle], None],
+    make_plan: MakePlan,
 ) -> ReadBundle:
     began = time.monotonic()
     hold = Hold(directory)
     try:
         manifest = read_manifest(directory)
-        plan = plan_load(manifest)
+        plan = make_plan(manifest)
         crew = crew_for(plan)
         place = arena(plan, crew.lanes, manifest.data.chunk_bytes)
         is_reading = threading.Event()

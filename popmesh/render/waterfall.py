@@ -23,7 +23,7 @@ KINDS = (
 _KIND_OF = {
     **dict.fromkeys(("agent", "process_start", "imports", "standby", "setup"), "process"),
     **dict.fromkeys(
-        ("fetch", "load", "read", "verify", "decode", "to_device", "bind"),
+        ("fetch", "load", "read", "verify", "decode", "pack", "to_device", "bind"),
         "bytes",
     ),
     **dict.fromkeys(("ready", "in the plan"), "mesh"),

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../weights/resident.h"
+#include "../weights/resident_pack.h"
 
 enum { PM_F32 = 0, PM_BF16 = 1, PM_DTYPES = 2 };
 
@@ -93,6 +94,7 @@ typedef struct {
     void (*attention[PM_DTYPES])(const void *job, long item, void *scratch);
     size_t (*attention_scratch[PM_DTYPES])(const pm_attention_job *job);
     void (*sample)(const void *job, long item, void *scratch);
+    long (*pack)(const pm_pack_part *part);
 } pm_kernels;
 
 /* What an item of an attention job is (phases.c). */

@@ -37,6 +37,7 @@ _Static_assert(PM_GEMM_MR == GEMM_MR && PM_DOT_T == DOT_T, "tile sizes disagree"
 #undef PM_BF16
 
 #include "../forward/sample.inc.h"
+#include "../weights/resident_pack.inc.h"
 
 #define BOTH(name) {name##_f32, name##_bf16}
 const pm_kernels PM_TABLE = {
@@ -52,4 +53,5 @@ const pm_kernels PM_TABLE = {
     .attention = BOTH(attention),
     .attention_scratch = BOTH(attention_scratch),
     .sample = sample,
+    .pack = pack_part,
 };

@@ -11,7 +11,7 @@
  * escapes: listed by tile, by group within it, and put in place before anything is multiplied. Rows
  * and columns beyond the matrix have zero bytes.
  *
- * Internal memory of one process, made by pm_resident_pack only: nothing here is read from outside.
+ * Internal memory of one process, made by resident_pack.c only: nothing here is read from outside.
  */
 #ifndef PM_RESIDENT_H
 #define PM_RESIDENT_H
@@ -32,6 +32,12 @@ typedef struct {
     const uint32_t *escapes; /* group << 16 | row << 14 | column << 8 | exponent */
     uint8_t palette[PM_PALETTE];
 } pm_resident;
+
+/* Where a column is among the 64 bytes of its row. */
+static inline int pm_place_of(long column)
+{
+    return (int)(column / 8 % 4 * 16 + column / 32 * 8 + column % 8);
+}
 
 /* Puts one escape in its place among 4 rows of a group, `ld` apart. */
 static inline void pm_put_escape(uint32_t escape, uint16_t *group, long ld)

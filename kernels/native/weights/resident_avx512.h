@@ -1,5 +1,5 @@
 /* Groups of the resident form (resident.h) on AVX-512: 64 weights of a row as two vectors of 32.
- * Every header of this kind offers rt, rt_open and rt_unpack. */
+ * Every header of this kind offers rt, rt_open and rt_unpack, rt_palette, rt_open_palette and rt_pack. */
 
 /* The palette as bytes to be joined with sign and mantissa: by code, in every lane. */
 typedef struct {
@@ -37,4 +37,46 @@ PM_INLINE void rt_unpack(rt tables, const uint8_t *group, int r, uint16_t *out)
     rt_row(tables, group, r, row);
     _mm512_storeu_si512(out, row[0]);
     _mm512_storeu_si512(out + 32, row[1]);
+}
+
+/* The palette to look codes up in: its exponents in every lane, and all but the first one by one. */
+typedef struct {
+    __m512i exponents, bounds[PM_PALETTE - 1];
+} rt_palette;
+
+PM_INLINE rt_palette rt_open_palette(const uint8_t palette[PM_PALETTE])
+{
+    rt_palette open;
+    open.exponents = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)palette));
+    for (int i = 1; i < PM_PALETTE; i++)
+        open.bounds[i - 1] = _mm512_set1_epi8((char)palette[i]);
+    return open;
+}
+
+/* 64 weights to their bytes, and their codes to one half of `codes`, the upper one after the lower.
+ * Bit i of the result: the exponent of byte i has no code; it gets code 0. */
+PM_INLINE uint64_t rt_pack(const rt_palette *palette, const uint16_t *row, uint8_t *bytes,
+                           uint8_t *codes, int upper)
+{
+    const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(row + 32);
+    const __m512i mantissa = _mm512_set1_epi16(0x7f), sign = _mm512_set1_epi16(0x80);
+    /* 0xea: (x & y) | z; a pack of lanes of 16 bytes is the interleaving of columns */
+    const __m512i plain = _mm512_packus_epi16(
+        _mm512_ternarylogic_epi32(a, mantissa, _mm512_and_si512(_mm512_srli_epi16(a, 8), sign), 0xea),
+        _mm512_ternarylogic_epi32(b, mantissa, _mm512_and_si512(_mm512_srli_epi16(b, 8), sign), 0xea));
+    const __m512i exponent = _mm512_packus_epi16(
+        _mm512_and_si512(_mm512_srli_epi16(a, 7), _mm512_set1_epi16(0xff)),
+        _mm512_and_si512(_mm512_srli_epi16(b, 7), _mm512_set1_epi16(0xff)));
+    __m512i code = _mm512_setzero_si512();
+    for (int i = 0; i < PM_PALETTE - 1; i++)
+        code = _mm512_mask_add_epi8(code, _mm512_cmpge_epu8_mask(exponent, palette->bounds[i]), code,
+                                    _mm512_set1_epi8(1));
+    const __mmask64 found =
+        _mm512_cmpeq_epi8_mask(_mm512_shuffle_epi8(palette->exponents, code), exponent);
+    code = _mm512_maskz_mov_epi8(found, code);
+    if (upper)
+        code = _mm512_or_si512(_mm512_slli_epi16(code, 4), _mm512_loadu_si512(codes));
+    _mm512_storeu_si512(bytes, plain);
+    _mm512_storeu_si512(codes, code);
+    return ~found;
 }

@@ -22,3 +22,30 @@ PM_INLINE void rt_unpack(rt tables, const uint8_t *group, int r, uint16_t *out)
             plain | tables.exponent[codes[i] >> r % 2 * 4 & 15];
     }
 }
+
+typedef struct {
+    uint8_t code_of[256]; /* by exponent; PM_PALETTE: none */
+} rt_palette;
+
+PM_INLINE rt_palette rt_open_palette(const uint8_t palette[PM_PALETTE])
+{
+    rt_palette open;
+    memset(open.code_of, PM_PALETTE, sizeof open.code_of);
+    for (int code = 0; code < PM_PALETTE; code++)
+        open.code_of[palette[code]] = (uint8_t)code;
+    return open;
+}
+
+PM_INLINE uint64_t rt_pack(const rt_palette *palette, const uint16_t *row, uint8_t *bytes,
+                           uint8_t *codes, int upper)
+{
+    uint64_t missing = 0;
+    for (int c = 0; c < PM_GROUP_COLUMNS; c++) {
+        const int at = pm_place_of(c), found = palette->code_of[row[c] >> 7 & 0xff];
+        const int code = found & (PM_PALETTE - 1);
+        bytes[at] = (uint8_t)((row[c] >> 8 & 0x80) | (row[c] & 0x7f));
+        codes[at] = (uint8_t)(upper ? codes[at] | code << 4 : code);
+        missing |= (uint64_t)(found == PM_PALETTE) << at;
+    }
+    return missing;
+}

@@ -14,7 +14,7 @@ from popmesh.drill.statistics import Quantiles
 
 SCHEMA = 1
 
-MOVING = ("read", "verify", "decode", "to_device")
+MOVING = ("read", "verify", "decode", "pack", "to_device")
 """Phases that the model's bytes go through, overlapping: their length grows with the model."""
 
 
