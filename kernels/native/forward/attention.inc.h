@@ -6,10 +6,13 @@
  * query. So the bits of a query's result are a function of its position, its own vector and the keys
  * and values up to it: not of the chunk it came in, the blocks they lie in, or the threads.
  *
+ * A tile is packed once for all rows of the item, which then pass through scores, probabilities and
+ * sums a part at a time. While it is packed, the same lines of the next tile are asked for.
+ *
  * Roofline: decode reads 4 Hk D bytes (bf16) per cached token and multiplies 2 Hq D times. 16
- * sequences of 512 tokens take 0.20 ms on one Zen 5 core for Hq 9, Hk 3, D 64 (31 GB/s, caches
- * helping), 2.1 ms for 32, 8, 128 (16 GB/s of a measured 21). A chunk is bound by arithmetic: 512
- * tokens take 1.4 ms on that core (Hq 9), exponentials included.
+ * sequences of 512 tokens take 0.27 ms on one Zen 5 core for Hq 9, Hk 3, D 64 (24 GB/s, caches
+ * helping; packing bounds it). A chunk is bound by arithmetic: 512 tokens take 1.05 ms on that core,
+ * 512 behind 1,536 others 6.0 ms: 173 billion multiply-adds/s, exponentials included.
  */
 
 typedef struct {
@@ -88,73 +91,7 @@ PM_INLINE void FN(gemm_rows)(const A *a, long lda, const uint32_t *b, long steps
                       pm_min(GEMM_MR, rows - i));
 }
 
-/* Scales a row of scores; -inf replaces what the query may not see. Returns the greatest. */
-PM_INLINE float FN(scale_row)(float *s, long visible, float scale)
-{
-    vf top = vf_set1(-INFINITY);
-    for (long j = 0; j < GEMM_NP; j += VW) {
-        const vf v = vf_mul(vf_load(s + j), vf_set1(scale));
-        vf_store(s + j, v);
-        top = vf_max(top, v);
-    }
-    if (visible < GEMM_NP) {
-        for (long j = visible; j < GEMM_NP; j++)
-            s[j] = -INFINITY;
-        top = vf_set1(-INFINITY);
-        for (long j = 0; j < visible; j += VW)
-            top = vf_max(top, vf_load(s + j));
-    }
-    return vf_hmax(top);
-}
-
-/* Probabilities of a row from its scores, not divided by their sum, which it returns. */
-PM_INLINE float FN(exponentials)(const float *s, float peak, A *p)
-{
-    vf total = vf_zero();
-#if PAIRS
-    for (long j = 0; j < GEMM_NP; j += BW) {
-        const vf low = vf_exp2(vf_sub(vf_load(s + j), vf_set1(peak)));
-        const vf high = vf_exp2(vf_sub(vf_load(s + j + VW), vf_set1(peak)));
-        total = vf_add(vf_add(total, low), high);
-        vb_store(p + j, low, high);
-    }
-#else
-    for (long j = 0; j < GEMM_NP; j += VW) {
-        const vf e = vf_exp2(vf_sub(vf_load(s + j), vf_set1(peak)));
-        total = vf_add(total, e);
-        vf_store(p + j, e);
-    }
-#endif
-    return vf_sum(total);
-}
-
-/* Online softmax of a part's scores, rows [first, first + n) of the chunk: probabilities to p, running
- * peaks, sums and o updated. Row r sees `seen + r / group` keys of the tile. `scale`: in octaves. */
-PM_INLINE void FN(softmax_part)(FN(chunk) * c, long first, long n, long seen, long group,
-                                float scale, long dv_)
-{
-    for (long i = 0; i < n; i++) {
-        const long visible = pm_min(seen + (first + i) / group, GEMM_NP);
-        const float top = FN(scale_row)(c->s + i * GEMM_NP, visible, scale);
-        c->top[i] = top > c->peak[first + i] ? top : c->peak[first + i];
-    }
-    for (long i = 0; i < n; i += VW) {
-        float *const peak = c->peak + first + i, *const sum = c->sum + first + i;
-        const vf top = vf_load(c->top + i), decay = vf_exp2(vf_sub(vf_load(peak), top));
-        vf_store(c->decay + i, decay); /* 0 for the first tile */
-        vf_store(peak, top);
-        vf_store(sum, vf_mul(vf_load(sum), decay));
-    }
-    for (long i = 0; i < n; i++) {
-        c->sum[first + i] +=
-            FN(exponentials)(c->s + i * GEMM_NP, c->top[i], c->p + i * GEMM_NP);
-        if (c->decay[i] != 1.0f) {
-            float *const o = c->o + (first + i) * dv_;
-            for (long j = 0; j < dv_; j += VW)
-                vf_store(o + j, vf_mul(vf_load(o + j), vf_set1(c->decay[i])));
-        }
-    }
-}
+#include "softmax.inc.h"
 
 /* Packs columns [d, d + GEMM_NP) of n rows of V as B, zero beyond them. Starts loading `ahead`. */
 PM_INLINE void FN(pack_values)(const E *const rows[GEMM_NP], const E *const ahead[GEMM_NP], long n,

@@ -18,8 +18,9 @@ enum {
      * instead of all of an item in the second. */
     PM_RESIDENT_ROWS = 768,
     PM_RESIDENT_X_BYTES = 40 * 1024,
-    /* Rows (queries x heads of a group) of one attention item. */
-    PM_CHUNK_ROWS = 96,
+    /* Rows (queries x heads of a group) of one attention item: 96 take 2 % longer, 192 1 % less, but
+     * leave 24 items of a chunk of 512. */
+    PM_CHUNK_ROWS = 144,
 };
 
 /* Rows per item so that an item holds at least PM_ROWWISE_UNIT elements. */
