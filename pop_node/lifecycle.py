@@ -7,7 +7,8 @@ of a monotonic clock.
         \\--drain------------------------------------------------------------------------/
 
 Which engines there shall be may change: ``Want`` and ``Unwant``. The doors wait for those that are
-wanted from the beginning, unless they are given up. An engine that exits while it is wanted is
+wanted from the beginning, unless they are given up or fail to start ``MAX_AWAITED_FAILURES`` times
+while another is there to serve. An engine that exits while it is wanted is
 started again after a delay that doubles from 0.25 s to 30 s and falls back once the engine has
 stayed up for a minute. One that does not become ready in time is ended, and
 started again like any other. A node that drains takes no new work, so its engines are not started
@@ -27,6 +28,10 @@ STABLE_AFTER_S = 60.0
 READY_WITHIN_S = 600.0
 """Longest start of an engine. Guess: hundreds of gigabytes from a slow disk, kernels compiled; only
 one that hangs takes longer."""
+
+MAX_AWAITED_FAILURES = 3
+"""Exits in a row after which the doors wait for an engine no more. Guess, as in ``residency``: one
+may be bad luck, the same three times is a damaged model, which must not keep the others away."""
 
 State = Literal["starting", "serving", "draining", "stopped"]
 
@@ -94,7 +99,7 @@ class EndEngine:
 
 @dataclass(frozen=True, slots=True)
 class OpenDoors:
-    """Listen and register: every engine that was waited for has produced a token."""
+    """Listen and register: every engine that is waited for has produced a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +169,7 @@ class NodeLifecycle:
                 return self._engine_ready(model, now)
             case EngineExited(model):
                 self._engine_exited(model, now)
-                return []
+                return self._open_doors()
             case DrainRequested(timeout_s):
                 return self._drain(now + timeout_s)
             case StreamsLeft(count):
@@ -193,7 +198,13 @@ class NodeLifecycle:
 
     def _open_doors(self) -> list[Effect]:
         ready = {name for name, engine in self._engines.items() if engine.ready}
-        if self.state != "starting" or not self._waiting_for <= ready:
+        failing = {
+            name
+            for name, engine in self._engines.items()
+            if not engine.ready and engine.failures >= MAX_AWAITED_FAILURES
+        }
+        nobody_serves = bool(failing) and not ready
+        if self.state != "starting" or nobody_serves or not self._waiting_for <= ready | failing:
             return []
         self.state = "serving"
         return [OpenDoors()]

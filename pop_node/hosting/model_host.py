@@ -44,6 +44,10 @@ MAX_LEGS = 1024
 """Legs of one model at once, whatever their stage; more are refused. Guess: 64 full batches of 16.
 """
 
+MAX_LAST_WORDS = 500
+"""Characters of what an engine said before it ended, for routers and people: an error, a path and
+what to do. Routers pass on so much of a refused drill."""
+
 TAKEN_OVER = PeerError(
     "another connection goes on with this answer", code="taken_over", retryable=False
 )
@@ -85,6 +89,8 @@ class ModelHost:
         self._starting = asyncio.Lock()
         self._is_stopping = False
         self._was_ready = False
+        self.why_ended = ""
+        """Why the last engine did; empty while it is not known."""
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -101,6 +107,7 @@ class ModelHost:
                 self._cannot_start(exc)
                 return
             self._generation = self._legs.generation = generation
+            self.why_ended = ""
             try:
                 await generation.client.start(
                     self.settings.engine,
@@ -116,6 +123,7 @@ class ModelHost:
 
     def _cannot_start(self, error: OSError) -> None:
         log.error("engine of %s cannot be started: %s", self.settings.model, error)
+        self.why_ended = str(error)
         self._on_exited(self.settings.model)
 
     async def stop(self) -> None:
@@ -295,6 +303,7 @@ class ModelHost:
             case engine.Crashed(text):
                 self.last_words = text
                 log.error("engine of %s crashed: %s", self.settings.model, text)
+                self.why_ended = text[:MAX_LAST_WORDS]
             case _:
                 assert_never(message)
 
@@ -329,6 +338,7 @@ class ModelHost:
         if generation is not self._generation:
             return
         log.error("engine of %s exited with code %d", self.settings.model, code)
+        self.why_ended = self.why_ended or f"it exited with code {code}"
         self._generation = self._legs.generation = None
         self.facts.engine_gone()
         error = PeerError(f"the engine of {self.settings.model} died", code="engine_died")

@@ -97,9 +97,11 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """Its engine ended without being told to, or did not come up; it is started again."""
+    """Its engine ended without being told to, or did not come up; it is started again. ``why``: its
+    last words, if it said any."""
 
     model: str
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,8 +147,8 @@ class Residency:
                 return []
             case ev.Ready(model, took_s):
                 return self._ready(self._models[model], took_s, now)
-            case ev.Exited(model):
-                return self._exited(self._models[model], now)
+            case ev.Exited(model, why):
+                return self._exited(self._models[model], why, now)
             case ev.Left(model):
                 return self._left(self._models[model], now)
             case ev.TakeDown(model):
@@ -202,7 +202,7 @@ class Residency:
             self._load_bytes_per_s = model.load_bytes / took_s
         return self._let_go(model, now)
 
-    def _exited(self, model: ModelState, now: float) -> list[ev.Effect]:
+    def _exited(self, model: ModelState, why: str, now: float) -> list[ev.Effect]:
         if model.memory == "warm":
             model.memory, model.since = "loading", now
             return self._let_go(model, now)
@@ -210,7 +210,7 @@ class Residency:
             return []
         model.since = now
         model.failures += 1
-        model.why_failed = f"the engine of {model.name} does not come up"
+        model.why_failed = f"the engine of {model.name} does not come up{why and f': {why}'}"
         effects = self._refuse_waiting(model, model.why_failed, RETRY_FIRST_S)
         if model.failures >= MAX_FAILURES and not model.pinned:
             model.retry_at = now + _backoff_s(model.failures - MAX_FAILURES)

@@ -169,7 +169,7 @@ class Residents:
     def engine_exited(self, model: str) -> None:
         """Its engine ended by itself; the lifecycle starts it again."""
         self._let_go_of(model)
-        self.feed(ev.Exited(model))
+        self.feed(ev.Exited(model, self.hosts[model].why_ended))
 
     def legs_changed(self, model: str) -> None:
         """A leg of this model began or is over."""
@@ -289,7 +289,7 @@ class Residents:
             warmth=self.warmth(model),
             eta_ms=round(self._eta_s(model) * 1000),
             memory_bytes=state.memory_bytes,
-            warm_refused=self._machine.why_refused(model, now),
+            warm_refused=self._machine.why_refused(model, now) or state.why_not_up,
             last_load_ms=round(state.last_load_s * 1000),
         )
 

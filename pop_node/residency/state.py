@@ -71,6 +71,11 @@ class ModelState:
         """Somebody waits for it, and was not told yet that it is in vain."""
         return self.wanted_until > -math.inf
 
+    @property
+    def why_not_up(self) -> str:
+        """Why its engine did not come up; empty when it did, or was not tried yet."""
+        return self.why_failed if self.memory == "loading" and self.failures else ""
+
     def may_leave(self, now: float) -> bool:
         """Nobody uses it, nobody was promised it."""
         idle = self.memory == "warm" and not self.legs

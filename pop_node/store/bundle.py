@@ -78,13 +78,17 @@ def write_bundle(
     return manifest
 
 
+ADD_AGAIN = "remove the model and add it again with 'popmesh model add'"
+DAMAGED = f"the disk or the copy is damaged: {ADD_AGAIN}"
+"""What to do about a file that differs from its digest."""
+
+
 class UnusableTextError(ConfigError):
     """A text file of one model is damaged, or of a kind that is not understood: that model cannot
     be served, others can."""
 
     def __init__(self, message: str, *, where: str | None = None) -> None:
-        advice = "remove the model and add it again with 'popmesh model add'"
-        super().__init__(message, where=where, suggestion=advice)
+        super().__init__(message, where=where, suggestion=ADD_AGAIN)
 
 
 def read_texts(path: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -142,7 +146,11 @@ def check_bundle(path: Path, manifest: Manifest, progress: Progress) -> None:
             raise ConfigError(f"does not have {data.nbytes} bytes", where=str(weights))
         for index, digest in enumerate(chunk_digests(weights, data.spans())):
             if digest != data.chunks[index]:
-                raise ConfigError(f"chunk {index} does not match its digest", where=str(weights))
+                raise ConfigError(
+                    f"chunk {index} does not match its digest",
+                    where=str(weights),
+                    suggestion=DAMAGED,
+                )
             done += data.span(index)[1]
             progress("verify", done, total)
     except OSError as exc:

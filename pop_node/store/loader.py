@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 from blake3 import blake3
 
 from pop_node.store.arrivals import Arrivals
+from pop_node.store.bundle import DAMAGED
 from pop_node.store.direct_file import DirectFile
 from pop_node.store.host_memory import aligned_memory
 from pop_node.store.image import decode_chunk
@@ -255,5 +256,5 @@ class _Line:
                 f"chunk {chunk.index} (bytes {offset} to {offset + nbytes}) does not match its "
                 "digest",
                 where=self._file.where,
-                suggestion="the disk or the copy is damaged: remove the model and add it again",
+                suggestion=DAMAGED,
             )

@@ -49,6 +49,12 @@ def status_view(status: dict[str, Any]) -> Group:
         engines,
         Text(f"Models with a route now: {routable}"),
     ]
+    parts += [
+        Text(f"{node['name']} cannot load {engine['model']}: {engine['warm_refused']}")
+        for node in status["nodes"]
+        for engine in node["engines"]
+        if engine.get("warm_refused")
+    ]
     guessed = [
         f"{node['name']} {engine['model']} {_guessed_right(engine)}"
         for node in status["nodes"]

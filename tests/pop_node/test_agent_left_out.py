@@ -1,4 +1,4 @@
-"""A model whose text files are damaged, on a node that has others."""
+"""A model whose files are damaged, on a node that has others."""
 
 from __future__ import annotations
 
@@ -93,3 +93,23 @@ async def test_a_model_that_was_mended_is_served(
         await a.until(lambda: engine(a, OTHER).warmth == "warm")
         stream = mesh.whole("a", model=OTHER)
         assert isinstance(await a.ending(stream), Finished)
+
+
+@pytest.mark.parametrize("memory_gb", [None, 2.2 * ENGINE_BYTES / GB])
+async def test_the_node_says_why_an_engine_does_not_come_up(
+    store: Store, tmp_path: Path, memory_gb: float | None
+) -> None:
+    """Damaged tensors are found while they are loaded."""
+    weights = bytearray((store.get(OTHER).path / "weights.bin").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    damage(store, OTHER, "weights.bin", bytes(weights))
+    async with tiny_mesh(store, tmp_path, "a", plan=two_models(memory_gb), version=3) as mesh:
+        a = mesh.routers["a"]
+        stream = mesh.whole("a")
+        assert isinstance(await a.ending(stream), Finished)
+        await a.until(lambda: engine(a, OTHER).warm_refused)
+        said = engine(a, OTHER).warm_refused
+        assert "does not come up" in said
+        assert "chunk 0" in said
+        assert "popmesh model add" in said
+        assert not engine(a, OTHER).ready

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pop_node.lifecycle import (
+    MAX_AWAITED_FAILURES,
     READY_WITHIN_S,
     RESTART_FIRST_S,
     RESTART_MAX_S,
@@ -66,6 +67,29 @@ def test_the_delay_falls_back_after_a_stable_minute():
     later = 11.0 + STABLE_AFTER_S
     node.handle(EngineExited("a"), later)
     assert node.next_deadline() == later + RESTART_FIRST_S
+
+
+def test_the_doors_wait_no_more_for_an_engine_that_fails_again_and_again():
+    node = NodeLifecycle(("a", "b"))
+    node.handle(Started(), 0.0)
+    for failure in range(1, MAX_AWAITED_FAILURES):
+        assert node.handle(EngineExited("a"), failure) == []
+    node.handle(EngineReady("b"), 5.0)
+    assert node.state == "starting"
+    assert node.handle(EngineExited("a"), 6.0) == [OpenDoors()]
+    assert node.next_deadline() is not None  # it is tried on
+    node.handle(EngineExited("b"), 7.0)
+    assert node.state == "serving"
+
+
+def test_the_doors_stay_closed_where_nobody_serves():
+    node = NodeLifecycle(("a",), later=("b",))
+    node.handle(Started(), 0.0)
+    node.handle(Want("b"), 0.0)
+    for failure in range(2 * MAX_AWAITED_FAILURES):
+        assert node.handle(EngineExited("a"), failure) == []
+        assert node.handle(EngineExited("b"), failure) == []
+    assert node.handle(EngineReady("b"), 20.0) == [OpenDoors()]
 
 
 def test_drain_ends_with_the_last_stream():

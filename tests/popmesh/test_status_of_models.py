@@ -56,6 +56,14 @@ def test_a_model_says_where_it_is_and_how_long_it_takes(
     assert f" {shown} " in status_of(engine(**changes))
 
 
+def test_why_a_model_cannot_be_loaded_is_said_in_full() -> None:
+    why = "the engine of qwen3-0.6b does not come up: chunk 23 does not match its digest"
+    shown = status_of(engine(warmth="loading", warm_refused=why))
+    assert "loading, cannot load" in shown
+    assert f"fra-1 cannot load qwen3-0.6b: {why}" in " ".join(shown.split())
+    assert "cannot load" not in status_of(engine())
+
+
 def test_a_node_shows_its_memory_for_models() -> None:
     assert "3.2/8.0" in status_of(engine())
 
