@@ -22,18 +22,26 @@ all is imported, measured), 50 MB of staging (``StagingLayout``), and a guess fo
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Bytes of one model: its bundle on the disk, its weights in memory, one token of its KV cache.
+    """Bytes of one model: its bundle on the disk, its weights in memory, one token of its KV cache,
+    its weights where they are kept ``resident``.
 
-    ``kv_bytes_per_token`` 0: not known.
+    ``kv_bytes_per_token`` 0, ``resident_bytes`` None: not known.
     """
 
     disk_bytes: int
     weights_bytes: int
     kv_bytes_per_token: int
+    resident_bytes: int | None = None
 
-    def memory_bytes(self, kv_tokens: int) -> int:
-        """What the model takes of ``memory_gb`` where its KV cache holds ``kv_tokens``."""
-        return self.weights_bytes + self.kv_bytes_per_token * kv_tokens + ENGINE_BYTES
+    def weights_on(self, node: Node) -> int:
+        """What the weights take of the memory of ``node``."""
+        if node.weights == "resident" and self.resident_bytes is not None:
+            return self.resident_bytes
+        return self.weights_bytes
+
+    def memory_bytes(self, node: Node) -> int:
+        """What the model takes of the ``memory_gb`` of ``node``."""
+        return self.weights_on(node) + self.kv_bytes_per_token * node.kv_tokens + ENGINE_BYTES
 
 
 def memory_budget(node: Node) -> int | None:

@@ -168,7 +168,7 @@ def _plan_node(
     problems: list[PlanProblem],
 ) -> NodePlan:
     known = [model for model in node.models if model in sizes]
-    memory = {model: sizes[model].memory_bytes(node.kv_tokens) for model in known}
+    memory = {model: sizes[model].memory_bytes(node) for model in known}
     budget = memory_budget(node)
     if budget is not None:
         problems += _memory_problems(node, memory, budget)

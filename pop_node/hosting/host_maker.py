@@ -76,7 +76,8 @@ class HostMaker:
         except ConfigError as exc:
             raise UnusableTextError(str(exc)) from exc
         memory_bytes = model_memory(bundle.manifest, self._config.node)
-        return Opened(bundle, codec, memory_bytes, model_size(bundle.manifest).weights_bytes)
+        weights_bytes = model_size(bundle.manifest).weights_on(self._config.node)
+        return Opened(bundle, codec, memory_bytes, weights_bytes)
 
     def ahead(self, memory_bytes: int, touched_bytes: int) -> Ahead:
         """What an engine of any of the node's models can have ready."""

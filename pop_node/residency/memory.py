@@ -5,25 +5,27 @@ from __future__ import annotations
 from pop_node.engine.config import EngineConfig
 from pop_node.kv_stream.spec import DTYPE_BYTES
 from pop_node.store.manifest import Manifest
+from pop_node.store.resident_plan import weights_bytes
 from topology.budget import ModelSize
 from topology.model import Node
 from wire.messages import ModelOffer
 
 
 def model_size(manifest: Manifest) -> ModelSize:
-    """Bytes of the model on the disk, of its weights, and of a token's KV over all layers."""
+    """Bytes of the model on the disk, of its weights, and of a token's KV over all layers.
+
+    Resident weights are counted without escapes, which are few and known only to who has read them.
+    """
     kv = manifest.kv
     kv_bytes = 2 * kv.layers * kv.kv_heads * kv.head_dim * DTYPE_BYTES[manifest.dtype]
-    return ModelSize(manifest.total_bytes, manifest.data.decoded_bytes, kv_bytes)
+    decoded = manifest.data.decoded_bytes
+    return ModelSize(manifest.total_bytes, decoded, kv_bytes, weights_bytes(manifest))
 
 
 def model_memory(manifest: Manifest, node: Node) -> int:
-    """Bytes of ``memory_gb`` that the model takes on ``node``: weights, KV cache and engine.
-
-    Weights count as they are read even where ``weights: resident`` packs them then: there must be
-    room for both ends of the load.
-    """
-    return model_size(manifest).memory_bytes(node.kv_tokens)
+    """Bytes of ``memory_gb`` that the model takes on ``node``: weights as they stay in memory, KV
+    cache and engine. What a load needs beyond has the room of the KV cache, used only later."""
+    return model_size(manifest).memory_bytes(node)
 
 
 def cold_offer(

@@ -25,7 +25,6 @@ from kernels.resident_layout import (
 )
 from pop_node.store.host_arena import copy_moves, touch_ahead
 from pop_node.store.host_memory import aligned_memory, forget
-from pop_node.store.layout import aligned
 from pop_node.store.load_plan import ChunkPlan, LoadPlan
 from pop_node.store.resident_plan import (
     WEIGHT_BYTES,
@@ -90,10 +89,9 @@ class ResidentArena:
         """Is there once ``finish`` has returned."""
         self._plan = plan
         self._packer = packer
-        tiles_bytes = aligned(plan.tiles_bytes)
-        nbytes = tiles_bytes + plan.arena_bytes
+        nbytes = plan.tiles_bytes + plan.arena_bytes
         self._whole = aligned_memory(nbytes) if spare is None else spare.take(nbytes)
-        self._tiles, self._plain = self._whole[: plan.tiles_bytes], self._whole[tiles_bytes:]
+        self._tiles, self._plain = np.split(self._whole, [plan.tiles_bytes])
         self._buffers = [aligned_memory(chunk_bytes) for _ in range(lanes)]
         room = chunk_bytes // WEIGHT_BYTES // ESCAPE_SHARE
         self._rooms: list[Keys] = [np.empty(room, np.uint64) for _ in range(lanes)]

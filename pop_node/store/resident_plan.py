@@ -24,7 +24,7 @@ from kernels.resident_layout import (
     pays,
     resident_bytes,
 )
-from pop_node.store.layout import TensorEntry, share_of
+from pop_node.store.layout import TensorEntry, aligned, share_of
 from pop_node.store.load_plan import LoadPlan, plan_part
 from pop_node.store.manifest import Manifest
 
@@ -88,39 +88,58 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ResidentPlan(LoadPlan):
-    """``arena_bytes``, ``tensors`` and the moves of ``chunks`` are of what is placed as it is;
-    ``pieces`` say by chunk what becomes of the rest, whole tiles first."""
+    """``arena_bytes``, ``tensors`` and the moves of ``chunks`` are of what is placed as it is, for
+    which there is memory of its own beside ``tiles_bytes`` of tiles. ``pieces`` say by chunk what
+    becomes of the rest, whole tiles first."""
 
     matrices: tuple[MatrixPlan, ...]
     tiles_bytes: int
     pieces: dict[int, tuple[Piece, ...]]
 
 
-def plan_resident(manifest: Manifest, plain: frozenset[str] = frozenset()) -> ResidentPlan:
-    """The plan for a whole model; matrices of which a tensor is in ``plain`` stay as they are."""
-    matrices: list[MatrixPlan] = []
-    target = 0
-    rest: list[TensorEntry] = []
-    for _, entries in groupby(manifest.tensors, key=lambda entry: entry.unit):
-        unit = list(entries)
-        matrix = _matrix(unit, manifest.stripes, target)
-        if matrix is None or not plain.isdisjoint(matrix.names):
-            rest += unit
-            continue
-        matrices.append(matrix)
-        target += resident_bytes(matrix.rows, matrix.columns)
+def plan_resident(manifest: Manifest) -> ResidentPlan:
+    """The plan for a whole model."""
+    matrices, rest = _split(manifest)
     pieces = _pieces(manifest, matrices)
     placed = plan_part(manifest, rest, also=pieces)
     return ResidentPlan(
-        placed.arena_bytes, placed.chunks, placed.tensors, tuple(matrices), target, pieces
+        arena_bytes=placed.arena_bytes,
+        chunks=placed.chunks,
+        tensors=placed.tensors,
+        matrices=tuple(matrices),
+        tiles_bytes=_tiles_bytes(matrices),
+        pieces=pieces,
     )
 
 
 def weights_bytes(manifest: Manifest) -> int:
-    """What the weights of a model take of memory in the form, but for escapes, which are few in
-    every matrix that keeps it."""
-    plan = plan_resident(manifest)
-    return plan.tiles_bytes + plan.arena_bytes
+    """What the weights of a model take of memory by its plan. Their escapes come on top."""
+    matrices, rest = _split(manifest)
+    plain = 0
+    for _, unit in groupby(rest, key=lambda entry: entry.unit):
+        plain += aligned(sum(entry.nbytes for entry in unit))
+    return _tiles_bytes(matrices) + plain
+
+
+def _split(manifest: Manifest) -> tuple[list[MatrixPlan], list[TensorEntry]]:
+    """Matrices of the form, and what stays as it is."""
+    matrices: list[MatrixPlan] = []
+    rest: list[TensorEntry] = []
+    target = 0
+    for _, entries in groupby(manifest.tensors, key=lambda entry: entry.unit):
+        unit = list(entries)
+        matrix = _matrix(unit, manifest.stripes, target)
+        if matrix is None:
+            rest += unit
+            continue
+        matrices.append(matrix)
+        target += resident_bytes(matrix.rows, matrix.columns)
+    return matrices, rest
+
+
+def _tiles_bytes(matrices: list[MatrixPlan]) -> int:
+    """Of all, with room up to what comes after them."""
+    return aligned(sum(resident_bytes(matrix.rows, matrix.columns) for matrix in matrices))
 
 
 def _matrix(unit: list[TensorEntry], stripes: int, target: int) -> MatrixPlan | None:

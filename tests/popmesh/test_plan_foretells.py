@@ -37,7 +37,7 @@ def test_a_node_loads_what_the_plan_says(
         node.models, pinned=node.pinned, fetchable=(), budget_bytes=memory_budget(node)
     )
     for name, size in sizes.items():
-        needs = size.memory_bytes(node.kv_tokens)
+        needs = size.memory_bytes(node)
         assert residency.handle(ev.Fetched(name, needs, size.disk_bytes), 0.0) == []
     effects = residency.handle(ev.Started(), 0.0)
     loaded = {effect.model for effect in effects if isinstance(effect, ev.Load)}

@@ -75,6 +75,23 @@ def test_as_many_as_fit_are_warm_in_the_files_order() -> None:
     assert [placed.room_tokens for placed in node.models] == [1000, None, 1000]
 
 
+def test_resident_weights_need_less_room() -> None:
+    """One more model fits where weights are kept in 12 bits, if their size so is known."""
+    sizes = {
+        name: dataclasses.replace(SIZES[name], resident_bytes=SIZES[name].weights_bytes - GB)
+        for name in ("a", "c")
+    }
+    fields = "models: [a, c], memory_gb: 7"
+    for form, known, warm in (
+        ("plain", sizes, ["a"]),
+        ("resident", sizes, ["a", "c"]),
+        ("resident", SIZES, ["a"]),
+    ):
+        text = f"  n: {{site: fra, {fields}, weights: {form}}}"
+        (node,) = plan_mesh(mesh(text), known, {}).nodes
+        assert models(node, "is_warm") == warm, form
+
+
 def test_pinned_models_come_first() -> None:
     plan = planned("  n: {site: fra, memory_gb: 9, pinned: [c]}")
     assert models(plan.nodes[0], "is_warm") == ["a", "c"]

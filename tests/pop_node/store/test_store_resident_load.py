@@ -209,6 +209,7 @@ def test_chunks_may_come_in_any_order(tmp_path: Path, monkeypatch: pytest.Monkey
         arena.finish()
         assert arena.memory is not None
         check(arena.memory, values)
+    assert weights_bytes(bundle.manifest) == plan.tiles_bytes + plan.arena_bytes
     assert len(image) > weights_bytes(bundle.manifest) > 0.7 * len(image)
 
 
