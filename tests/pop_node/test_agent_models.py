@@ -36,6 +36,7 @@ from wire.messages import (
     EngineLoad,
     Failed,
     Finished,
+    Hello,
     Loading,
     ModelOffer,
     Offers,
@@ -241,7 +242,9 @@ async def test_a_missing_model_comes_from_a_node_that_has_it(store: Store, tmp_p
         await b.until(lambda: warmth(b) == {MODEL: "warm"})  # there is room: nobody has to ask
         stream = mesh.whole("b")
         assert isinstance(await b.ending(stream), Finished)
-        await b.until(lambda: any(isinstance(m, Offers) for m in b.said))
+        # It is said when it is ready, or in the Hello of a link that was not there before that.
+        told = (Hello, Offers)
+        await b.until(lambda: [o.name for m in b.said if isinstance(m, told) for o in m.models])
         assert [offer.name for offer in mesh.nodes["b"].agent.hello().models] == [MODEL]
         whole = mesh.whole("a")
         await a.ending(whole)
