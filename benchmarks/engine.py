@@ -164,14 +164,17 @@ def memory_allowed(bundle: Path) -> dict[str, float]:
 
 
 def pss_of_each(process: subprocess.Popen[bytes]) -> list[tuple[str, float]]:
-    """(end of the command line, PSS in MB) of each process of a tree."""
+    """(end of the command line without folders, PSS in MB) of each process of a tree."""
     found = []
     for each in tree(process):
         try:
             found.append((each.cmdline(), each.memory_full_info().pss))
         except psutil.NoSuchProcess:
             continue
-    return [(" ".join(words)[-60:], round(pss / 2**20, 1)) for words, pss in found]
+    return [
+        (" ".join(word.rpartition("/")[2] for word in words)[-60:], round(pss / 2**20, 1))
+        for words, pss in found
+    ]
 
 
 def first_token(url: str, engine: Engine) -> bool:

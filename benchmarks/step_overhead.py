@@ -118,8 +118,8 @@ def measure(model: Any, ops: Any, batch: int) -> dict[str, float]:
         del model.forward
         runner_module.sample = draw._function
         ours.close()
-        theirs.close()
         reader.join()
+        theirs.close()
     overhead_s = (spent_s - forward.spent_s - draw.spent_s) / STEPS
     step_s = sorted(walls)[STEPS // 10]
     return {

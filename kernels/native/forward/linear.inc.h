@@ -9,8 +9,8 @@
  * after the other, a single stream of memory. While the first rows of an item pass, w is prefetched:
  * it is read from memory once, and comes too late otherwise. For one row it is used once as well, so
  * it is fetched without a place in the last cache: a pass of a 135M model takes 2 % less on two cores,
- * 4 % on one, where parts of the weights are still in that cache from the pass before. Many rows: x in blocks that stay in the
- * first cache, K in blocks between which accumulators wait in scratch.
+ * 4 % on one, where parts of the weights are still in that cache from the pass before. Many rows: x in
+ * blocks that stay in the first cache, K in blocks between which accumulators wait in scratch.
  *
  * Roofline, bf16 on one Zen 5 core with the shapes of a 135M model: 1 row reads w at 39 GB/s where a
  * bare stream of products has 41 (same minute; 4 rows of w side by side: 32, prefetched 2 KiB ahead 34,
