@@ -6,7 +6,8 @@ once, at its readable version in ``kernels.reference``.
 Batch-invariant operations give a row the same bits in any batch: alone, beside others, in a prefill
 chunk of any length, as a decode step, wherever its KV blocks lie, with any number of threads. Then
 a model's logits for a token are a function of the tokens before it alone. The bits are the same
-within one class: backend, instruction set (native) and dtype; another class rounds otherwise.
+within one class: backend, instruction set (native), dtype and form of the weights (Triton);
+another class rounds otherwise.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kernels.reference.attention import attention
 from kernels.reference.linear import linear, logits
 from kernels.reference.norm import add_rms_norm, rms_norm
 from kernels.reference.penalties import penalize
+from kernels.reference.resident import embed
 from kernels.reference.rope import rope_kv_write
 from kernels.reference.sampling import gumbel_sample
 from kernels.resident import Weight
@@ -59,13 +61,14 @@ class Ops:
     batch_invariant: bool
     rms_norm: Callable[[_Tensor, _Tensor, float], _Tensor]
     add_rms_norm: Callable[[_Tensor, _Tensor, _Tensor, float], tuple[_Tensor, _Tensor]]
-    linear: Callable[[_Tensor, _Tensor, _Tensor | None], _Tensor]
+    embed: Callable[[Weight, _Tensor], _Tensor]
+    linear: Callable[[_Tensor, Weight, _Tensor | None], _Tensor]
     rope_kv_write: Callable[
         [_Tensor, _Tensor, _Tensor, _Tensor, AttentionMeta, _Tensor, _Tensor], None
     ]
     attention: Callable[[_Tensor, _Tensor, _Tensor, AttentionMeta, float], _Tensor]
     silu_mul: Callable[[_Tensor], _Tensor]
-    logits: Callable[[_Tensor, _Tensor], _Tensor]
+    logits: Callable[[_Tensor, Weight], _Tensor]
     gumbel_sample: Callable[
         [
             _Tensor,
@@ -84,9 +87,9 @@ class Ops:
     """Computes a decoder as a whole, like ``kernels.reference.decoder`` does operation by
     operation; None where there is no quicker way than that."""
     pack: Callable[[_Tensor, Callable[[int], _Tensor]], Weight] | None = None
-    """Makes a matrix of ``decoder`` smaller, keeping its bits, in memory from the second argument:
-    see ``kernels.native.resident.pack``. None where there are no such products."""
-    gate_up: Callable[[_Tensor, _Tensor], _Tensor] | None = None
+    """Makes a matrix smaller, keeping its bits, in memory from the second argument, which is given
+    bytes: see ``kernels.native.resident.pack``. None where products with such are no quicker."""
+    gate_up: Callable[[_Tensor, Weight], _Tensor] | None = None
     """``silu_mul(linear(x, weight, None))``, bit for bit; None where that is the quickest way."""
 
 
@@ -103,6 +106,7 @@ def reference_ops(*, batch_invariant: bool = False) -> Ops:
             batch_invariant=True,
             rms_norm=invariant.rms_norm,
             add_rms_norm=invariant.add_rms_norm,
+            embed=embed,
             linear=invariant.linear,
             rope_kv_write=rope_kv_write,
             attention=invariant.attention,
@@ -117,6 +121,7 @@ def reference_ops(*, batch_invariant: bool = False) -> Ops:
         batch_invariant=False,
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
+        embed=embed,
         linear=linear,
         rope_kv_write=rope_kv_write,
         attention=attention,
@@ -147,6 +152,7 @@ def native_ops(threads: int, isa: str | None = None, *, batch_invariant: bool = 
         batch_invariant=True,
         rms_norm=native.rms_norm,
         add_rms_norm=native.add_rms_norm,
+        embed=embed,
         linear=native.linear,
         rope_kv_write=native.rope_kv_write,
         attention=native.attention,
@@ -180,6 +186,7 @@ def triton_ops(*, batch_invariant: bool = False, overlap: bool = False) -> Ops:
         batch_invariant=batch_invariant,
         rms_norm=ops.rms_norm,
         add_rms_norm=ops.add_rms_norm,
+        embed=ops.embed,
         linear=ops.linear,
         rope_kv_write=ops.rope_kv_write,
         attention=ops.attention,
@@ -187,6 +194,7 @@ def triton_ops(*, batch_invariant: bool = False, overlap: bool = False) -> Ops:
         logits=ops.logits,
         gumbel_sample=ops.gumbel_sample,
         penalize=ops.penalize,
+        pack=ops.pack,
         gate_up=ops.gate_up,
     )
 

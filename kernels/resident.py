@@ -2,8 +2,8 @@
 
 Exponents of a trained matrix keep to a few values around the one of its largest weights, so a code
 of 4 bits into a palette of the 16 most frequent ones stands for nearly all of them; the rest are
-escapes, listed. ``kernels.reference.resident`` makes and undoes the form; the native operations
-multiply with it as it is. Whether it shrinks a matrix is known once it was tried.
+escapes, listed. ``kernels.reference.resident`` makes and undoes the form; native and Triton
+operations multiply with it as it is. Whether it shrinks a matrix is known once it was tried.
 ``kernels.resident_layout`` has the bytes.
 """
 
@@ -50,7 +50,7 @@ class ResidentMatrix:
     """A matrix of ``shape`` (N, K) in the resident form."""
 
     shape: tuple[int, int]
-    palette: torch.Tensor  # [16] uint8: exponents by code
+    palette: torch.Tensor  # [16] uint8: exponents by code, on the host
     tiles: torch.Tensor  # [ceil(N / 4), ceil(K / 64), 384] uint8, contiguous, 64-byte aligned
     starts: torch.Tensor  # [ceil(N / 4) + 1] int32: where the escapes of each tile begin
     escapes: torch.Tensor  # int32
@@ -64,6 +64,13 @@ class ResidentMatrix:
     def nbytes(self) -> int:
         """What it takes of memory."""
         return sum(t.nbytes for t in (self.palette, self.tiles, self.starts, self.escapes))
+
+    def to(self, device: torch.device) -> ResidentMatrix:
+        """It on ``device``, itself where it is there."""
+        if self.tiles.device == device:
+            return self
+        moved = (part.to(device) for part in (self.tiles, self.starts, self.escapes))
+        return ResidentMatrix(self.shape, self.palette, *moved)
 
 
 Weight = torch.Tensor | ResidentMatrix

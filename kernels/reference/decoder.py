@@ -16,7 +16,6 @@ import torch
 
 from kernels.decoder import DecoderWeights
 from kernels.meta import AttentionMeta
-from kernels.reference.resident import dense
 
 if TYPE_CHECKING:
     from kernels.ops import Ops
@@ -45,22 +44,22 @@ def decoder(
     w = weights
     heads = [w.heads, w.kv_heads, w.kv_heads]
     keys, values = (component.unbind(0) for component in cache)
-    x = dense(w.embedding)[ids]  # [T, H]
+    x = ops.embed(w.embedding, ids)  # [T, H]
     residual = torch.zeros_like(x)
     for i, layer in enumerate(w.layers):
         x, residual = ops.add_rms_norm(x, residual, layer.attention_norm, w.norm_eps)
-        qkv = ops.linear(x, dense(layer.qkv), None).view(len(ids), sum(heads), w.head_dim)
+        qkv = ops.linear(x, layer.qkv, None).view(len(ids), sum(heads), w.head_dim)
         q, k, v = torch.split(qkv, heads, dim=1)
         ops.rope_kv_write(q, k, v, w.cos_sin, meta, keys[i], values[i])
         if on_layer is not None:
             on_layer(i)
         attended = ops.attention(q, keys[i], values[i], meta, w.scale)
-        x = ops.linear(attended.flatten(1), dense(layer.output), None)
+        x = ops.linear(attended.flatten(1), layer.output, None)
         x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, w.norm_eps)
         if ops.gate_up is None:
-            x = ops.silu_mul(ops.linear(x, dense(layer.gate_up), None))
+            x = ops.silu_mul(ops.linear(x, layer.gate_up, None))
         else:
-            x = ops.gate_up(x, dense(layer.gate_up))
-        x = ops.linear(x, dense(layer.down), None)
+            x = ops.gate_up(x, layer.gate_up)
+        x = ops.linear(x, layer.down, None)
     x, _ = ops.add_rms_norm(x[logit_rows], residual[logit_rows], w.final_norm, w.norm_eps)
-    return ops.logits(x, dense(w.head))
+    return ops.logits(x, w.head)

@@ -15,6 +15,8 @@ import torch
 
 from kernels.meta import AttentionMeta
 from kernels.reference.attention import gather
+from kernels.reference.resident import dense
+from kernels.resident import Weight
 
 # Elements of a slab of weights and its products, which should stay in a cache; decides no bits.
 # Measured on Zen 5: half is half again as slow, four times as much a quarter faster.
@@ -49,13 +51,13 @@ def exp(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x < -87.0, 0.0, series * power)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """``x`` [T, K] times ``weight`` [N, K]^T in float32: [T, N]."""
     rows, depth = x.shape
     out = torch.empty(rows, weight.shape[0], dtype=torch.float32)
     wide = x.float()
     at = 0
-    for slab in torch.split(weight, max(1, SLAB_ELEMENTS // depth)):
+    for slab in torch.split(dense(weight), max(1, SLAB_ELEMENTS // depth)):
         columns = slice(at, at + slab.shape[0])
         slab = slab.float()
         for row in range(rows):
@@ -64,7 +66,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """See ``kernels.reference.linear.linear``."""
     out = product(x, weight)
     return (out if bias is None else out + bias.float()).to(x.dtype)

@@ -7,12 +7,14 @@ from functools import partial
 import torch
 
 from kernels.meta import AttentionMeta
+from kernels.resident import Weight
 from kernels.triton import few_rows
 from kernels.triton.activation import silu_mul
 from kernels.triton.attention import attention
 from kernels.triton.linear import invariant_linear, invariant_logits, linear, logits
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.penalties import penalize
+from kernels.triton.resident_ops import ResidentOps
 from kernels.triton.rope import rope_kv_write
 from kernels.triton.sampling import gumbel_sample
 
@@ -36,16 +38,40 @@ class TritonOps:
         self.add_rms_norm = partial(add_rms_norm, overlap=overlap)
         self.rope_kv_write = partial(rope_kv_write, overlap=overlap)
         if batch_invariant:
-            self.linear, self.logits = invariant_linear, invariant_logits
+            self.dense_linear, self.dense_logits = invariant_linear, invariant_logits
         else:
-            self.linear = partial(linear, overlap=overlap)
-            self.logits = partial(logits, overlap=overlap)
+            self.dense_linear = partial(linear, overlap=overlap)
+            self.dense_logits = partial(logits, overlap=overlap)
+        self._resident = ResidentOps(batch_invariant=batch_invariant)
+        self.pack = self._resident.pack
 
-    def gate_up(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def embed(self, weight: Weight, ids: torch.Tensor) -> torch.Tensor:
+        """See ``kernels.reference.resident.embed``."""
+        if isinstance(weight, torch.Tensor):
+            return weight[ids]
+        return self._resident.embed(weight, ids)
+
+    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """See ``kernels.reference.linear.linear``."""
+        if isinstance(weight, torch.Tensor):
+            return self.dense_linear(x, weight, bias)
+        return self._resident.linear(x, weight, bias)
+
+    def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """See ``kernels.reference.linear.logits``."""
+        if isinstance(weight, torch.Tensor):
+            return self.dense_logits(x, weight)
+        return self._resident.logits(x, weight)
+
+    def gate_up(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """See ``kernels.ops.Ops.gate_up``."""
-        if self._batch_invariant or not few_rows.fits(x, weight):
-            return silu_mul(self.linear(x, weight, None))
-        return few_rows.gate_up(x, weight, overlap=self._overlap)
+        if (
+            isinstance(weight, torch.Tensor)
+            and not self._batch_invariant
+            and few_rows.fits(x, weight)
+        ):
+            return few_rows.gate_up(x, weight, overlap=self._overlap)
+        return silu_mul(self.linear(x, weight, None))
 
     def attention(
         self,

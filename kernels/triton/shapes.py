@@ -13,6 +13,7 @@ import torch
 
 from kernels.codec.layout import FLOAT_TYPES, TILE_VALUES
 from kernels.meta import AttentionMeta
+from kernels.resident import GROUP_BYTES, ResidentMatrix, group_count, tile_count
 from kernels.triton.activation import plan_silu_mul
 from kernels.triton.attention import plan_attention
 from kernels.triton.exponent_codec import TABLE_WORDS, TILE_WORDS, BlockPlan, plan_decode
@@ -22,6 +23,8 @@ from kernels.triton.launch import Launch
 from kernels.triton.linear import plan_matmul
 from kernels.triton.norm import plan_norm
 from kernels.triton.penalties import plan_penalize
+from kernels.triton.resident_form import plan_rows, plan_unpack
+from kernels.triton.resident_products import FEW_ROWS, MANY_ROWS, plan_product
 from kernels.triton.rope import plan_rope_kv_write
 from kernels.triton.sampling import PARAMETERS, plan_sample
 
@@ -187,20 +190,46 @@ def _overlapping(model: ModelShape) -> Iterator[Shape]:
 
 
 def _of_codec(model: ModelShape) -> Iterator[Shape]:
-    """One matrix as a block of either kind of 16 bits."""
+    """One matrix as a block of each kind."""
     values = model.hidden * model.intermediate
     count = values // TILE_VALUES
     table = _meta(TABLE_WORDS, dtype=torch.int32)
     tiles = _meta(count, TILE_WORDS, dtype=torch.int32)
-    block, out = (
-        _meta(values * 4 // 3 // 4 * 4, dtype=torch.uint8),
-        _meta(values, dtype=torch.int16),
-    )
     damaged = _meta(count, dtype=torch.int32)
-    for dtype in ("bfloat16", "float16"):
-        plan = BlockPlan(FLOAT_TYPES[dtype], values, 68 + 12 * count, table, tiles)
+    for dtype, kind in FLOAT_TYPES.items():
+        block = _meta(values * kind.bytes * 2 // 3 // 4 * 4, dtype=torch.uint8)
+        out = _meta(values, dtype=torch.int16 if kind.bytes == 2 else torch.uint8)
+        plan = BlockPlan(kind, values, 68 + 12 * count, table, tiles)
         launch = plan_decode(plan, block, table, tiles, out, damaged)
         yield Shape(f"exponent_decode, {dtype}", launch)
+
+
+def _resident(rows: int, columns: int, palette: torch.Tensor) -> ResidentMatrix:
+    tiles = tile_count(rows)
+    return ResidentMatrix(
+        shape=(rows, columns),
+        palette=palette,
+        tiles=_meta(tiles, group_count(columns), GROUP_BYTES, dtype=torch.uint8),
+        starts=_meta(tiles + 1, dtype=torch.int32),
+        escapes=_meta(1000, dtype=torch.int32),
+    )
+
+
+def _of_resident(model: ModelShape) -> Iterator[Shape]:
+    """A matrix whose codes are added to an exponent, as nearly all are, and one where they are
+    looked up."""
+    window = torch.arange(112, 128, dtype=torch.uint8)
+    looked_up = torch.cat((torch.zeros(1, dtype=torch.uint8), window[1:]))
+    for name, palette in (("", window), (", looked up", looked_up)):
+        matrix = _resident(model.hidden, model.hidden, palette)
+        whole = _meta(model.hidden, model.hidden)
+        yield Shape(f"resident, unpack{name}", plan_unpack(matrix, 0, whole))
+        ids = _meta(64, dtype=torch.int64)
+        yield Shape(f"resident, rows{name}", plan_rows(matrix, ids, _meta(64, model.hidden)))
+        for rows, cores in ((1, ""), (FEW_ROWS, "HMMA"), (MANY_ROWS, "HMMA")):
+            x, out = _meta(rows, model.hidden), _meta(rows, model.hidden)
+            product = plan_product(x, matrix, None, out)
+            yield Shape(f"resident, {rows} x weights{name}", product, cores)
 
 
 def shapes() -> list[Shape]:
@@ -209,5 +238,8 @@ def shapes() -> list[Shape]:
     found += [(LLAMA3_8B, shape) for shape in _of_every_model(LLAMA3_8B)]
     found += [(LLAMA3_8B, shape) for shape in _of_one_model(LLAMA3_8B)]
     found += [(LLAMA3_8B, shape) for shape in _overlapping(LLAMA3_8B)]
+    found += [
+        (model, shape) for model in (SMOLLM2_135M, LLAMA3_8B) for shape in _of_resident(model)
+    ]
     found += [(LLAMA3_8B, shape) for shape in _of_codec(LLAMA3_8B)]
     return [Shape(f"{model.name}: {s.name}", s.launch, s.cores) for model, s in found]

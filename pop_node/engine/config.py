@@ -59,8 +59,9 @@ class EngineConfig:
     block is left out. ``backend`` "auto" picks the fastest one that works here.
     ``batch_invariant``: the logits of a token are bitwise the same alone, in any batch, after a
     prefix hit, by prefill in any chunks or by decode, among engines of one backend, instruction set
-    and dtype. ``weights``: how matrices lie in memory, as they are or in 12 bits a weight with the
-    same results (``kernels.resident``). Raises ``ConfigError`` for impossible values.
+    and dtype (on Triton, of one form of the weights too). ``weights``: how matrices lie in memory,
+    as they are or in 12 bits a weight, bit for bit the same (``kernels.resident``). Raises
+    ``ConfigError`` for impossible values.
     """
 
     model_dir: Path

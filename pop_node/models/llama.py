@@ -80,7 +80,7 @@ class _WeightReader:
         if found.shape != (rows, columns):
             self._refuse(" + ".join(names), found.shape, (rows, columns))
         self._taken.update(names)
-        return found
+        return found.to(self._device)
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor ``name`` as the model has it. Raises ConfigError: missing or misshapen."""

@@ -44,10 +44,11 @@ class Packer:
         if ops.pack is None:
             raise ConfigError(
                 f"weights 'resident' cannot be used with the {ops.name} backend",
-                suggestion="use backend 'native', or weights 'plain'",
+                suggestion="use backend 'native' or 'triton', or weights 'plain'",
             )
         self._pack = ops.pack
         self._release = release
+        self._device = ops.device
         self._piece = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, weight: torch.Tensor) -> Weight:
@@ -56,12 +57,15 @@ class Packer:
         packed = self._pack(weight, self._allocate)
         if isinstance(packed, torch.Tensor):
             self._piece = room
-        elif self._release:
+        elif self._release and weight.device.type == "cpu":
             forget(weight.data_ptr(), weight.nbytes)
         return packed
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        """[nbytes] at a line of the cache. Raises ``ConfigError`` without room."""
+        """[nbytes] at a line of the cache, where products are computed. Raises ``ConfigError``
+        without room."""
+        if self._device.type != "cpu":
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         if len(self._piece) < nbytes:
             self._piece = torch.from_numpy(aligned_memory(max(nbytes, PIECE_BYTES)))
         memory = self._piece[:nbytes]

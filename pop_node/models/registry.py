@@ -120,12 +120,7 @@ def load(
         config = _read_json(directory / CONFIG_FILE)
         return Loaded(build_model(config, read_weights(directory), dtype, ops, pack))
     if read is None:
-        packer = packer_for(form, dtype) if ops.device.type == "cpu" else None
-        read = (
-            read_bundle(directory, _arena(ops.device))
-            if packer is None
-            else read_resident(directory, packer)
-        )
+        read = _read(directory, dtype, ops.device, form)
     try:
         if bound is None or bound.placed.memory is not read.memory:
             began = time.monotonic()
@@ -162,6 +157,18 @@ def load_weights(
     """
     plan, memory, report = read_share(directory, manifest, rank, ranks, _arena(device))
     return views(plan, tensor_of(memory)), report
+
+
+def _read(directory: Path, dtype: str, device: torch.device, form: WeightForm) -> ReadBundle:
+    """The bundle, where a model in ``form`` is made of it.
+
+    What is packed for a device is read to the host and goes there matrix by matrix: so the device
+    needs room for the 12-bit form alone.
+    """
+    if form == "plain":
+        return read_bundle(directory, _arena(device))
+    packer = packer_for(form, dtype) if device.type == "cpu" else None
+    return read_bundle(directory) if packer is None else read_resident(directory, packer)
 
 
 def _arena(device: torch.device) -> MakeArena:

@@ -74,6 +74,16 @@ def test_all_patterns_of_16_bits_are_kept(rng: torch.Generator) -> None:
     assert len(restored[places].unique()) == 65536
 
 
+def test_it_goes_to_a_device_all_but_its_palette(rng: torch.Generator) -> None:
+    packed = both(draw(rng, 64, 576))
+    assert isinstance(packed, ResidentMatrix)
+    assert packed.to(torch.device("cpu")) is packed
+    moved = packed.to(torch.device("meta"))
+    assert moved.shape == packed.shape
+    assert moved.palette is packed.palette
+    assert {t.device.type for t in (moved.tiles, moved.starts, moved.escapes)} == {"meta"}
+
+
 @pytest.mark.parametrize(
     "pattern", [0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x0001, 0x3F80]
 )

@@ -68,6 +68,10 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_with_tensor_cores(
     assert rows["llama3-8b: attention, prefill"]["copies"] > 0
     assert rows["llama3-8b: attention, decode"]["copies"] > 0
     assert not any(row["hmma"] or row["gmma"] for row in rows.values() if "sample" in row["name"])
+    # A row's sums are the same in tiles of either width only by the same instructions.
+    for rows_of_x in (16, 64):
+        resident = rows[f"llama3-8b: resident, {rows_of_x} x weights"]
+        assert (resident["gmma"], resident["hmma"] > 0, resident["copies"] > 0) == (0, True, True)
 
 
 def test_a_fault_is_told() -> None:
@@ -196,7 +200,7 @@ for backend in ("auto", "triton"):
     assert (ops.name, ops.device) == ("triton/sm_90", torch.device("cuda", 0)), ops.name
 ops = load_ops("triton", 1, batch_invariant=True)
 assert ops.name == "triton/sm_90+batch_invariant"
-assert ops.linear.__name__ == "invariant_linear"
+assert ops.linear.__self__.dense_linear.__name__ == "invariant_linear"
 assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 """
 

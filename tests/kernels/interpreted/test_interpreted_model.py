@@ -36,6 +36,7 @@ def interpreted_ops(batch_invariant: bool) -> Ops:
         batch_invariant=batch_invariant,
         rms_norm=ops.rms_norm,
         add_rms_norm=ops.add_rms_norm,
+        embed=ops.embed,
         linear=ops.linear,
         rope_kv_write=ops.rope_kv_write,
         attention=ops.attention,

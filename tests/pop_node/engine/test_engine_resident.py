@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from recording import Answer, RecordingEngine, assert_same
 from tiny_llama import write_tiny_llama
 
 from kernels.ops import NativeUnavailableError, native_ops, reference_ops
-from kernels.resident import ResidentMatrix
+from kernels.resident import ResidentMatrix, Weight
 from pop_node.models.llama import Llama
 from pop_node.models.registry import load_model
 from pop_node.store.store import Store
@@ -96,3 +98,19 @@ def test_float32_stays_as_it_is(tmp_path: Path) -> None:
 def test_a_backend_without_such_products_refuses(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"resident.*reference"):
         load_model(write_tiny_llama(tmp_path), "bfloat16", reference_ops(), "resident")
+
+
+def test_for_a_device_matrices_are_packed_there_one_by_one(model_store: Store) -> None:
+    """The bundle is read to the host: the device never has it in 16 bits as a whole."""
+    packed: list[torch.Tensor] = []
+
+    def pack(weight: torch.Tensor, allocate: Callable[[int], torch.Tensor]) -> Weight:
+        assert allocate(64).device == weight.device
+        packed.append(weight)
+        return weight
+
+    ops = replace(reference_ops(), device=torch.device("meta"), pack=pack)
+    model = load_model(model_store.get("smollm2-135m").path, "bfloat16", ops, "resident")
+    assert len(packed) == 1 + 4 * model.config.layers
+    assert {weight.device.type for weight in packed} == {"meta"}
+    assert model.weights.final_norm.device.type == "meta"
