@@ -85,6 +85,8 @@ CHECKS = (
 
 RATES = (
     Step("decode_rates", ("--model", "llama3-8b", "--engine", "popmesh"), 130),
+    Step("resident_rates", (), 60),
+    Step("decode_rates", ("--model", "llama3-8b", "--form", "resident"), 60),
     Step("kernel_rates", (), 110),
     Step("decode_rates", ("--model", "smollm2-135m", "--engine", "popmesh"), 60),
     Step("decode_rates", ("--model", "llama3-8b", "--engine", "transformers"), 50),
@@ -100,6 +102,7 @@ DRY_CHECKS = (
 )
 DRY_RATES = (
     Step("decode_rates", (), 120),
+    Step("resident_rates", (), 60),
     Step("kernel_rates", (), 60),
     Step("load_rates", (), 60),
 )

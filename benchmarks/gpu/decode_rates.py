@@ -3,8 +3,8 @@
     python benchmarks/gpu/decode_rates.py --model llama3-8b --out build/gpu/decode_rates.json
 
 A random Llama in bfloat16 of the shape of SmolLM2-135M or of an 8B model; greedy. ``--engine``:
-ours or transformers. Decode: batches
-of 1, 8 and 64 at contexts of about 1,024 and 8,192 tokens, whose KV is random. Its bound is the
+ours or transformers; ``--form``: of our weights, plain or resident in 12 bits. Decode: batches of
+1, 8 and 64 at contexts of about 1,024 and 8,192 tokens, whose KV is random. Its bound is the
 bytes that a step must read (weights + KV) / copy bandwidth of the device, measured here:
 ``share`` = bound / time of a step. Also timed: replays of the step's graph alone, so that
 ``overhead`` = 1 - replay / step says what scheduling, copies and sampling cost. Prefill: a prompt
@@ -194,7 +194,9 @@ class Measured:
         self._shape, self._plan = shape, plan
         self._dtype = "float32" if plan.dry else "bfloat16"
         self._size = 4 if plan.dry else 2
-        self._key = {"engine": given.engine, "model": shape.name}
+        self._form = given.form
+        self._weight_bytes = self._size * (0.75 if self._form == "resident" else 1.0)
+        self._key = {"engine": given.engine, "model": shape.name, "weights": self._form}
         self.report = Report(__doc__, given)
         self._ceilings = ceilings(plan.dry)
         self.report.note(seed=SEED, ceilings=self._ceilings)
@@ -213,7 +215,8 @@ class Measured:
         made: list[bench.Engine] = []
 
         def make() -> dict[str, Any]:
-            model = a_model(shape, self._dtype, bench.operations(plan.dry, overlap=overlap))
+            ops = bench.operations(plan.dry, overlap=overlap)
+            model = a_model(shape, self._dtype, ops, self._form)
             engine = bench.Engine(model, device, tokens, seats=seats, budget=plan.budget)
             for component in engine.runner.cache:
                 for layer in component:
@@ -261,9 +264,10 @@ class Measured:
     ) -> dict[str, Any]:
         shape = self._shape
         row = decode(engine, device, shape, batch, context, self._plan)
-        moved = shape.read_weights + batch * row["mean_context"] * shape.kv_elements
+        moved = shape.read_weights * self._weight_bytes
+        moved += batch * row["mean_context"] * shape.kv_elements * self._size
         # A copy's bytes count twice: read and written. A step reads at the same rate.
-        bound_s = moved * self._size / self._ceilings["copy_bytes_s"]
+        bound_s = moved / self._ceilings["copy_bytes_s"]
         step_s = statistics.median(row["step_s"])
         row |= {"tokens_s": batch / step_s, "bound_s": bound_s, "share": bound_s / step_s}
         if row["replay_s"]:
@@ -297,7 +301,9 @@ class Measured:
 
 def main() -> int:
     shapes = {shape.name: shape for shape in (LLAMA_8B, SMOLLM2)}
-    given = arguments(__doc__, model=list(shapes), engine=["popmesh", "transformers"])
+    given = arguments(
+        __doc__, model=list(shapes), engine=["popmesh", "transformers"], form=["plain", "resident"]
+    )
     measured = Measured(
         TINY if given.dry else shapes[given.model], DRY if given.dry else REAL, given
     )

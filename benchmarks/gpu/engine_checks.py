@@ -82,6 +82,7 @@ class Checks:
         overlap: bool = False,
         budget: int = 64,
         temperature: float = 0.0,
+        form: str = "plain",
     ) -> Logits:
         """The logits of every token of every prompt, or of prompt number ``only``."""
         ops = bench.operations(self.dry, batch_invariant=batch_invariant, overlap=overlap)
@@ -90,7 +91,7 @@ class Checks:
         numbers = [only] if only else list(range(1, len(self.prompts) + 1))
         chosen = [self.prompts[number - 1] for number in numbers]
         engine = bench.Engine(
-            a_model(self.shape, self.dtype, ops),
+            a_model(self.shape, self.dtype, ops, form),
             device if graphs else bench.WithoutGraphs(device),
             sum(len(prompt) + self.more + bench.BLOCK_TOKENS for prompt in chosen),
             seats=len(chosen),
@@ -233,12 +234,37 @@ def bit_by_bit(checks: Checks) -> None:
     checks.say("tokens whose bits overlapping kernels change", 0, overlapping)
 
 
+def resident_weights(checks: Checks) -> None:
+    """Of the same bits: their error beside that of plain ones, graphs, and chunks bit by bit."""
+
+    def ratio() -> float:
+        reference = checks.reference()
+        ours, plain = (
+            checks.error(checks.run(form=form), reference) for form in ("resident", "plain")
+        )
+        checks.report.note(resident_error=ours, plain_error=plain)
+        return ours / plain
+
+    def graphs() -> float:
+        again = checks.run(form="resident", temperature=0.8, graphs=False)
+        return same_bits(checks.run(form="resident", temperature=0.8), again)
+
+    def chunks() -> float:
+        again = checks.run(form="resident", batch_invariant=True, budget=17)
+        return same_bits(checks.run(form="resident", batch_invariant=True), again)
+
+    checks.say("resident: our error to that of plain weights", BFLOAT16_RATIO, ratio)
+    checks.say("resident: tokens whose bits graphs change", 0, graphs)
+    checks.say("resident, invariant: tokens that other chunks change", 0, chunks)
+
+
 def main() -> int:
     checks = Checks(arguments(__doc__, dtype=["float32", "bfloat16"]))
     if checks.dtype == "float32":
         float32_against_oracles(checks)
     else:
         bfloat16_against_oracles(checks)
+        resident_weights(checks)
     bit_by_bit(checks)
     return checks.report.ended()
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from kernel_case import Batch, Case, check
 from rate_cases import Bench
+from resident_cases import ResidentBench
 from running import Report, arguments
 
 from kernels.triton.shapes import LLAMA3_8B, SMOLLM2_135M, ModelShape
@@ -37,7 +38,10 @@ ROWS = [1, 2, 3, 5, 64, 257]
 def parts(dry: bool, model: str, dtype: str) -> Iterator[tuple[str, Iterator[Case]]]:
     """Of a GPU; ``dry``: of a tiny model in the interpreter, whose products depend on the row."""
     if not dry:
-        yield from Bench(MODELS[model], torch.device("cuda"), DTYPES[dtype]).parts(BATCHES, ROWS)
+        device = torch.device("cuda")
+        yield from Bench(MODELS[model], device, DTYPES[dtype]).parts(BATCHES, ROWS)
+        if dtype == "bfloat16":
+            yield "resident", ResidentBench(MODELS[model], device).cases()
         return
     tiny = ModelShape("tiny", 40, 6, 2, 16, 24, 300)
     bench = Bench(tiny, torch.device("cpu"), torch.float32)

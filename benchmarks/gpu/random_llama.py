@@ -14,6 +14,7 @@ import torch  # noqa: E402
 
 from kernels.ops import Ops  # noqa: E402
 from pop_node.models.llama import DTYPES, Llama, LlamaConfig  # noqa: E402
+from pop_node.models.packing import Packer  # noqa: E402
 
 SEED = 20240607
 
@@ -114,10 +115,12 @@ def prompts(shape: Shape, count: int, tokens: int) -> list[list[int]]:
     return drawn
 
 
-def a_model(shape: Shape, dtype: str, ops: Ops) -> Llama:
-    """A random one."""
+def a_model(shape: Shape, dtype: str, ops: Ops, form: str = "plain") -> Llama:
+    """A random one, its matrices in ``form``: ``plain`` or ``resident``."""
     named = weights(shape, dtype, ops.device)
-    return Llama(LlamaConfig.from_hf(shape.config), named, ops, dtype)
+    if form == "plain":
+        return Llama(LlamaConfig.from_hf(shape.config), named, ops, dtype)
+    return Llama(LlamaConfig.from_hf(shape.config), named, ops, dtype, Packer(ops, release=False))
 
 
 def hugging_face(shape: Shape, dtype: str, device: torch.device) -> Any:

@@ -45,10 +45,11 @@ def test_every_step_runs_with_what_a_gpu_machine_has(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert sorted(path.name for path in out.iterdir()) == ["all.json", "all.log"]
     steps = {step["step"]: step for step in json.loads((out / "all.json").read_text())["steps"]}
-    assert [step["ended"] for step in steps.values()] == [0] * 7
+    assert [step["ended"] for step in steps.values()] == [0] * 8
     rows = {name: step["report"]["rows"] for name, step in steps.items()}
     assert [row["right"] for row in rows["engine_checks"]] == [True] * 2
-    assert all(row["right"] for row in rows["kernel_checks"])
+    assert all(row["right"] for row in (*rows["kernel_checks"], *rows["resident_rates"]))
+    assert any("resident" in row["case"] for row in rows["resident_rates"])
     handed = [row for row in rows["hand_over_checks"] if "kv_bytes" in row]
     assert [row["right"] for row in handed] == [True]
     assert handed[0]["kv_bytes"] == 37 * 2 * 2 * 2 * 8 * 4  # layers, K and V, heads, width, float32

@@ -85,3 +85,16 @@ def test_without_a_device_it_says_so(
     assert ended.value.code == 2
     assert "needs a CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_speedup_is_of_the_same_product(rates: ModuleType) -> None:
+    resident = importlib.import_module("resident_rates")
+    rows = [
+        {"case": "resident qkv 1 x 64 x 8", "median_ms": 2.0},
+        {"case": "cuBLAS qkv 1 x 64 x 8", "median_ms": 3.0},
+        {"case": "resident qkv 4 x 64 x 8", "median_ms": 2.0},
+        {"case": "unpack qkv", "median_ms": 1.0},
+        {"case": "cuBLAS qkv 4 x 64 x 8", "right": False},
+    ]
+    found = resident.speedups(rows)
+    assert found == [{"product": "qkv 1 x 64 x 8", "way": "resident", "speedup": 1.5}]
