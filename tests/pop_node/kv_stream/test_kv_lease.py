@@ -5,7 +5,8 @@ from __future__ import annotations
 from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.liveness import MIN_WAIT_S, WAIT_RTTS
 from tests.pop_node.kv_stream.kv_content import Plan
-from tests.pop_node.kv_stream.kv_pair import LINK, Pair
+from tests.pop_node.kv_stream.kv_ends import LINK
+from tests.pop_node.kv_stream.kv_pair import Pair
 
 T = bytes(range(16))
 

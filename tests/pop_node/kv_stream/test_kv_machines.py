@@ -9,15 +9,9 @@ from pop_node.kv_stream.frames import Abort, Ack, Data, Deny, Done, Grant, Open
 from pop_node.kv_stream.parking import MAX_PARKED, PARK_S
 from pop_node.kv_stream.spec import Piece
 from tests.pop_node.kv_stream.kv_content import SPEC, Plan, altered, piece_bytes
+from tests.pop_node.kv_stream.kv_ends import CONN, EXPORT_SLOTS, IMPORT_SLOTS, LINK, SLOT_BYTES
 from tests.pop_node.kv_stream.kv_moves import T, start
-from tests.pop_node.kv_stream.kv_pair import (
-    CONN,
-    EXPORT_SLOTS,
-    IMPORT_SLOTS,
-    LINK,
-    SLOT_BYTES,
-    Pair,
-)
+from tests.pop_node.kv_stream.kv_pair import Pair
 from wire.errors import TransferError
 
 

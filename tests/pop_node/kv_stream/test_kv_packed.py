@@ -17,8 +17,9 @@ from pop_node.kv_stream.frames import (
 )
 from pop_node.kv_stream.spec import Piece
 from tests.pop_node.kv_stream.kv_content import SPEC, Plan, piece_bytes
+from tests.pop_node.kv_stream.kv_ends import CONN, IMPORT_SLOTS, LINK
 from tests.pop_node.kv_stream.kv_moves import T, in_flight, start, step
-from tests.pop_node.kv_stream.kv_pair import CONN, IMPORT_SLOTS, LINK, Pair
+from tests.pop_node.kv_stream.kv_pair import Pair
 
 HALF = Piece(0, 1, 0, 2, 0, 4)  # bfloat16
 

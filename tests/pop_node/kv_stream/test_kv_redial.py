@@ -6,8 +6,9 @@ from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.liveness import MIN_WAIT_S
 from pop_node.kv_stream.receiver import Receiver
 from tests.pop_node.kv_stream.kv_content import Plan
+from tests.pop_node.kv_stream.kv_ends import EXPORT_SLOTS, IMPORT_SLOTS, LINK, SLOT_BYTES
 from tests.pop_node.kv_stream.kv_moves import T, in_flight, start
-from tests.pop_node.kv_stream.kv_pair import EXPORT_SLOTS, IMPORT_SLOTS, LINK, SLOT_BYTES, Pair
+from tests.pop_node.kv_stream.kv_pair import Pair
 from wire.errors import PeerError
 
 REFUSED = PeerError("cannot reach d: refused")

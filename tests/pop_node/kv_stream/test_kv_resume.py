@@ -10,8 +10,9 @@ from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.frames import Commit, Data, Deny, Done, Grant, Open
 from pop_node.kv_stream.receiver import Receiver
 from tests.pop_node.kv_stream.kv_content import SPEC, Plan
+from tests.pop_node.kv_stream.kv_ends import CONN, LINK, SLOT_BYTES
 from tests.pop_node.kv_stream.kv_moves import T, in_flight, start, step
-from tests.pop_node.kv_stream.kv_pair import CONN, LINK, SLOT_BYTES, Pair
+from tests.pop_node.kv_stream.kv_pair import Pair
 from wire.errors import PeerError
 
 LOST = PeerError("gone", code="link_lost")

@@ -11,8 +11,9 @@ from pop_node.kv_stream.frames import Ack
 from pop_node.kv_stream.liveness import DIAL_RTTS, MIN_DIAL_S, MIN_WAIT_S, WAIT_RTTS
 from pop_node.kv_stream.outgoing import REDIAL_MAX_S
 from tests.pop_node.kv_stream.kv_content import SPEC, Plan
+from tests.pop_node.kv_stream.kv_ends import LINK
 from tests.pop_node.kv_stream.kv_moves import T, in_flight, start, step
-from tests.pop_node.kv_stream.kv_pair import LINK, Pair
+from tests.pop_node.kv_stream.kv_pair import Pair
 from wire.errors import PeerError
 
 

@@ -8,8 +8,9 @@ from pop_node.kv_stream import events as ev
 from pop_node.kv_stream.frames import Data
 from pop_node.kv_stream.incoming import IMPORT_WAIT_S
 from tests.pop_node.kv_stream.kv_content import DEADLINE_S, Plan
+from tests.pop_node.kv_stream.kv_ends import LINK
 from tests.pop_node.kv_stream.kv_moves import T, start
-from tests.pop_node.kv_stream.kv_pair import LINK, Pair
+from tests.pop_node.kv_stream.kv_pair import Pair
 from wire.errors import DeadlineError
 
 
