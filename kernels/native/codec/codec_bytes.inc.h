@@ -121,8 +121,8 @@ PM_TARGET PM_INLINE void store_hash(uint32_t *lanes, hash_lanes hash)
 
 #include "codec_flight.inc.h"
 
-/* Each lane of `even` and `odd` whose bits are set takes the next word, as the lower one of its
- * state, which is 0; moves `*words`. */
+/* Each lane of `even` and `odd` whose bits are set takes the next word as the lower one of its state;
+ * moves `*words`. */
 PM_TARGET PM_INLINE void take_words(lane_states *lanes, const vw *even, const vw *odd,
                                     const uint8_t **words);
 
@@ -176,8 +176,8 @@ PM_TARGET PM_INLINE vw odd_words(const vb *bytes)
     return (vw)mix((vw)bytes[0] >> 8, (vw)bytes[1]);
 }
 
-/* Moves the states of half the lanes of a group. Those that take a word have room for it: a set bit
- * in every bit of what comes back. */
+/* Moves the states of half the lanes of a group. Those whose bits are set in what comes back lack
+ * their lower word. */
 PM_TARGET PM_INLINE vw advance(vw *high, vw *low, vw factor, vw offset, int is_constant)
 {
     const vw multiplier = factor << 4; /* 16 f, as 16 * 4096 is 65536 */
