@@ -10,11 +10,10 @@ from __future__ import annotations
 
 HEADROOM = 2.0
 """How much faster than the link the codec has to be: it then takes half a core at most, on nodes
-where it may be a core of the engine's. Measured on two cores, both nodes and an engine with four
-streams on them, 1 Gbit/s: a packed hand-over takes 57 ms less of 236; beside a raw one it sets each
-stream back by 3 ms more where the engine has one thread, by 9 ms less where it has both cores
-(``benchmarks/kv_codec.py``). Twice is a guess: what is gained shrinks with the link, what it costs
-does not."""
+where it may be a core of the engine's. Measured on two cores with both nodes and an engine with
+four streams on them, 1 Gbit/s: a packed hand-over takes 49 to 57 ms less of 236 and sets the
+streams back no more than a raw one, within 10 ms (``benchmarks/kv_codec.py``). Twice is a guess:
+what is gained shrinks with the link, what it costs does not."""
 
 MAX_SHARE = 0.95
 """Wire bytes per byte of KV from which on packing is not worth its thread. KV in bfloat16 packs to
