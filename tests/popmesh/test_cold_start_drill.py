@@ -99,8 +99,9 @@ async def test_the_budget_is_for_every_run(tmp_path: Path):
 async def test_a_start_that_fails_ends_the_drill_with_what_the_node_said(tmp_path: Path):
     answers = [answer("p1", 1.0), failure(502, "drill_failed", "p1: 3 of 9 pages stay")]
     mesh = FakeMesh(cold_start=lambda _: answers.pop(0))
-    report, _ = await hold(mesh, tmp_path, runs=5)
+    report, said = await hold(mesh, tmp_path, runs=5)
     assert not report.passed
+    assert said[-1] == "  2: p1: 3 of 9 pages stay"
     assert report.problems == ["run 2: p1: 3 of 9 pages stay"]
     assert len(report.runs) == 1
     assert len(mesh.drills) == 2, "not asked for another"

@@ -102,7 +102,7 @@ class ColdStarts:
         except PeerError as exc:
             if exc.code != "drill_failed":
                 raise
-            self._say(f"  {number}: {node}: {exc.message}")
+            self._say(f"  {number}: {exc.message}")  # it names the node
             return f"run {number}: {exc.message}"
         except msgspec.ValidationError as exc:
             raise PeerError(f"{node} reports something else: {exc}") from exc
