@@ -76,15 +76,15 @@ class Beginning:
         is_reading = threading.Event()
         placed: Future[PlacedBundle | None] = Future()
 
-        def on_placed(bundle: PlacedBundle | None) -> None:
+        def over(_: Future[ReadBundle | None]) -> None:
             if not placed.done():
-                placed.set_result(bundle)
+                placed.set_result(None)
+            self._pool.shutdown(wait=False)
 
         reading: Future[ReadBundle | None] = self._pool.submit(
-            _read, config, self._spare, is_reading, self._pool, on_placed
+            _read, config, self._spare, is_reading, self._pool, placed.set_result
         )
-        reading.add_done_callback(lambda _: on_placed(None))
-        reading.add_done_callback(lambda _: self._pool.shutdown(wait=False))
+        reading.add_done_callback(over)
         with clock.phase("setup"):
             staging = Staging.attach(fd, layout)
         is_reading.wait()  # what the main thread does next would keep the reads from beginning

@@ -246,8 +246,13 @@ def abandoned_partials(root: Path) -> Iterator[Path]:
             os.close(fd)
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a bundle's directory is, or was, one that is being filled."""
+    return path.parent.name == "partial"
+
+
 def published_as(path: Path) -> Path | None:
     """Where a partial bundle that was at ``path`` is since it is complete; None if it is not."""
     published = path.parent.parent / "bundles" / path.name
-    was_partial = path.parent.name == "partial" and not path.exists()
+    was_partial = is_partial(path) and not path.exists()
     return published if was_partial and published.is_dir() else None

@@ -19,7 +19,7 @@ from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import LoadPlan, plan_load
 from pop_node.store.loader import WHOLE_CREW, Arena, LoadReport, crew_for, load_chunks, threads_of
 from pop_node.store.manifest import MANIFEST_FILE, Manifest, read_manifest
-from pop_node.store.partial import published_as
+from pop_node.store.partial import is_partial, published_as
 from wire.errors import ConfigError
 
 READING_THREADS = WHOLE_CREW.threads + 1
@@ -79,7 +79,7 @@ def read_bundle(
         on_reading: from then on it waits for the drive most of the time, and leaves the
             interpreter to others.
         pool: has ``READING_THREADS`` to spare; else threads are made for it.
-        on_placed: called meanwhile by another thread; twice if it has to begin anew.
+        on_placed: called meanwhile by another thread, unless the bundle is still arriving.
         plan: says where in it.
 
     Raises ``ConfigError`` as ``load_chunks`` does, holding nothing then.
@@ -119,7 +119,8 @@ def _read(
         def texts_beside() -> dict[str, bytes]:
             is_reading.wait()  # they are small: what is large begins first
             texts = read_texts(directory, manifest)
-            on_placed(PlacedBundle(directory, texts, plan, place.memory))
+            if not is_partial(directory):  # else it may be read anew, to another place
+                on_placed(PlacedBundle(directory, texts, plan, place.memory))
             return texts
 
         reading_texts = pool.submit(texts_beside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from kernels.ops import Ops, load_ops
 from pop_node.models.binding import Bound, bind_ahead
 from pop_node.models.registry import load
+from pop_node.store.arrivals import CHECKED, Marks
 from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import LoadPlan
 from pop_node.store.reading import PlacedBundle, read_bundle
@@ -98,6 +100,21 @@ def test_matrices_apart_wait_for_the_bytes(bundle: Bundle, ops: Ops) -> None:
     plan = LoadPlan(2 * spare, placed.plan.chunks, tensors)
     memory = HostArena(plan, 1, 4096).memory
     assert bind_ahead(dataclasses.replace(placed, plan=plan, memory=memory), "float32", ops) is None
+
+
+def test_what_is_still_arriving_is_not_bound_ahead(bundle: Bundle, tmp_path: Path) -> None:
+    """It may be completed and moved meanwhile, and is then read anew."""
+    partial = tmp_path / "partial" / bundle.path.name
+    shutil.copytree(bundle.path, partial)
+    chunks = len(bundle.manifest.data.chunks)
+    marks = Marks(partial, chunks)
+    for index in range(chunks):
+        marks.mark(index)
+    marks.judge(CHECKED)
+    found: list[PlacedBundle] = []
+    read_bundle(partial, on_placed=found.append).hold.close()
+    marks.close()
+    assert not found
 
 
 @pytest.mark.parametrize(
