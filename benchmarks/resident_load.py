@@ -1,16 +1,17 @@
 """What packing weights into the resident form costs a load that does it on its way.
 
     python benchmarks/resident_load.py --store .cache/store-2 --work DIR \\
-        --out benchmarks/results/resident_load.json [--gib 2] [--rounds 7]
+        --out benchmarks/results/resident_load.json [--gib 1] [--rounds 7]
 
 Each load is the engine's own pipeline in a process that has imported everything: direct reads,
 digests, decoding where the bundle is packed, packing, memory included. Forms take turns within a
 round, beside a bare read of the same file by as many threads into touched buffers (``drive``).
-Models: SmolLM2 of the store, and one of an 8B Llama's shapes with fewer layers, of well-shaped
-random values. ``image GB/s`` is bytes of the model in 16 bits per second of wall time, ``peak`` the
-most memory of its own that the process has had more than before. Ratios are medians over rounds of
-resident / plain in the same round; the first round warms up and is kept apart. The store is only
-read. Direct reads pass the page cache by; ``direct`` says whether the file system allowed them.
+Models: SmolLM2 of the store, and with ``--gib`` one of an 8B Llama's shapes with fewer layers, of
+well-shaped random values. ``image GB/s`` is bytes of the model in 16 bits per second of wall time,
+``peak`` the most memory of its own that the process has had more than before. Ratios are medians
+over rounds of resident / plain in the same round; the first round warms up and is kept apart. The
+store is only read. Direct reads pass the page cache by; ``direct`` says whether the file system
+allowed them.
 """
 
 from __future__ import annotations
@@ -145,19 +146,18 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="keeps the model of 8B shapes")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gib", type=float, default=2.0)
+    parser.add_argument("--gib", type=float, help="also a model of 8B shapes of so much")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    prepare(arguments.work, arguments.gib)
+    sources = {"smollm2-135m": Store(arguments.store)}
+    if arguments.gib:
+        prepare(arguments.work, arguments.gib)
+        sources[f"cut-{arguments.gib:g}"] = Store(arguments.work / "store")
     report = facts(__doc__, ["numpy"]) | {"models": {}}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         store = Store(Path(folder))
-        cut = f"cut-{arguments.gib:g}"
-        for model, source in (
-            ("smollm2-135m", Store(arguments.store)),
-            (cut, Store(arguments.work / "store")),
-        ):
+        for model, source in sources.items():
             store.add(source.get(model).path.resolve().as_uri(), model, None, unwatched)
             store.pack(model, target=f"{model}-packed", progress=unwatched)
             bundles = {"raw": store.get(model), "packed": store.get(f"{model}-packed")}

@@ -156,13 +156,13 @@ class Ready:
 
     ``kv_spec`` is ``KvSpec.to_dict()`` of the model. ``phases_ms`` times the start: ``import``,
     ``load``, ``warm``, and of a bundle's ``load`` the parts, which overlap: ``read``, ``verify``,
-    ``decode``, ``to_device``, ``bind``. ``phase_bytes`` says how much went through each part.
+    ``decode``, ``pack``, ``to_device``, ``bind``. ``phase_bytes`` says how much went through each.
 
     ``phases`` is the same start as (phase, start_s, end_s, bytes), counted from the start of the
     process and ordered by start: ``process_start`` (until our first line ran), ``imports``,
     ``standby`` (waiting for a set-up), ``setup``, ``load`` (a bundle is read beside the imports,
-    with ``read``, ``verify``, ``decode``, ``to_device`` inside), ``kernels``, ``bind``, ``warm``,
-    and inside it ``first_token``, at whose end the first token was there.
+    with ``read``, ``verify``, ``decode``, ``pack``, ``to_device`` inside), ``kernels``, ``bind``,
+    ``warm``, and inside it ``first_token``, at whose end the first token was there.
     """
 
     pid: int

@@ -51,9 +51,9 @@ MAX_JSON_BYTES = 64 << 20
 class Loaded:
     """A model with what is known about its load.
 
-    ``phases``: ``read``, ``verify``, ``decode`` (striped columns put in order), ``to_device`` and
-    ``bind``, as far as they took place; empty for a plain directory. ``hold`` keeps the bundle from
-    being collected; whoever serves the model keeps it.
+    ``phases``: ``read``, ``verify``, ``decode`` (striped columns put in order), ``pack`` (into the
+    resident form), ``to_device`` and ``bind``, as far as they took place; empty for a plain
+    directory. ``hold`` keeps the bundle from being collected; whoever serves the model keeps it.
     """
 
     model: Model
