@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 python=.venv/bin/python
 export POPMESH_CACHE=$PWD/build/sanitize  # never where a node would find the library
 tests=(tests/kernels/test_native_{linear,attention,rowwise}.py
-	tests/kernels/test_{decoder,resident_form,resident_products,sampling,sampling_limits}.py)
+	tests/kernels/test_{decoder,resident_form,resident_products,sampling,sampling_limits}.py
+	tests/kernels/test_codec_{round_trip,damage}.py)
 
 # Under the name by which the tests look for the library of these sources.
 { read -r compiler; read -r library; read -ra flags; } < <("$python" -c '
