@@ -12,6 +12,7 @@ CHECKED := popmesh router pop_node registry kernels topology wire tests benchmar
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: help setup demo test check sanitize soak format clean
 
 help: ## this list
@@ -26,10 +27,9 @@ test: setup $(CONSUL) ## the tests; ARGS=... hands pytest its arguments
 	$(if $(ARGS),$(BIN)/pytest $(ARGS),scripts/test.sh)
 
 check: setup ## lint, format, types, and who may import whom
-	$(BIN)/ruff check $(CHECKED)
-	$(BIN)/ruff format --check $(CHECKED)
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	@$(BIN)/mypy & types=$$!; \
+	$(BIN)/ruff check $(CHECKED) && $(BIN)/ruff format --check $(CHECKED) && $(BIN)/lint-imports; others=$$?; \
+	wait $$types && exit $$others
 
 sanitize: setup ## tests of the native kernels under the address and undefined-behaviour sanitizers
 	@scripts/sanitize.sh $(ARGS)
@@ -50,14 +50,14 @@ $(VENV)/.stamp-gguf: $(SETUP_INPUTS)
 	@PYTHON="$(PYTHON)" scripts/setup.sh gguf
 	@touch $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-gguf
+# What developing needs has all that the demo needs: one run of pip for both.
+$(VENV)/.stamp-dev: $(SETUP_INPUTS)
 	@PYTHON="$(PYTHON)" scripts/setup.sh dev
-	@touch $@
+	@touch $(VENV)/.stamp-gguf $@
 
-# Without a C compiler the mesh runs on the torch operations.
+# Without a C compiler that works the mesh runs on the torch operations.
 $(VENV)/.stamp-native: $(NATIVE_SOURCES) | $(VENV)/.stamp-gguf
-	@if command -v $${CC:-cc} >/dev/null; then $(BIN)/python -m kernels.native.build; \
-	else echo "setup: no C compiler; the native kernels are left out"; fi
+	@$(BIN)/python -m kernels.native.build || echo "setup: the native kernels are left out"
 	@touch $@
 
 $(CONSUL):

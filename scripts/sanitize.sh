@@ -10,20 +10,21 @@ tests=(tests/kernels/test_native_{linear,attention,rowwise}.py
 	tests/kernels/test_codec_{round_trip,damage}.py)
 
 # Under the name by which the tests look for the library of these sources.
-{ read -r compiler; read -r library; read -ra flags; } < <("$python" -c '
+{ read -r compiler; read -r library; read -ra flags; read -ra linked; } < <("$python" -c '
 from kernels.native import build
 compiler = build.find_compiler()
 print(compiler, build.cache_folder() / f"{build.library_digest(compiler)}.so", sep="\n")
-print(*build.FLAGS)')
+print(*build.FLAGS)
+print(*build.LINKED)')
 if [ ! -e "$library" ]; then
 	flags+=(-O1 -g1 -fno-var-tracking-assignments -fsanitize=address,undefined -fno-sanitize-recover=all)
 	objects=$(mktemp -d)
 	trap 'rm -rf "$objects"' EXIT
 	find kernels/native -name '*.c' -print0 | xargs -0 -P "$(nproc)" -I{} bash -c \
 		'"${@:3}" -c "$1" -o "$2/$(basename "$1").o"' compile {} "$objects" \
-		"$compiler" "${flags[@]/#-shared/-fPIC}"
+		"$compiler" "${flags[@]}"
 	mkdir -p "$(dirname "$library")"
-	"$compiler" "${flags[@]}" "$objects"/*.o -o "$objects/library" -lm
+	"$compiler" "${flags[@]}" "$objects"/*.o -o "$objects/library" "${linked[@]}"
 	mv "$objects/library" "$library"
 fi
 

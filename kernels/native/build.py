@@ -1,5 +1,7 @@
 """Compiles the C sources of this folder and those below into a shared library, once per machine.
 
+    python -m kernels.native.build      where it is not there yet
+
 The library lands in ``$POPMESH_CACHE/native`` (default ``~/.cache/popmesh/native``) under a name
 that hashes everything it depends on: sources, flags, compiler version, machine type. It holds
 kernels for several instruction sets and picks one when it is opened, so the processor model is no
@@ -14,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_FOLDER = Path(__file__).parent
@@ -22,7 +25,6 @@ FLAGS = (
     "-std=gnu11",
     "-O3",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     # A product and a sum are one rounding only where the source says so: otherwise the compiler
     # decides, perhaps differently in two places that must agree.
@@ -33,7 +35,7 @@ FLAGS = (
     "-Wall",
     "-Wextra",
 )
-LIBRARIES = ("-lm",)
+LINKED = ("-shared", "-pthread", "-lm")
 # A build takes 10 to 20 s on one core; far more than that means a compiler that hangs.
 COMPILE_TIMEOUT_S = 120.0
 MESSAGE_LINES = 8
@@ -89,19 +91,27 @@ def library_digest(compiler: str) -> str:
         name = path.relative_to(SOURCE_FOLDER).as_posix()
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     version = _run_compiler([compiler, "--version"])
-    for word in (*FLAGS, *LIBRARIES, compiler, version, platform.system(), platform.machine()):
+    for word in (*FLAGS, *LINKED, compiler, version, platform.system(), platform.machine()):
         digest.update(word.encode() + b"\0")
     return digest.hexdigest()
 
 
 def compile_library(target: Path) -> None:
-    """Compile the sources into ``target``.
+    """Compile the sources, as many at once as there are cores, and link them to ``target``.
 
     Raises:
         NativeUnavailableError: no compiler, or it failed.
     """
-    sources = [str(path) for path in sorted(SOURCE_FOLDER.rglob("*.c"))]
-    _run_compiler([find_compiler(), *FLAGS, *sources, "-o", str(target), *LIBRARIES])
+    compiler = find_compiler()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compiled(source: Path) -> str:
+            made = f"{folder}/{source.stem}.o"
+            _run_compiler([compiler, *FLAGS, "-c", str(source), "-o", made])
+            return made
+
+        objects = list(pool.map(compiled, sorted(SOURCE_FOLDER.rglob("*.c"))))
+        _run_compiler([compiler, *objects, "-o", str(target), *LINKED])
 
 
 def ensure_library(folder: Path | None = None) -> Path:
@@ -137,3 +147,10 @@ def ensure_library(folder: Path | None = None) -> Path:
     finally:
         scratch.unlink(missing_ok=True)
     return target
+
+
+if __name__ == "__main__":
+    try:
+        ensure_library()
+    except NativeUnavailableError as exc:
+        raise SystemExit(f"native kernels: {exc}") from exc

@@ -28,8 +28,9 @@ def fake_compiler(folder: Path, script: str) -> None:
 BUILD = """
 import sys
 from pathlib import Path
-from kernels.native.build import ensure_library
-print(ensure_library(Path(sys.argv[1])))
+from kernels.native import build
+build.FLAGS = (*build.FLAGS, "-O0")  # a third of the time; how fast it is does not matter here
+print(build.ensure_library(Path(sys.argv[1])))
 """
 
 
@@ -42,7 +43,7 @@ def test_processes_building_at_once_share_one_library(tmp_path: Path) -> None:
     [library] = tmp_path.iterdir()
     assert NativeContext(library, 1).isa in ("avx512_bf16", "avx512", "avx2", "portable")
     built = library.stat().st_mtime_ns
-    assert ensure_library(tmp_path) == library
+    assert subprocess.check_output(command, text=True) == paths[0]
     assert library.stat().st_mtime_ns == built
 
 
@@ -72,7 +73,7 @@ def test_a_library_that_came_with_the_wheel_needs_no_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = tmp_path / build.PREBUILT
-    build.compile_library(built)
+    built.write_bytes(ensure_library().read_bytes())
     monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert ensure_library(tmp_path / "cache") == built
