@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -47,8 +48,14 @@ def bundle(store: Store) -> Bundle:
 
 
 def open_files() -> set[str]:
-    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
-    return {os.readlink(link) for link in links if os.path.lexists(link)}
+    """What this process has open. Garbage goes first: it may hold files, and let go of them between
+    the list and the look at what is on it."""
+    gc.collect()
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the list's own, or another thread's that is closed now
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
 
 
 # ---- exactness ---------------------------------------------------------------------------------
