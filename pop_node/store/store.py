@@ -25,7 +25,6 @@ from pop_node.store.adding import Adding, Request
 from pop_node.store.arrivals import is_filled
 from pop_node.store.aside import put_aside
 from pop_node.store.bundle import check_bundle, check_claims, read_texts
-from pop_node.store.collect import Held, least_used
 from pop_node.store.dtypes import Dtype
 from pop_node.store.facts import Bundle, Collected, Row
 from pop_node.store.files import locked, tree_bytes, workspace
@@ -34,9 +33,10 @@ from pop_node.store.manifest import CODECS, Manifest, OutdatedBundleError, read_
 from pop_node.store.names import NameEntry, Names, check_name
 from pop_node.store.origin import is_url
 from pop_node.store.packing import Packed
-from pop_node.store.partial import Partial, abandoned_partials
+from pop_node.store.partial import Partial
 from pop_node.store.pypi import PREFIX
 from pop_node.store.source import Progress, unwatched
+from pop_node.store.sweeping import collected, sweep
 from wire.errors import ConfigError
 
 __all__ = ["Bundle", "Collected", "Row", "Store"]
@@ -137,7 +137,7 @@ class Store:
                     )
                 packed = self._adding().pack(name, target, codec, progress)
                 with workspace(self._tmp, self._guard) as work, locked(self._guard):
-                    self._sweep(work)
+                    sweep(self._names, self._bundles, work)
                 return packed
 
     def _get_or(
@@ -169,7 +169,7 @@ class Store:
                 except OutdatedBundleError:
                     manifest = self._adding().convert(name, present, progress)
                     with workspace(self._tmp, self._guard) as work, locked(self._guard):
-                        self._sweep(work)
+                        sweep(self._names, self._bundles, work)
                 if request.digest not in (None, manifest.identity):
                     raise ConfigError(
                         f"{name} has digest {manifest.identity}, not {request.digest}"
@@ -295,7 +295,7 @@ class Store:
                             suggestion="stop the nodes that serve it from this store first",
                         )
             self._names.forget(name)
-            self._sweep(work)
+            sweep(self._names, self._bundles, work)
 
     def put_aside(self, name: str) -> AbstractContextManager[None]:
         """Be without a model for a while, see there; raises ``ConfigError`` as ``remove`` does."""
@@ -323,52 +323,9 @@ class Store:
         if not self._bundles.is_dir():
             return Collected([], 0, 0, 0)
         with self._writing(), workspace(self._tmp, self._guard) as work, locked(self._guard):
-            held = self._held()
-            limit = budget_bytes if budget_bytes is not None else sum(b.nbytes for b in held)
-            removed = []
-            for bundle in least_used(held, limit):
-                with claimed(self._bundles / bundle.bundle) as free:
-                    if not free:  # loaded since
-                        continue
-                    for name in bundle.names:
-                        self._names.forget(name)
-                    (self._bundles / bundle.bundle).rename(work / bundle.bundle)
-                removed.append(bundle)
-            freed = sum(bundle.nbytes for bundle in removed)
-            kept = sum(bundle.nbytes for bundle in held) - freed
-            num_partials = 0
-            for path in abandoned_partials(self._partial) if abandoned else ():
-                freed += tree_bytes(path)
-                path.rename(work / f"partial-{path.name}")
-                num_partials += 1
-            return Collected(removed, num_partials, freed, kept)
-
-    def _held(self) -> Sequence[Held]:
-        names = self._names.by_bundle()
-        held = []
-        for path in self._bundles.iterdir():
-            users = names.get(path.name, [])
-            pinned = any(entry.pinned for _, entry in users)
-            with claimed(path) as free:
-                held.append(
-                    Held(
-                        path.name,
-                        tree_bytes(path),
-                        last_used_ns(path),
-                        tuple(name for name, _ in users),
-                        "pinned" if pinned else "" if free else "loaded",
-                    )
-                )
-        return held
-
-    def _sweep(self, work: Path) -> None:
-        """Remove bundles without a name: one just forgotten, and what crashes left."""
-        used = self._names.by_bundle()
-        for path in self._bundles.iterdir():
-            if path.name not in used:
-                with claimed(path) as free:
-                    if free:
-                        path.rename(work / path.name)
+            return collected(
+                self._names, self._bundles, self._partial, work, budget_bytes, abandoned=abandoned
+            )
 
     def _read(self, name: str) -> Bundle:
         entry = self._names.need(name)

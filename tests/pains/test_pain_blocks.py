@@ -22,9 +22,10 @@ from pop_node.store.store import Store
 from tests.fakes.fake_model import VOCABULARY, chain
 from tests.pains.pain_parts import T, let_time_pass
 from tests.pop_node.engine.engine_builders import a_scheduler, an_add
+from tests.pop_node.hand_router import a_submit
 from tests.pop_node.kv_stream.kv_content import Plan, altered
 from tests.pop_node.kv_stream.kv_pair import Pair
-from tests.pop_node.node_mesh import a_submit, tiny_mesh
+from tests.pop_node.node_mesh import tiny_mesh
 from wire.messages import Failed, Finished, Transfer
 
 BLOCK_TOKENS = 4

@@ -20,8 +20,9 @@ from pop_node.store.store import Store
 from registry.client import Registry
 from registry.embedded import EmbeddedRegistry
 from tests.pains.pain_parts import hand_over
+from tests.pop_node.hand_router import a_submit
 from tests.pop_node.kv_stream.kv_node import Node, assert_at_rest
-from tests.pop_node.node_mesh import MESH, TinyMesh, a_submit, tiny_mesh
+from tests.pop_node.node_mesh import MESH, TinyMesh, tiny_mesh
 from tests.router.router_mesh import RouterMesh
 from wire.framing import encode
 from wire.messages import Finished, Hello, Submit, Transfer

@@ -20,15 +20,8 @@ from pop_node import agent as agent_module
 from pop_node.legs import live_legs
 from pop_node.store.store import Store
 from registry.client import Registry
-from tests.pop_node.node_mesh import (
-    MODEL,
-    WAIT_S,
-    HandRouter,
-    a_submit,
-    lonely_node,
-    tiny_mesh,
-    write_store,
-)
+from tests.pop_node.hand_router import MODEL, WAIT_S, HandRouter, a_submit
+from tests.pop_node.node_mesh import lonely_node, tiny_mesh, write_store
 from wire.messages import (
     ChatInput,
     ChatTurn,

@@ -10,7 +10,8 @@ from pop_node.peers.inventory import NAME_HEADER
 from pop_node.peers.neighbours import BUNDLES_SERVICE
 from pop_node.store.store import Store
 from registry.client import Registry
-from tests.pop_node.node_mesh import MODEL, tiny_mesh, write_store
+from tests.pop_node.hand_router import MODEL
+from tests.pop_node.node_mesh import tiny_mesh, write_store
 
 
 async def test_routers_hear_what_is_given(tmp_path: Path) -> None:

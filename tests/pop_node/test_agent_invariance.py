@@ -11,7 +11,8 @@ from typing import Literal
 import pytest
 
 from pop_node.store.store import Store
-from tests.pop_node.node_mesh import WAIT_S, RunningNode, lonely_node, write_store
+from tests.pop_node.hand_router import WAIT_S
+from tests.pop_node.node_mesh import RunningNode, lonely_node, write_store
 
 
 @pytest.mark.parametrize("asked", [False, True])

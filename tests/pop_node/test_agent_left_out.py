@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 
 from pop_node.store.store import Store
-from tests.pop_node.node_mesh import (
-    MODEL,
-    HandRouter,
-    lonely_node,
-    tiny_mesh,
-    topology,
-    write_store,
-)
+from tests.pop_node.hand_router import MODEL, HandRouter
+from tests.pop_node.node_mesh import lonely_node, tiny_mesh, topology, write_store
 from topology.budget import ENGINE_BYTES, GB
 from topology.model import Model, Topology
 from wire.errors import ConfigError

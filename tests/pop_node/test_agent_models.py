@@ -19,15 +19,8 @@ from pop_node.residency.residency import Residency
 from pop_node.store import layout
 from pop_node.store.store import Store
 from tests.pop_node.drills.page_world import needs_a_disk
-from tests.pop_node.node_mesh import (
-    MODEL,
-    WAIT_S,
-    HandRouter,
-    TinyMesh,
-    tiny_mesh,
-    topology,
-    write_store,
-)
+from tests.pop_node.hand_router import MODEL, WAIT_S, HandRouter
+from tests.pop_node.node_mesh import TinyMesh, tiny_mesh, topology, write_store
 from topology.budget import ENGINE_BYTES, GB
 from topology.model import Model, Topology
 from wire.messages import (

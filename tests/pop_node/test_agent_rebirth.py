@@ -17,7 +17,8 @@ from pop_node.hosting import host_maker
 from pop_node.hosting.model_host import ModelHost
 from pop_node.legs.live_legs import LiveLegs
 from pop_node.store.store import Store
-from tests.pop_node.node_mesh import WAIT_S, tiny_mesh, write_store
+from tests.pop_node.hand_router import WAIT_S
+from tests.pop_node.node_mesh import tiny_mesh, write_store
 from wire.messages import Failed, TextInput
 
 LONG = TextInput("a long prompt that takes hundreds of steps when each computes a token " * 6)

@@ -15,7 +15,8 @@ from pop_node.hosting.generation import Generation
 from pop_node.kv_stream.spec import Piece
 from pop_node.legs import live_legs
 from pop_node.store.store import Store
-from tests.pop_node.node_mesh import MODEL, TinyMesh, tiny_mesh, write_store
+from tests.pop_node.hand_router import MODEL
+from tests.pop_node.node_mesh import TinyMesh, tiny_mesh, write_store
 from wire.messages import CacheDelta, Failed, Finished, TextInput
 from wire.prefix import SPAN_BYTES, canonical_bytes, prefix_chain
 

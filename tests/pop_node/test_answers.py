@@ -14,7 +14,8 @@ from pop_node.answers.answers import KEEP_S, Answer, AnswerBook, fullest, text_a
 from pop_node.store.store import Store
 from pop_node.text.stream import TextStream, escape_json
 from pop_node.text.tokenizer import TextCodec
-from tests.pop_node.node_mesh import HandRouter, a_submit, tiny_mesh, write_store
+from tests.pop_node.hand_router import HandRouter, a_submit
+from tests.pop_node.node_mesh import tiny_mesh, write_store
 from wire.messages import Attach, Attached, Failed, Finished, Refused, Step, TextInput
 
 

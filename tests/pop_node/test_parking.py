@@ -9,7 +9,7 @@ import pytest
 
 from pop_node.legs import parking
 from pop_node.legs.parking import Parking
-from tests.pop_node.node_mesh import a_submit
+from tests.pop_node.hand_router import a_submit
 from wire.errors import OverloadError
 from wire.messages import Failed, Finished, Loading, Refused, Retarget, Transfer
 
