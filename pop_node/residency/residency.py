@@ -295,7 +295,7 @@ class Residency:
         return effects
 
     def _is_fetched_again(self, model: ModelState) -> bool:
-        """A fetch failed and none is due; the next sees if it was mended on the disk, then elsewhere."""
+        """A fetch failed and none is due; the next sees first if it was mended on the disk."""
         failed = model.disk == "absent" and model.failures > 0
         return failed and not model.barred and model.name not in self._to_fetch
 
