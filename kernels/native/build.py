@@ -10,13 +10,16 @@ part of the name. Knows nothing of torch and nothing of the operations.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 SOURCE_FOLDER = Path(__file__).parent
@@ -117,8 +120,8 @@ def compile_library(target: Path) -> None:
 def ensure_library(folder: Path | None = None) -> Path:
     """Path of the compiled library: the prebuilt one, or one that is built first where needed.
 
-    Several processes may do this at once: each compiles into a file of its own and renames it into
-    place, so a reader sees either nothing or a whole library.
+    Several processes may do this at once: one compiles, the others wait for it. It does so into a
+    file of its own that is renamed into place, so a reader sees either nothing or a whole library.
 
     Args:
         folder: where to keep it; ``cache_folder()`` if None.
@@ -136,10 +139,26 @@ def ensure_library(folder: Path | None = None) -> Path:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".so.tmp", dir=folder)
-        os.close(handle)
+        with _alone(folder):
+            return target if target.exists() else _build(target)
     except OSError as exc:
         raise NativeUnavailableError(f"cannot write to {folder}: {exc}") from exc
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other process builds into ``folder``; if one dies there the next may."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _build(target: Path) -> Path:
+    handle, name = tempfile.mkstemp(suffix=".so.tmp", dir=target.parent)
+    os.close(handle)
     scratch = Path(name)
     try:
         compile_library(scratch)

@@ -29,6 +29,8 @@ BUILD = """
 import sys
 from pathlib import Path
 from kernels.native import build
+real = build.compile_library
+build.compile_library = lambda target: (print("compiled", file=sys.stderr), real(target))
 build.FLAGS = (*build.FLAGS, "-O0")  # a third of the time; how fast it is does not matter here
 print(build.ensure_library(Path(sys.argv[1])))
 """
@@ -36,10 +38,12 @@ print(build.ensure_library(Path(sys.argv[1])))
 
 def test_processes_building_at_once_share_one_library(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BUILD, str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    paths = [process.communicate()[0] for process in processes]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
+    paths, said = zip(*(process.communicate() for process in processes), strict=True)
     assert [process.returncode for process in processes] == [0, 0]
     assert paths[0] == paths[1]
+    assert sorted(said) == ["", "compiled\n"]  # the other waits
     [library] = tmp_path.iterdir()
     assert NativeContext(library, 1).isa in ("avx512_bf16", "avx512", "avx2", "portable")
     built = library.stat().st_mtime_ns
