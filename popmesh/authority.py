@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from popmesh import cache_key
 from topology.model import Topology
 from wire.errors import ConfigError
 from wire.tls import FILES, Identity
@@ -40,8 +41,9 @@ _USAGE = {
 
 
 def init_authority(directory: Path, now: datetime | None = None) -> Path:
-    """Make ``ca.pem`` and ``ca-key.pem`` (mode 0600) in ``directory``; returns the certificate.
+    """Make ``ca.pem``, its key and the mesh's cache key (mode 0600) in ``directory``.
 
+    Returns the certificate's path.
     Raises ``ConfigError`` when there is an authority already.
     """
     now = now or datetime.now(UTC)
@@ -64,6 +66,7 @@ def init_authority(directory: Path, now: datetime | None = None) -> Path:
     )
     directory.mkdir(parents=True, exist_ok=True)
     _write_key(directory / CA_KEY, key)
+    cache_key.make_cache_key(directory / cache_key.FILE)
     path = directory / "ca.pem"
     path.write_bytes(_pem(certificate))
     return path
@@ -84,7 +87,8 @@ def identity_of(topology: Topology, name: str) -> Identity:
 
 
 def issue(directory: Path, identity: Identity, now: datetime | None = None) -> Path:
-    """Write ``directory/NAME/{ca,cert,key}.pem``; returns that folder. An old one is replaced.
+    """Write ``directory/NAME/{ca,cert,key}.pem``, and the cache key for a router; returns that
+    folder. An old one is replaced.
 
     Raises ``ConfigError`` when ``directory`` holds no authority.
     """
@@ -132,6 +136,11 @@ def issue(directory: Path, identity: Identity, now: datetime | None = None) -> P
     _write_key(folder / key_name, key)
     (folder / cert_name).write_bytes(_pem(certificate))
     (folder / ca_name).write_bytes(ca_pem)
+    if identity.kind == "router":
+        if not (directory / cache_key.FILE).exists():  # of an authority from an earlier release
+            cache_key.make_cache_key(directory / cache_key.FILE)
+        key_of_all = cache_key.load_cache_key(directory / cache_key.FILE)
+        cache_key.write_cache_key(folder / cache_key.FILE, key_of_all)
     return folder
 
 

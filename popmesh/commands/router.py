@@ -21,6 +21,14 @@ from popmesh.commands.common import (
 @click.option(
     "--listen", metavar="HOST:PORT", help="Where clients connect. Default: as the topology says."
 )
+@click.option(
+    "--cache-key",
+    "cache_key",
+    type=FILE,
+    metavar="FILE",
+    help="The key of all the mesh's routers, by which they know what nodes have cached. Default: "
+    "the one that 'popmesh tls issue' put beside the certificate, else one of this start alone.",
+)
 @click.option("--mmdb", type=FILE, metavar="FILE", help="GeoIP database that places clients.")
 def router(
     topology: Path,
@@ -29,6 +37,7 @@ def router(
     link_map: Path | None,
     name: str | None,
     listen: str | None,
+    cache_key: Path | None,
     mmdb: Path | None,
 ) -> None:
     """Run a router: the OpenAI-compatible door of the mesh.
@@ -42,6 +51,7 @@ def router(
         --listen 127.0.0.1:8080
       curl http://127.0.0.1:8080/v1/models
     """
+    from popmesh.cache_key import load_cache_key
     from router.app import RouterConfig
     from router.main import run
     from topology.load import load_topology
@@ -55,6 +65,7 @@ def router(
         known = ", ".join(mesh.routers) or "the topology has none: add one under routers"
         problem = "which router is this?" if name is None else f"no router is called {name!r}"
         raise ConfigError(problem, where=str(topology), suggestion=f"--name: {known}")
+    cache_key = cache_key or _beside(tls)
     host, port = parse_address(listen or str(mesh.routers[name].listen))
     config = RouterConfig(
         name=name,
@@ -65,6 +76,14 @@ def router(
         credentials=load_credentials(tls, mesh, name),
         dialer=load_dialer(link_map),
         mmdb=mmdb,
+        cache_key=None if cache_key is None else load_cache_key(cache_key),
     )
     log_to_stderr()
     run(config, lambda url: click.echo(f"router {name} serves {url}"))
+
+
+def _beside(tls: Path | None) -> Path | None:
+    """The cache key beside the certificate in ``tls``, if there is one."""
+    from popmesh.cache_key import FILE as NAME
+
+    return tls / NAME if tls is not None and (tls / NAME).exists() else None

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from popmesh.cache_key import make_cache_key
 from popmesh.client import MeshClient
 from popmesh.launcher.plan import Child, LaunchPlan, Probe
 from popmesh.launcher.processes import ChildProcess
@@ -93,6 +94,7 @@ class LocalMesh:
         files.directory.mkdir(parents=True, exist_ok=True)
         self.log_dir.mkdir(parents=True, exist_ok=True)
         files.topology.write_text(dump_topology(self.plan.topology))
+        make_cache_key(files.cache_key)
         if self.plan.links is None:
             return
         write_json(files.links, self.plan.links)

@@ -60,6 +60,11 @@ class Files:
         """The shaper's plan."""
         return self.directory / "links.json"
 
+    @property
+    def cache_key(self) -> Path:
+        """The key of all routers."""
+        return self.directory / "cache-key"
+
     def link_map(self, site: str) -> Path:
         """What processes at ``site`` dial."""
         return self.directory / f"dial-{site}.json"
@@ -257,6 +262,7 @@ def _router_children(
     for router in topology.routers.values():
         arguments = ["router", "--topology", str(files.topology), "--name", router.name]
         arguments += ["--registry", registry_url, "--listen", str(router.listen)]
+        arguments += ["--cache-key", str(files.cache_key)]
         arguments += _dial(files, router.site, links)
         children.append(Child("router", router.name, tuple(arguments), router.listen))
     return children

@@ -210,6 +210,28 @@ async def test_a_cut_socket_goes_on_at_the_same_router(urls, undisturbed, events
     assert headers["x-popmesh-resumed"] == "true"
 
 
+async def test_every_router_knows_what_nodes_have_cached(urls):
+    """Also what another one asked for: they count prefixes by the same values."""
+    told = "Remember the following list of harbours, one after the other. " * 20
+    body = {
+        "model": "smollm2-135m-f32",
+        "messages": [{"role": "user", "content": told}],
+        "max_tokens": 2,
+    }
+    async with httpx.AsyncClient(timeout=60) as client:
+        (await client.post(f"{urls[0]}/v1/chat/completions", json=body)).raise_for_status()
+        for _ in range(100):  # nodes tell once a second
+            plans = [
+                (await client.post(f"{url}/popmesh/explain", json=body)).json() for url in urls
+            ]
+            if all(plan["cached_tokens"] for plan in plans):
+                break
+            await asyncio.sleep(0.1)
+    here, there = (plan["cached_tokens"] for plan in plans)
+    assert sum(there.values()) > 200, there
+    assert here == there
+
+
 async def test_a_half_open_connection_is_taken_over(urls, undisturbed):
     """The old socket stays open and nobody reads it."""
     answer = Answer()

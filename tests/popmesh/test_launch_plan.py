@@ -119,6 +119,12 @@ def test_children_are_told_their_sites_link_map():
     assert option(arguments["d"], "--link-map") is None
 
 
+def test_routers_are_told_the_cache_key_and_nodes_are_not():
+    arguments = {child.name: child.arguments for child in plan().children}
+    assert option(arguments["r"], "--cache-key") == "/run/x/cache-key"
+    assert option(arguments["p"], "--cache-key") is None
+
+
 def test_without_emulation_nobody_is_shaped():
     made = plan(emulate_links=False)
     assert made.links is None
