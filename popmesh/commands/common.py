@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from topology.model import Position, Topology
     from wire.address import Dialer
-    from wire.tls import Credentials
+    from wire.tls import Credentials, Identity
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -122,7 +122,8 @@ def load_dialer(link_map: Path | None) -> Dialer:
 def load_credentials(directory: Path | None, topology: Topology, name: str) -> Credentials | None:
     """Certificates of the node or router ``name``, where there is a directory of them.
 
-    Raises ``ConfigError``, also where they are somebody else's: its peers would refuse it.
+    Raises ``ConfigError``, also where its peers would refuse them: they are somebody else's, of
+    another site for a node, or do not allow all of its roles.
     """
     if directory is None:
         return None
@@ -131,13 +132,23 @@ def load_credentials(directory: Path | None, topology: Topology, name: str) -> C
     from wire.tls import Credentials
 
     credentials, wanted = Credentials.load(directory), identity_of(topology, name)
-    if credentials.identity != wanted:
+    if not _stands_for(credentials.identity, wanted):
         raise ConfigError(
             f"this is the certificate of {credentials.identity.uri()}, not of {wanted.uri()}",
             where=str(directory),
             suggestion=f"popmesh tls issue DIR {name} --topology {topology.source}",
         )
     return credentials
+
+
+def _stands_for(proven: Identity, wanted: Identity) -> bool:
+    """Whether peers take one for the other: nobody asks for a router's site, and roles that were
+    taken away leave a certificate good."""
+    return (
+        (proven.mesh, proven.kind, proven.name) == (wanted.mesh, wanted.kind, wanted.name)
+        and (proven.site == wanted.site or wanted.kind == "router")
+        and proven.roles >= wanted.roles
+    )
 
 
 def parse_position(text: str) -> Position:

@@ -15,7 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from popmesh.cli import main
+from popmesh.commands.common import load_credentials
 from popmesh.links.plan import EmulatedLink, LinkPlan, ShapedPort, read_link_map, write_json
+from topology.load import load_topology
 from topology.model import Position
 from wire.errors import ConfigError
 
@@ -144,6 +146,38 @@ def test_a_certificate_of_other_roles_is_made_anew(tmp_path):
     result = popmesh("node", "fra-1", *told, "--tls", str(tmp_path / "fra-1"))
     assert result.exit_code == 2
     assert "roles=decode,prefill" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        (
+            "iad-1",
+            "iad-1: {site: iad, roles: [prefill, decode],",
+            "iad-1: {site: iad, roles: [decode],",
+        ),
+        ("router-fra", "router-fra: {site: fra}", "router-fra: {site: lhr}"),
+    ],
+)
+def test_a_certificate_that_peers_take_stays_good(tmp_path, name, before, after):
+    popmesh("tls", "init", str(tmp_path))
+    popmesh("tls", "issue", str(tmp_path), name, "--topology", str(DEMO))
+    text = DEMO.read_text()
+    assert before in text
+    (tmp_path / "changed.yaml").write_text(text.replace(before, after))
+    changed = load_topology(tmp_path / "changed.yaml")
+    credentials = load_credentials(tmp_path / name, changed, name)
+    assert credentials is not None
+    assert credentials.identity.name == name
+
+
+def test_a_node_that_moves_needs_another_certificate(tmp_path):
+    popmesh("tls", "init", str(tmp_path))
+    popmesh("tls", "issue", str(tmp_path), "fra-1", "--topology", str(DEMO))
+    text = DEMO.read_text().replace("fra-1: {site: fra,", "fra-1: {site: lhr,")
+    (tmp_path / "changed.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="/lhr/fra-1"):
+        load_credentials(tmp_path / "fra-1", load_topology(tmp_path / "changed.yaml"), "fra-1")
 
 
 def test_tls_init_never_replaces_an_authority(tmp_path):
