@@ -71,6 +71,11 @@ class Incoming:
         self.conn, self.link, self.last_progress = conn, link, now
         self.codec = next(codec for codec in self.expected.codecs if codec in codecs)
 
+    def had_link(self, link: int) -> bool:
+        """It was attached to this link or a later one: what is said there is late. That holds while
+        it is detached too, because pieces of its last link may still be unpacked."""
+        return link <= self.link and (self.conn is not None or self.link > 0)
+
     def detach(self, now: float, *, is_silent: bool = False) -> None:
         """The connection broke; what is verified stays. A peer that was silent has used up its
         time, but for one dial."""

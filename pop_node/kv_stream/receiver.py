@@ -147,8 +147,7 @@ class Receiver:
         transfer, attempt = caller.open.transfer, caller.open.attempt
         incoming = self._incoming.get(transfer)
         if incoming is not None and attempt <= incoming.expected.attempt:
-            attached = incoming.conn is not None and caller.link <= incoming.link
-            if attempt < incoming.expected.attempt or attached:
+            if attempt < incoming.expected.attempt or incoming.had_link(caller.link):
                 self.counts.late_frames += 1
                 return []
             return self._match(incoming, caller, now)

@@ -3,6 +3,7 @@ of blocks that are unpacked while their transfer or its connection ends."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from pop_node.kv_stream import events as ev
@@ -20,6 +21,7 @@ from tests.pop_node.kv_stream.kv_content import SPEC, Plan, piece_bytes
 from tests.pop_node.kv_stream.kv_ends import CONN, IMPORT_SLOTS, LINK
 from tests.pop_node.kv_stream.kv_moves import T, in_flight, start, step
 from tests.pop_node.kv_stream.kv_pair import Pair
+from wire.errors import PeerError
 
 HALF = Piece(0, 1, 0, 2, 0, 4)  # bfloat16
 
@@ -37,6 +39,15 @@ def granted(**changes) -> tuple[Pair, Plan]:
     pair.allocate(plan)
     pair.deliver_up()
     return pair, plan
+
+
+def again(plan: Plan) -> Open:
+    """What takes up a transfer that was granted before."""
+    pair = Pair()
+    pair.open(plan)
+    opened = pair.up[0][0]
+    assert isinstance(opened, Open)
+    return msgspec.structs.replace(opened, resumed=True)
 
 
 def unpacking() -> tuple[Pair, Plan]:
@@ -192,6 +203,22 @@ def test_block_that_is_unpacked_after_the_peer_came_again_is_not_counted_twice()
     pair.run()
     assert pair.committed == {T: plan.ids}
     pair.check_at_rest()
+
+
+def test_peer_that_comes_again_over_the_link_that_broke_is_not_heard() -> None:
+    """It would forget the piece that is being unpacked for this link. No honest peer does it."""
+    pair, plan = unpacking()
+    link, conn = pair.link, pair.conn
+    pair.lose(conn, PeerError("gone", code="link_lost"))
+    late = pair.receiver.counts.late_frames
+    pair.d(ev.FrameIn(conn + 1, "p", again(plan), link))
+    assert pair.receiver.counts.late_frames == late + 1
+    imports = len(pair.to_import)
+    pair.unpack_one()
+    assert len(pair.to_import) == imports + 1
+    pair.break_link(d_notices=False)
+    pair.rest_until_dialled()
+    assert pair.committed == {T: plan.ids}
 
 
 @pytest.mark.parametrize("d_notices", [True, False])
