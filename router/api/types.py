@@ -25,8 +25,9 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
 """Longest stop string, in characters. Guess: nodes hold back that much text of every stream."""
 
-MAX_REPETITION_PENALTY = 10.0
-"""Guess: far above what leaves a text readable."""
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 10.0
+"""Guesses: far beyond what leaves a text readable. Logits are divided by it: near 0 they would be
+infinite."""
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
 Temperature = Annotated[float, msgspec.Meta(ge=0.0, le=2.0)]
@@ -34,7 +35,9 @@ TopP = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
 TopK = Annotated[int, msgspec.Meta(ge=-1, le=MAX_COUNT)]
 MinP = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
-RepetitionPenalty = Annotated[float, msgspec.Meta(gt=0.0, le=MAX_REPETITION_PENALTY)]
+RepetitionPenalty = Annotated[
+    float, msgspec.Meta(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)
+]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 StopList = Annotated[list[StopString], msgspec.Meta(max_length=MAX_STOP_STRINGS)]

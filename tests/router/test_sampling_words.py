@@ -66,6 +66,7 @@ def test_each_of_them_needs_a_node_that_knows_it(name: str) -> None:
         ("repetition_penalty", 0, "invalid_value"),
         ("repetition_penalty", -1, "invalid_value"),
         ("repetition_penalty", 10.5, "invalid_value"),
+        ("repetition_penalty", 1e-300, "invalid_value"),  # 0 in float32
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, value: Any, code: str) -> None:

@@ -12,6 +12,11 @@ SEED_LIMIT = 2**64
 TOP_K_LIMIT = 2**31
 TRANSFER_ID_BYTES = 16
 
+PENALTY_LIMIT = 1e6
+"""Largest penalty, and with its inverse the bounds of the one that divides. Guess: far beyond all
+that changes a text, while penalised logits stay finite in float32: a step that draws from others
+ends its engine."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -76,12 +81,14 @@ def _problem_with_limits(add: Add) -> tuple[str, str] | None:
         return "invalid_request", f"top_k {add.top_k} is not an unsigned 31-bit number"
     if not 0 <= add.min_p <= 1:
         return "invalid_request", f"min_p {add.min_p} is not from 0 to 1"
-    penalties = add.repetition_penalty, add.frequency_penalty, add.presence_penalty
-    if not (all(map(math.isfinite, penalties)) and add.repetition_penalty > 0):
-        return (
-            "invalid_request",
-            f"penalties {penalties} are no numbers, or the first is not above 0",
+    if not 1 / PENALTY_LIMIT <= add.repetition_penalty <= PENALTY_LIMIT:
+        return "invalid_request", (
+            f"repetition_penalty {add.repetition_penalty} is not from {1 / PENALTY_LIMIT:g} to "
+            f"{PENALTY_LIMIT:g}"
         )
+    for penalty in (add.frequency_penalty, add.presence_penalty):
+        if not abs(penalty) <= PENALTY_LIMIT:
+            return "invalid_request", f"a penalty of {penalty} is beyond {PENALTY_LIMIT:g}"
     return None
 
 

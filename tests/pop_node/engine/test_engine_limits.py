@@ -84,7 +84,12 @@ LIMITS = Limits(VOCABULARY, 1000, 16, 64)
         {"min_p": float("nan")},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": float("inf")},
+        {"repetition_penalty": float("nan")},
+        {"repetition_penalty": 1e-38},  # logits divided by it have no maximum in float32
+        {"repetition_penalty": 1e-300},
         {"presence_penalty": float("nan")},
+        {"presence_penalty": 1e300},
+        {"frequency_penalty": -1e300},
     ],
 )
 def test_what_cannot_be_is_declined(changes: dict[str, Any]) -> None:
