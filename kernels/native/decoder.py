@@ -191,10 +191,11 @@ class NativeDecoder:
         )
         step = self._step
         if tokens > self._room:
-            self._room = -(-tokens // ROOM_TOKENS) * ROOM_TOKENS
-            nbytes = self._context.lib.pm_workspace_bytes(self._dtype, byref(d), self._room)
+            room = -(-tokens // ROOM_TOKENS) * ROOM_TOKENS
+            nbytes = self._context.lib.pm_workspace_bytes(self._dtype, byref(d), room)
             self._workspace = torch.empty(nbytes, dtype=torch.uint8)
             step.workspace = self._workspace.data_ptr()
+            self._room = room  # only now that there is memory for as much
         if rows > len(self._logits):
             self._logits = torch.empty(-(-rows // ROOM_ROWS) * ROOM_ROWS, d.V)
             step.logits = self._logits.data_ptr()

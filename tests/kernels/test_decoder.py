@@ -119,6 +119,28 @@ def same(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> boo
 MIXED = [(1, 1), (1, 40), (17, 33), (30, 30), (1, 16)]
 
 
+def test_a_batch_that_found_no_memory_leaves_room_as_it_was(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next batch of that size would be written beyond the workspace there is."""
+    weights = draw_weights(rng, SMALL[0], torch.float32)
+    few, many = (draw_step(rng, SMALL[0], torch.float32, [(n, n)]) for n in (1, 70))
+    decode = NativeDecoder(native("portable", 1).context, weights)
+    few.run(decode)
+    before = decode._workspace
+
+    def refuse(*sizes: object, **more: object) -> torch.Tensor:
+        raise RuntimeError("not enough memory")
+
+    prepare = partial(decode._prepare, many.ids, many.batch.meta, many.cache, many.logit_rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", refuse)
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            prepare()
+    prepare()
+    assert decode._workspace.nbytes > before.nbytes
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
