@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SOURCE_FOLDER = Path(__file__).parent
@@ -42,6 +42,7 @@ LINKED = ("-shared", "-pthread", "-lm")
 # A build takes 10 to 20 s on one core; far more than that means a compiler that hangs.
 COMPILE_TIMEOUT_S = 120.0
 MESSAGE_LINES = 8
+LOCK = ".lock"
 PREBUILT = "prebuilt.so"
 """Beside the sources where a wheel was built with a compiler; never in a checkout."""
 
@@ -75,9 +76,16 @@ def _run_compiler(command: list[str]) -> str:
     Raises:
         NativeUnavailableError: it could not start, failed or took too long.
     """
+    # What it says is hashed and shown: in one language, whatever that of this process.
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_TIMEOUT_S,
+            check=False,
+            env=environment,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise NativeUnavailableError(f"{command[0]} could not be run: {exc}") from exc
@@ -147,10 +155,15 @@ def ensure_library(folder: Path | None = None) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Within, no other process builds into ``folder``; if one dies there the next may."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Within, no other process builds into ``folder``; if one dies there the next may.
+
+    Locks a file that may be written: NFS, where homes are, knows no other exclusive lock. On a file
+    system without locks each process builds for itself.
+    """
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +47,8 @@ def test_processes_building_at_once_share_one_library(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     assert paths[0] == paths[1]
     assert sorted(said) == ["", "compiled\n"]  # the other waits
-    [library] = tmp_path.iterdir()
+    [library] = tmp_path.glob("*.so")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / build.LOCK, library]
     assert NativeContext(library, 1).isa in ("avx512_bf16", "avx512", "avx2", "portable")
     built = library.stat().st_mtime_ns
     assert subprocess.check_output(command, text=True) == paths[0]
@@ -110,7 +114,43 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(NativeUnavailableError, match="failed with 3:\nno such header"):
         ensure_library(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / build.LOCK]
+
+
+COMPILES_NOTHING = """test "$1" = --version && exit 0
+while test $# -gt 0; do test "$1" = -o && echo library > "$2"; shift; done"""
+
+
+@pytest.mark.parametrize("reason", [errno.EBADF, errno.ENOLCK])
+def test_a_cache_on_a_file_system_with_fewer_locks_will_do(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS locks only what may be written (EBADF); some lock nothing (ENOLCK)."""
+    locked = []
+
+    def flock(handle: int, _: int) -> None:
+        writes = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        if reason == errno.ENOLCK or not writes:
+            raise OSError(reason, os.strerror(reason))
+        locked.append(handle)
+
+    fake_compiler(tmp_path / "bin", COMPILES_NOTHING)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(build.fcntl, "flock", flock)
+    assert ensure_library(tmp_path / "cache").read_text() == "library\n"
+    assert len(locked) == (reason == errno.EBADF)
+
+
+def test_the_language_of_a_process_makes_no_other_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_compiler(tmp_path / "bin", 'echo "cc 12, in ${LC_ALL:-$LANG}"')
+    monkeypatch.delenv("LC_ALL", raising=False)
+    digests = set()
+    for language in ("C", "de_DE.UTF-8"):
+        monkeypatch.setenv("LANG", language)
+        digests.add(build.library_digest(str(tmp_path / "bin" / "cc")))
+    assert len(digests) == 1
 
 
 def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
