@@ -15,7 +15,7 @@ trap 'rm -rf "$logs"' EXIT
 
 lanes=()
 lane() {  # lane NAME ARGUMENTS…: beside the others, shown when it has ended
-    "${pytest[@]}" "${@:2}" >"$logs/$1" 2>&1 &
+    (trap - INT; exec "${pytest[@]}" "${@:2}") >"$logs/$1" 2>&1 &  # else it would be deaf to Ctrl-C
     lanes+=($!)
 }
 
@@ -26,7 +26,8 @@ lane computing tests "${named[@]/#/--ignore=}"
 lane agents "${agents[@]}"
 # warmth 100 / 170, what waits 50 / 175, sim 120 / 180
 lane waiting "${warmth[@]}" "${waiting[@]}" "$sim"
-trap 'kill -INT "${lanes[@]}" 2>/dev/null; wait "${lanes[@]}"; exit 130' INT TERM
+trap 'wait "${lanes[@]}"; exit 130' INT  # Ctrl-C has reached the lanes too
+trap 'kill -INT "${lanes[@]}" 2>/dev/null; wait "${lanes[@]}"; exit 143' TERM
 failed=0
 # the rest of e2e 380 / 510
 "${pytest[@]}" tests/e2e --ignore "$right" "${warmth[@]/#/--ignore=}" || failed=1
