@@ -52,9 +52,16 @@ class NativeUnavailableError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept."""
+    """Where built libraries are kept.
+
+    Raises:
+        NativeUnavailableError: nobody says where, and this user has no home.
+    """
     root = os.environ.get("POPMESH_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "popmesh") / "native"
+    try:
+        return (Path(root) if root else Path.home() / ".cache" / "popmesh") / "native"
+    except RuntimeError as exc:  # a container's user that is in no list
+        raise NativeUnavailableError(f"{exc} Set POPMESH_CACHE.") from exc
 
 
 def find_compiler() -> str:
@@ -143,9 +150,9 @@ def ensure_library(folder: Path | None = None) -> Path:
     compiler = find_compiler()
     folder = folder or cache_folder()
     target = folder / f"{library_digest(compiler)}.so"
-    if target.exists():
-        return target
     try:
+        if target.exists():
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             return target if target.exists() else _build(target)

@@ -167,6 +167,25 @@ def test_an_unwritable_cache_is_refused(tmp_path: Path) -> None:
         ensure_library(blocked / "native")
 
 
+def test_a_cache_that_cannot_be_looked_into_is_refused(tmp_path: Path) -> None:
+    """As another user's home cannot; whoever runs the tests may be allowed everything."""
+    with pytest.raises(NativeUnavailableError, match="cannot write"):
+        ensure_library(tmp_path / ("x" * 300))
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as a user whom it does not list."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("POPMESH_CACHE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(NativeUnavailableError, match="Set POPMESH_CACHE"):
+        build.cache_folder()
+
+
 def test_impossible_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="threads is 0"):
         load_ops("auto", 0)
