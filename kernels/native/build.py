@@ -43,6 +43,8 @@ LINKED = ("-shared", "-pthread", "-lm")
 COMPILE_TIMEOUT_S = 120.0
 MESSAGE_LINES = 8
 LOCK = ".lock"
+LIBRARY_MODE = 0o755
+"""Whoever may read the cache may load from it: another user may have built it."""
 PREBUILT = "prebuilt.so"
 """Beside the sources where a wheel was built with a compiler; never in a checkout."""
 
@@ -182,6 +184,9 @@ def _build(target: Path) -> Path:
     scratch = Path(name)
     try:
         compile_library(scratch)
+        with scratch.open("rb") as library:
+            os.fsync(library.fileno())  # else its name may outlive a power cut, and not its bytes
+        scratch.chmod(LIBRARY_MODE)
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)

@@ -55,6 +55,22 @@ def test_processes_building_at_once_share_one_library(tmp_path: Path) -> None:
     assert library.stat().st_mtime_ns == built
 
 
+def test_a_library_has_its_name_when_it_is_on_the_disk_and_others_may_load_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the compiler's output: which bytes they are does not matter here."""
+    synced: list[tuple[int, list[Path]]] = []
+
+    def sync(file: int) -> None:
+        synced.append((os.fstat(file).st_size, list(tmp_path.glob("*.so"))))
+
+    monkeypatch.setattr(build, "compile_library", lambda target: target.write_bytes(b"library"))
+    monkeypatch.setattr(os, "fsync", sync)
+    library = ensure_library(tmp_path)
+    assert synced == [(7, [])]
+    assert library.stat().st_mode & 0o777 == 0o755
+
+
 def test_the_cache_folder_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
