@@ -274,7 +274,7 @@ class Residency:
         return [*effects, *self._fetch_more(now)]
 
     def _put_off(self, model: ModelState, now: float) -> list[ev.Effect]:
-        model.disk, model.arriving = "absent", False
+        model.disk, model.arriving, model.failures = "absent", False, 0
         if model.is_asked_for(now):  # since just now
             self._to_fetch.append(model.name)
         return self._fetch_more(now)

@@ -173,6 +173,17 @@ def test_what_does_not_fit_the_disk_comes_when_somebody_asks() -> None:
     assert node.handle(ev.Held("a", 60.0), 1.0) == [ev.Fetch("a")]
 
 
+def test_what_failed_and_does_not_fit_the_disk_is_not_tried_over_and_over() -> None:
+    node = Residency("a", fetchable="a", budget_bytes=4 * GB)
+    node.handle(ev.Started(), 0.0)
+    node.handle(ev.FetchFailed("a", "nobody has it"), 0.0)
+    assert node.handle(ev.Tick(), RETRY_FIRST_S) == [ev.Fetch("a")]
+    assert node.handle(ev.PutOff("a"), RETRY_FIRST_S + 1) == []
+    assert node.next_deadline() is None
+    assert node.handle(ev.Tick(), RETRY_FIRST_S + 1) == []
+    assert node.handle(ev.Held("a", 60.0), RETRY_FIRST_S + 2) == [ev.Fetch("a")]
+
+
 def test_a_failed_fetch_is_told_and_tried_again_later_and_later() -> None:
     node = Residency("a", fetchable="a")
     node.handle(ev.Started(), 0.0)
