@@ -115,7 +115,8 @@ class FalseClaimError(ConfigError):
 
 
 def check_claims(path: Path, manifest: Manifest) -> None:
-    """The text files are there, and with the tensors as named they make the identity as named.
+    """The text files are there, and with the tensors as named they make the identity as named and
+    the sizes: memory is planned by these before anything is computed.
 
     Raises ``FalseClaimError`` if they do not, ``ConfigError`` if a file is damaged. What the
     tensors really are is left to ``check_model``.
@@ -123,13 +124,15 @@ def check_claims(path: Path, manifest: Manifest) -> None:
     texts = read_texts(path, manifest)
     try:
         config = json.loads(texts["config.json"])
-    except ValueError as exc:
-        where = str(path / "config.json")
-        raise FalseClaimError(f"cannot be read: {exc}", where=where) from exc
-    identity = model_identity(
-        manifest.tensors, config, texts["tokenizer.json"], template_text(texts)
-    )
-    if identity != manifest.identity:
+        if not isinstance(config, dict):
+            raise ConfigError("config.json is not a JSON object")
+        identity = model_identity(
+            manifest.tensors, config, texts["tokenizer.json"], template_text(texts)
+        )
+        size = kv_geometry(config), config_integer(config, "max_position_embeddings")
+    except (ConfigError, ValueError, RecursionError) as exc:
+        raise FalseClaimError(f"cannot be read: {exc}", where=str(path)) from exc
+    if (identity, *size) != (manifest.identity, manifest.kv, manifest.context_tokens):
         raise FalseClaimError("the model is not the one its manifest names", where=str(path))
 
 

@@ -15,12 +15,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from blake3 import blake3
 
-from pop_node.store.dtypes import storage
+from pop_node.store.dtypes import Dtype, storage
 from pop_node.store.layout import ALIGNMENT, TensorEntry
 from wire.errors import ConfigError
 
@@ -265,7 +265,7 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
             )
         manifest = _MANIFEST.decode(data)
         _check(manifest)
-    except (msgspec.DecodeError, ValueError) as exc:
+    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         raise ConfigError(f"the manifest cannot be read: {exc}", where=where) from exc
     return manifest
 
@@ -291,6 +291,8 @@ def _check(manifest: Manifest) -> None:
     if len(data.chunks) != -(-data.decoded_bytes // data.chunk_bytes):
         raise ValueError(f"{len(data.chunks)} chunks do not make {data.decoded_bytes} bytes")
     _check_packing(manifest)
+    if manifest.dtype not in get_args(Dtype):
+        raise ValueError(f"weights in {manifest.dtype!r} are not understood")
     if not 1 <= manifest.stripes <= 1024:
         raise ValueError(f"{manifest.stripes} stripes")
     _check_tensors(manifest)

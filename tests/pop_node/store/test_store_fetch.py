@@ -7,11 +7,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from blake3 import blake3
 from origins import Site, serving
 from tiny_models import write_huggingface
 
 from pop_node.store import fetch, layout, origin
-from pop_node.store.manifest import Manifest, bundle_digest, encode_manifest, read_manifest
+from pop_node.store.bundle import FalseClaimError
+from pop_node.store.manifest import (
+    FileEntry,
+    KvGeometry,
+    Manifest,
+    bundle_digest,
+    encode_manifest,
+    read_manifest,
+)
 from pop_node.store.origin import open_origin
 from pop_node.store.partial import partial_bundle
 from pop_node.store.source import unwatched
@@ -192,7 +201,7 @@ def test_a_manifest_that_lies_about_its_model_is_caught(
 LIES = [
     *("path", "own", "huge", "no tokenizer", "data", "codec", "chunks", "chunk size"),
     *("giant chunk", "odd size", "negative", "beyond", "overlap", "twice", "shape", "sizes"),
-    *("axis", "stripes", "digest"),
+    *("axis", "stripes", "digest", "dtype"),
 ]
 
 
@@ -220,6 +229,7 @@ def hostile(manifest: Manifest) -> dict[str, dict[str, object]]:
         "axis": {"tensors": [change(first, axis=2), *rest]},
         "stripes": {"stripes": 0},
         "digest": {"tensors": [change(first, blake3="x"), *rest]},
+        "dtype": {"dtype": "bfloat12"},
     }
 
 
@@ -232,6 +242,49 @@ def test_impossible_manifests_are_refused_before_anything_travels(
     with pytest.raises(ConfigError, match=r"manifest"):
         store.add(site.url, "tiny", None, unwatched)
     assert [name for name, _ in site.requests] == ["manifest.json"]
+
+
+def test_a_manifest_nested_beyond_reason_is_refused(store: Store, site: Site) -> None:
+    depth = 100_000
+    site.spoil["manifest.json"] = (
+        b'{"format_version": 2, "more": ' + b"[" * depth + b"]" * depth + b"}"
+    )
+    with pytest.raises(ConfigError, match="manifest cannot be read"):
+        store.add(site.url, "tiny", None, unwatched)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", b"[]"),
+        ("config.json", b'{"x": "\\ud800"}'),
+        ("config.json", b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        ("config.json", b"{}"),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}'),
+    ],
+)
+def test_a_bundle_with_an_impossible_text_is_refused_as_a_whole(
+    store: Store, site: Site, original: Path, name: str, text: bytes
+) -> None:
+    """Its digests are right, so it was never a model."""
+    manifest = read_manifest(original)
+    entry = FileEntry(name, len(text), blake3(text).hexdigest())
+    files = [entry if file.name == name else file for file in manifest.files]
+    site.spoil = {name: text, "manifest.json": renamed(manifest, files=files)}
+    with pytest.raises(FalseClaimError):
+        store.add(site.url, "tiny", None, unwatched)
+    assert store.list() == []
+    assert not list((store.root / "partial").iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"kv": KvGeometry(1, 1, 1 << 40)}, {"context_tokens": 1}])
+def test_a_manifest_that_lies_about_its_sizes_is_caught(
+    store: Store, site: Site, original: Path, changes: dict[str, object]
+) -> None:
+    site.spoil["manifest.json"] = renamed(read_manifest(original), **changes)
+    with pytest.raises(FalseClaimError, match="not the one its manifest names"):
+        store.add(site.url, "tiny", None, unwatched)
+    assert store.list() == []
 
 
 def test_only_the_model_that_was_asked_for_is_taken(
