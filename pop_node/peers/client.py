@@ -109,7 +109,7 @@ class PeerSource:
         data = self._read("/bundles", MAX_INVENTORY_BYTES)
         try:
             return msgspec.json.decode(data, type=Inventory)
-        except (msgspec.DecodeError, ValueError) as exc:
+        except (msgspec.DecodeError, ValueError, RecursionError) as exc:
             raise InterruptedReadError(f"{self.peer.name} says nonsense: {exc}") from exc
 
     def marks(self, num_chunks: int) -> bytes:

@@ -27,7 +27,7 @@ class Rogue:
         self.bundle = bundle
         self.manifest = read_manifest(bundle)
         self.marks = b"\x01" * len(self.manifest.data.chunks)
-        self.spoil: dict[str, bytes] = {}  # other content of a file
+        self.spoil: dict[str, bytes] = {}  # other content of a file; of "", of what it says it has
         self.stall_after = -1  # bytes of data per answer, then silence until the test ends
         self.cut_after = -1  # bytes of data per answer, then the connection is reset
         self.pause_s = 0.0  # before each piece of 1 KiB of data
@@ -41,6 +41,8 @@ class Rogue:
         self.released = threading.Event()
 
     def inventory(self) -> bytes:
+        if "" in self.spoil:
+            return self.spoil[""]
         data = self.manifest.data
         stocked = Stocked(
             bundle=self.manifest.bundle,

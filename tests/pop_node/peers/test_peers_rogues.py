@@ -178,6 +178,14 @@ async def test_nonsense_about_what_is_there_is_refused(
     same(world.taker.store, original)
 
 
+@pytest.mark.parametrize("said", [b"{", b'{"more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"])
+async def test_nonsense_about_what_it_has_is_refused(world: World, said: bytes) -> None:
+    world.without_giver()
+    world.rogue.spoil[""] = said
+    with pytest.raises(ConfigError, match="no node gives tiny"):
+        await world.bring()
+
+
 async def test_a_peer_that_dies_in_the_middle_is_left(world: World, original: Store) -> None:
     world.rogue.pause_s = 0.01
 
