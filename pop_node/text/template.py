@@ -77,7 +77,8 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as exc:
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as exc:
+            # The last two: nested deeper than Python takes what jinja2 makes of it, or jinja2.
             raise ConfigError(f"the chat template does not compile: {exc}") from exc
 
     def render(self, turns: Sequence[ChatTurn]) -> str:

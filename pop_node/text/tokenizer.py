@@ -130,7 +130,7 @@ def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"cannot be read as JSON: {exc}", where=str(path)) from exc
     if not isinstance(value, dict):
         raise ConfigError("is not a JSON object", where=str(path))

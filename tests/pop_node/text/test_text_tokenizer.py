@@ -169,7 +169,11 @@ def test_model_without_template_takes_text_only(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", [None, b"", b"[]", b"{\xff", b"{}"])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"[]", b"{\xff", b"{}", b"[" * 100_000],
+    ids=["none", "empty", "list", "no text", "no keys", "deep"],
+)
 def test_damaged_directories_are_refused(model_dir: Path, name: str, content: bytes | None) -> None:
     (model_dir / name).unlink()
     if content is not None:
@@ -231,9 +235,19 @@ def test_output_is_bounded() -> None:
     assert len(render("{{ messages[0].content }}", "x" * MAX_RENDERED_CHARS)) == MAX_RENDERED_CHARS
 
 
-def test_a_template_that_does_not_compile_is_a_configuration_error() -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if %}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{% if 1 %}" * 150 + "{% endif %}" * 150,
+        "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
+    ],
+    ids=["no expression", "parentheses", "indentation", "blocks"],
+)
+def test_a_template_that_does_not_compile_is_a_configuration_error(source: str) -> None:
     with pytest.raises(ConfigError, match="does not compile"):
-        ChatTemplate("{% if %}", {})
+        ChatTemplate(source, {})
 
 
 def test_contents_are_never_taken_for_template_code() -> None:
