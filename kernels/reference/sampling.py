@@ -117,7 +117,7 @@ def gumbel_sample(
     """One token id per row of ``logits`` [S, V] float32; every list has S entries.
 
     Args:
-        temperature: 0 is greedy, else positive.
+        temperature: 0 is greedy, else positive; rounded to float32 first.
         top_p: mass of the nucleus, in (0, 1]; 1 keeps every token.
         seed: taken modulo 2^64.
         choice: number of the answer among the request's ``n``.
@@ -133,10 +133,11 @@ def gumbel_sample(
         peak = line.max()
         if not torch.isfinite(peak):
             raise ValueError(f"row {row} of the logits has no finite maximum")
-        if temperature[row] == 0:
+        heat = float(np.float32(temperature[row]))
+        if heat == 0:
             scores = line
         else:
-            z = (line - peak) / temperature[row]
+            z = (line - peak) / heat
             scores = z + gumbel_noise(line.shape[0], seed[row], choice[row], index[row])
             k = 0 if top_k is None else top_k[row]
             least = 0.0 if min_p is None else min_p[row]

@@ -124,6 +124,15 @@ def test_no_token_that_would_win_is_passed_over(
 
 
 @pytest.mark.parametrize("isa", [None, *ISAS])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46])
+def test_a_temperature_that_is_0_in_float32_is_greedy(isa: str | None, temperature: float) -> None:
+    logits = torch.tensor([[0.5, -1.0, 3.0, 3.0, 2.9]])
+    sample = gumbel_sample if isa is None else native(isa).gumbel_sample
+    for top_p in (1.0, 0.5):
+        assert sample(logits, [temperature], [top_p], [1], [0], [0]) == [2]
+
+
+@pytest.mark.parametrize("isa", [None, *ISAS])
 def test_masked_tokens_are_never_drawn(isa: str | None) -> None:
     logits = torch.zeros(200, 50)
     logits[:, ::2] = float("-inf")
