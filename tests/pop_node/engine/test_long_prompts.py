@@ -24,9 +24,9 @@ from pop_node.engine.scheduling.sequence import Sequence
 def test_every_stream_goes_on_in_every_step_of_a_long_prompt(
     budget: int, streams: int, prompt: int
 ) -> None:
-    engine = Engine(num_blocks=256, token_budget=budget, max_sequences=min(8, budget))
+    engine = Engine(num_blocks=640, token_budget=budget, max_sequences=min(8, budget))
     for seq in range(1, streams + 1):
-        engine.tell(an_add(seq, prompt_ids=[seq], max_tokens=200, salt=b"%d" % seq))
+        engine.tell(an_add(seq, prompt_ids=[seq], max_tokens=450, salt=b"%d" % seq))
     while len(engine.tokens(streams)) == 0:
         engine.step()
     long = 99
