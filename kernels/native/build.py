@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 SOURCE_FOLDER = Path(__file__).parent
@@ -167,15 +167,14 @@ def _alone(folder: Path) -> Iterator[None]:
     """Within, no other process builds into ``folder``; if one dies there the next may.
 
     Locks a file that may be written: NFS, where homes are, knows no other exclusive lock. On a file
-    system without locks each process builds for itself.
+    system without locks, or where the file is another user's, each process builds for itself.
     """
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with ExitStack() as held:
         with suppress(OSError):
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            held.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def _build(target: Path) -> Path:

@@ -157,6 +157,16 @@ def test_a_cache_on_a_file_system_with_fewer_locks_will_do(
     assert len(locked) == (reason == errno.EBADF)
 
 
+def test_a_lock_that_cannot_be_opened_keeps_nobody_from_building(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's cannot, in a folder that both may write."""
+    fake_compiler(tmp_path / "bin", COMPILES_NOTHING)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / build.LOCK).mkdir()
+    assert ensure_library(tmp_path).read_text() == "library\n"
+
+
 def test_the_language_of_a_process_makes_no_other_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
