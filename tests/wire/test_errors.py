@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wire import errors
-from wire.errors import ConfigError, MeshError, OverloadError, PeerError, error_from_code
+from wire.errors import (
+    ConfigError,
+    MeshError,
+    OverloadError,
+    PeerError,
+    RequestError,
+    error_from_code,
+)
 
 
 @pytest.mark.parametrize("code", errors._BY_CODE)
@@ -40,3 +47,9 @@ def test_a_config_error_reads_as_place_problem_remedy():
     error = ConfigError("no port", where="mesh.yaml:7", suggestion="write HOST:PORT")
     assert str(error) == "mesh.yaml:7: no port (write HOST:PORT)"
     assert str(ConfigError("no port")) == "no port"
+
+
+@pytest.mark.parametrize("code", ["not_found", "method_not_allowed", "drill_refused"])
+def test_a_routers_no_is_no_failure_of_the_router(code):
+    """A caller with several routers would ask the next one for what all of them refuse."""
+    assert isinstance(error_from_code(code, "?"), RequestError)
