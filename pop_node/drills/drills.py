@@ -20,6 +20,7 @@ from wire.messages import (
     LOSE_AGENT,
     MAX_AWAY_MS,
     MAX_FREEZE_MS,
+    NO_FAULT,
     Drill,
     DrillStarted,
 )
@@ -44,7 +45,7 @@ def problem_with(drill: Drill, enabled: bool, engines: Engines) -> str:
         return f"a freeze lasts up to {MAX_FREEZE_MS} ms, not {drill.duration_ms}"
     if drill.fault == LOSE_AGENT and not 0 < drill.duration_ms <= MAX_AWAY_MS:
         return f"a node stays away up to {MAX_AWAY_MS} ms, not {drill.duration_ms}"
-    if drill.fault.endswith("agent"):
+    if drill.fault.endswith("agent") or drill.fault == NO_FAULT:
         return ""
     if not drill.model and len(engines) != 1:
         return f"this node has several engines; name a model: {', '.join(engines)}"
@@ -73,7 +74,7 @@ class Drills:
         freeze = drill.fault.startswith("freeze")
         if freeze and self._freezing:
             problem = problem or "a freeze is running already"
-        if problem:
+        if problem or drill.fault == NO_FAULT:
             answer(DrillStarted(drill.number, problem))
             return
         of_agent = drill.fault.endswith("agent")

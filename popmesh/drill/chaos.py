@@ -24,7 +24,7 @@ from popmesh.drill.statistics import quantiles
 from popmesh.drill.stream import Caller
 from popmesh.drill.strikes import Striker
 from popmesh.render.words import counted
-from wire.errors import PeerError
+from wire.errors import ConfigError, PeerError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Chaos:
         self._calm = Answers()
         self._ledger = Ledger()
         self._striker: Striker | None = None
+        self._spared: dict[str, str] = {}
 
     async def run(self) -> Report:
         """All of it; raises ``MeshError`` when the drill cannot be held."""
@@ -56,6 +57,8 @@ class Chaos:
         started = moment()
         async with self._crowd.connected(config.local, self._stream_at) as (caller, lookout):
             name, mesh = await lookout.first()
+            nodes = [node.name for node in mesh.nodes if self._config.model in node.models]
+            self._spared = await self._refusals(lookout, nodes)
             self._announce(name, len(mesh.nodes))
             self._calm = await self._crowd.ask_undisturbed(caller)
             before = await lookout.rest()
@@ -66,6 +69,20 @@ class Chaos:
             after = await lookout.rest()
             await lookout.count()
         return self._report(started, name, before, after, lookout.recoveries())
+
+    async def _refusals(self, lookout: Lookout, nodes: list[str]) -> dict[str, str]:
+        """Nodes that take no part, and why; raises ``ConfigError`` when that is all of them."""
+        config = self._config
+        wanted = [fault.name for fault in config.faults if fault.target == "node"]
+        if not wanted:
+            return {}
+        refusals = await RouterDriver(lookout.clients, config.model).refusals(nodes)
+        if len(refusals) == len(nodes):
+            raise ConfigError(
+                f"no node takes {', '.join(wanted)}: {'; '.join(refusals.values())}",
+                suggestion="start those that may be harmed with --drills",
+            )
+        return refusals
 
     def _announce(self, name: str, num_nodes: int) -> None:
         config = self._config
@@ -81,6 +98,8 @@ class Chaos:
             lasts = f", {fault.duration_s:.0f} s each" if fault.duration_s else ""
             self._say(f"  {fault.name}: {fault.summary}{lasts}")
         self._say(f"At most {config.max_down} out at a time, never the last node of a role.")
+        for why in self._spared.values():
+            self._say(f"Spared: {why}")
 
     # ---- with faults ---------------------------------------------------------------------------
 
@@ -93,6 +112,7 @@ class Chaos:
             kills=config.kills,
             ttft_s=self._calm.ttft().p50_s,
             links=config.local.links() if config.local is not None else (),
+            spared=frozenset(self._spared),
         )
         rng = random.Random(f"faults {config.seed}")
         striker = self._striker = Striker(

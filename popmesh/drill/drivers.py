@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,10 @@ from popmesh.drill.local import LocalMesh
 from popmesh.links.control import both_ways, cut, disturb, heal
 from popmesh.links.plan import LinkFault, read_link_plan
 from wire.errors import ConfigError, MeshError, PeerError, RequestError
+from wire.messages import NO_FAULT
+
+STRIKE_S = 10.0
+"""Longest time for an order to be taken. Guess: a round trip or two through a busy router."""
 
 SLOW_SHARE = 0.01
 LOSS_SHARE = 0.05
@@ -39,13 +43,35 @@ class RouterDriver:
         self._model = model
 
     async def strike(self, order: Order) -> None:
+        """Carry out one order; raises ``MeshError``."""
+        await self._tell(order.victim, order.fault.name, order.fault.duration_s)
+
+    async def refusals(self, nodes: Iterable[str]) -> dict[str, str]:
+        """Those of ``nodes`` that take no part in drills, with their words; raises ``MeshError``
+        where it cannot be learnt, or this person may not ask."""
+        names = list(nodes)
+        words = await asyncio.gather(*map(self._refusal, names))
+        return {name: said for name, said in zip(names, words, strict=True) if said}
+
+    async def _refusal(self, node: str) -> str:
+        """Why it takes no part, or nothing."""
+        try:
+            async with asyncio.timeout(STRIKE_S):
+                await self._tell(node, NO_FAULT, 0.0)
+        except RequestError as exc:
+            if exc.code != "drill_refused":
+                raise
+            return exc.message
+        except TimeoutError as exc:
+            raise PeerError(f"{node} does not say whether it takes part in drills") from exc
+        return ""
+
+    async def _tell(self, node: str, fault: str, duration_s: float) -> None:
         """Tell one router; another one where that one does not answer."""
         problem: MeshError = ConfigError("no router is known")
         for client in self._clients:
             try:
-                await client.drill(
-                    order.victim, order.fault.name, self._model, order.fault.duration_s
-                )
+                await client.drill(node, fault, self._model, duration_s)
                 return
             except RequestError:
                 raise

@@ -34,7 +34,7 @@ class Settings:
     """What the operator asked for.
 
     ``every_s`` is the mean pause between a recovery and the next fault; ``kills`` None: until
-    stopped. ``ttft_s`` is a usual time to the first token.
+    stopped. ``ttft_s`` is a usual time to the first token. ``spared``: nodes that take no part.
     """
 
     faults: tuple[Fault, ...]
@@ -43,6 +43,7 @@ class Settings:
     kills: int | None
     ttft_s: float
     links: tuple[LinkSeen, ...] = ()
+    spared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class Conductor:
     def __init__(self, settings: Settings, rng: random.Random, now: float) -> None:
         self._settings = settings
         self._rng = rng
-        self._victims = Victims(settings.links, settings.max_down, rng)
+        self._victims = Victims(settings.links, settings.max_down, rng, settings.spared)
         self._faults: list[Fault] = []
         self._stages: list[Stage] = []
         self._aim: _Aim | None = None

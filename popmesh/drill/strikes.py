@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from popmesh.drill import plan
-from popmesh.drill.drivers import FaultDriver, LocalDriver
+from popmesh.drill.drivers import STRIKE_S, FaultDriver, LocalDriver
 from popmesh.drill.faults import Order
 from popmesh.drill.ledger import Ledger
 from popmesh.drill.world import MeshSeen
@@ -21,9 +21,6 @@ dropped: it only helps to aim."""
 MAX_REFUSALS = 5
 """Orders in a row that nobody carries out: then the drill cannot be held. One alone is an engine
 that just died by itself, or a node that just left."""
-
-STRIKE_S = 10.0
-"""Longest time for an order to be taken. Guess: a round trip or two through a busy router."""
 
 
 class Striker:

@@ -14,10 +14,17 @@ from popmesh.drill.world import LinkSeen, MeshSeen, Nodes, may_lose
 class Victims:
     """Keeps count of who is out and who was harmed how often."""
 
-    def __init__(self, links: Sequence[LinkSeen], max_down: int, rng: random.Random) -> None:
+    def __init__(
+        self,
+        links: Sequence[LinkSeen],
+        max_down: int,
+        rng: random.Random,
+        spared: frozenset[str] = frozenset(),
+    ) -> None:
         self._links = {link.name: link for link in links}
         self._max_down = max_down
         self._rng = rng
+        self._spared = spared
         self._harmed: dict[str, int] = {}
         self._out: dict[int, frozenset[str]] = {}
         self.mesh = MeshSeen((), ())
@@ -37,7 +44,9 @@ class Victims:
         del self._out[number]
 
     def may_harm(self, name: str, target: Target) -> bool:
-        """Within the bounds?"""
+        """Within the bounds? Nodes that take no part may still lose a link."""
+        if target == "node" and name in self._spared:
+            return False
         down, nodes = self._down(), self._nodes()
         if target == "router":
             ready = {router.name for router in self.mesh.routers if router.ready} - down

@@ -60,6 +60,8 @@ def victim():
         (Drill(1, "kill-engine", "n", 0), True, {"m": None, "n": 1}, None),
         (Drill(1, "kill-agent", "", 0), True, {"m": None}, None),
         (Drill(1, "freeze-agent", "", 60_000), True, {}, None),
+        (Drill(1, "none", "", 0), False, {"m": 1}, "--drills"),
+        (Drill(1, "none", "", 0), True, {"m": None, "n": 2}, None),
         (Drill(1, "lose-agent", "", 0), True, {"m": 1}, "stays away up to"),
         (Drill(1, "lose-agent", "", 3_600_001), True, {"m": 1}, "stays away up to"),
         (Drill(1, "lose-agent", "", 3_600_000), True, {"m": None}, None),
@@ -77,6 +79,14 @@ async def test_a_refused_drill_touches_nothing(victim):
         drills.start(Drill(7, "kill-engine", "", 0), said.append)
     assert [answer.number for answer in said] == [7]
     assert said[0].error
+    assert victim.poll() is None
+
+
+async def test_to_be_asked_harms_nobody(victim):
+    said: list[DrillStarted] = []
+    async with asyncio.TaskGroup() as tasks:
+        Drills(True, lambda: {"m": victim.pid}, tasks).start(Drill(7, "none", "m", 0), said.append)
+    assert said == [DrillStarted(7, "")]
     assert victim.poll() is None
 
 

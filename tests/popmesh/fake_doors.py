@@ -46,7 +46,7 @@ class FakeMesh:
     drills: list[dict[str, Any]] = field(default_factory=list)
     known: dict[str, list[str]] = field(default_factory=dict)
     resumed: list[tuple[str, str]] = field(default_factory=list)
-    refuse_drills: bool = False
+    refusing: set[str] = field(default_factory=set)
     drop_token_under_fault: bool = False
     break_after: int | None = None
     hold_blocks: bool = False
@@ -112,9 +112,12 @@ class FakeMesh:
         if body["fault"] == "cold-start":
             self.drills.append(body)
             return self.cold_start(body)
-        if self.refuse_drills:
-            error = {"message": "not started with --drills", "code": "drill_refused"}
+        if body["node"] in self.refusing:
+            said = f"{body['node']}: not started with --drills"
+            error = {"message": said, "code": "drill_refused"}
             return web.json_response({"error": error}, status=409)
+        if body["fault"] == "none":
+            return web.json_response({"started": True}, status=202)
         self.drills.append(body)
         self.away.add(body["node"])
         away_s = body["duration_s"] if body["fault"] == "lose-agent" else self.away_s

@@ -138,10 +138,21 @@ async def test_a_victim_that_stays_away_fails_it(monkeypatch):
     assert "not whole again" in report.faults[0].problem
 
 
-async def test_nodes_that_refuse_make_it_impossible():
-    with pytest.raises(BaseExceptionGroup) as caught:
-        await hold(FakeMesh(refuse_drills=True))
-    assert caught.group_contains(ConfigError, match="--drills")
+async def test_nodes_that_refuse_make_it_impossible_before_anything_is_asked():
+    mesh = FakeMesh(refusing={"p1", "p2", "d1", "d2"})
+    with pytest.raises(ConfigError, match=r"no node takes kill-agent, kill-engine: .*--drills"):
+        await hold(mesh)
+    assert mesh.requests == 0
+
+
+async def test_nodes_that_refuse_are_spared():
+    mesh = FakeMesh(refusing={"p1", "d1", "d2"})
+    report, said = await hold(mesh)
+    assert report.passed, report.problems
+    assert {fault.victim for fault in report.faults} == {"p2"}
+    assert [line for line in said if "Spared" in line] == [
+        f"Spared: {name}: not started with --drills" for name in ("p1", "d1", "d2")
+    ]
 
 
 async def test_a_mesh_that_is_not_whole_is_not_drilled():

@@ -127,6 +127,15 @@ def test_kinds_and_victims_come_equally_often():
     assert victims == dict.fromkeys(ROLES, 8)
 
 
+def test_nodes_that_take_no_part_are_spared_even_where_a_stream_aims_at_them():
+    w = world(4, kills=12, spared=frozenset({"p1", "d2"}))
+    while len(w.strikes) < 12:
+        for stage in STAGES:
+            w.say(StreamAt(stage, ("p1", "d2")))
+        w.run(w.now + 1.0)
+    assert {strike.order.victim for strike in w.strikes} == ROLES.keys() - {"p1", "d2"}
+
+
 def test_a_stream_at_the_stage_names_the_victim():
     stages: Counter[str] = Counter()
     for seed in range(30):

@@ -31,7 +31,7 @@ from popmesh.render.site_loss import site_loss_view
 from popmesh.render.site_loss_page import site_loss_page
 from tests.popmesh.fake_doors import MODEL, FakeMesh, doors
 from tests.popmesh.html_page import read_page
-from wire.errors import ConfigError, MeshError
+from wire.errors import ConfigError
 
 SITES = {"p1": "ams", "d1": "ams", "p2": "lhr", "d2": "lhr"}
 
@@ -227,10 +227,12 @@ async def test_a_token_lost_meanwhile_fails_it():
     assert report.stretches[0].verdicts.keys() == {"right"}
 
 
-async def test_nodes_that_refuse_make_it_impossible():
-    with pytest.raises(BaseExceptionGroup) as caught:
-        await hold(FakeMesh(refuse_drills=True))
-    assert caught.group_contains(MeshError, match="--drills")
+async def test_one_node_that_refuses_makes_it_impossible_before_anything_is_asked():
+    mesh = FakeMesh(refusing={"p1", "p2"})
+    with pytest.raises(ConfigError, match=r"^p2: not started with --drills"):
+        await hold(mesh)
+    assert mesh.requests == 0
+    assert not mesh.drills
 
 
 async def test_who_cannot_be_spared_is_not_lost_unless_told_so():

@@ -12,7 +12,12 @@ LOSE_AGENT = "lose-agent"
 """The agent and its engines die as by "kill-agent", and nothing of them comes back for the time of
 the drill: what a site that is lost looks like."""
 
-DRILL_FAULTS = ("kill-agent", "kill-engine", "freeze-agent", "freeze-engine", LOSE_AGENT)
+NO_FAULT = "none"
+"""Harms nobody: the answer says whether the node takes part in drills."""
+
+DRILL_FAULTS = (
+    "kill-agent", "kill-engine", "freeze-agent", "freeze-engine", LOSE_AGENT, NO_FAULT,
+)  # fmt: skip
 """What a node can be asked to do to itself, see ``Drill``."""
 
 MAX_AWAY_MS = 3_600_000
@@ -97,7 +102,8 @@ class Drill(WireStruct, frozen=True, tag=20):
     """Do this node harm on purpose; answered by ``DrillStarted`` (version 2).
 
     ``fault`` is one of ``DRILL_FAULTS``; ``model`` names the engine (empty: the only one) and
-    ``duration_ms`` is for the freezes and ``LOSE_AGENT``. Nodes not started for drills refuse.
+    ``duration_ms`` is for the freezes and ``LOSE_AGENT``. Nodes not started for drills refuse,
+    ``NO_FAULT`` too.
 
     ``fault`` may also be ``COLD_START`` (version 3), which any node takes: ``DrillReport`` follows
     once the model answers again, within ``duration_ms`` or with an error. ``options`` is JSON; its

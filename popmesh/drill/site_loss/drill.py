@@ -61,6 +61,7 @@ class SiteLoss:
         async with self._crowd.connected(None, lambda seen, stage: None) as (caller, lookout):
             name, mesh = await lookout.first()
             nodes = self._pick(mesh)
+            await self._check_willing(lookout, nodes)
             self._watch = SiteWatch(config.model, nodes)
             self._announce(name, mesh, nodes)
             await self._crowd.ask_undisturbed(caller)
@@ -86,6 +87,14 @@ class SiteLoss:
                 suggestion="pass --alone if that does not matter",
             )
         return nodes
+
+    async def _check_willing(self, lookout: Lookout, nodes: list[str]) -> None:
+        """Raises ``ConfigError`` unless all of them take part."""
+        refusals = await RouterDriver(lookout.clients, self._config.model).refusals(nodes)
+        if refusals:
+            raise ConfigError(
+                "; ".join(refusals.values()), suggestion="a site is lost only as a whole"
+            )
 
     def _announce(self, mesh: str, seen: MeshSeen, nodes: list[str]) -> None:
         config = self._config
