@@ -146,6 +146,10 @@ class Side:
         """Nothing may fail here."""
         self.ended.set_exception(error)
 
+    def on_broken(self) -> None:
+        """Nor break."""
+        self.ended.set_exception(RuntimeError("the KV stream broke"))
+
 
 def plan(mbytes: int) -> list[int]:
     """Tokens of each transfer: a warm-up, then the one that is measured."""

@@ -147,6 +147,10 @@ class Side:
         """Nothing may fail here."""
         self.ended.set_exception(error)
 
+    def on_broken(self) -> None:
+        """Nor break."""
+        self.ended.set_exception(RuntimeError("the KV stream broke"))
+
 
 async def main(kind: str, kv: Path) -> None:
     """Answer until standard input ends."""

@@ -167,6 +167,9 @@ class Generation:
     def on_failed(self, transfer: bytes, error: MeshError, kept_tokens: int) -> None:
         self._on_transfer(transfer, ev.TransferFailed(error, self._full_blocks(kept_tokens)))
 
+    def on_broken(self) -> None:
+        self.client.give_up("can hand nothing over any more")
+
     # ---- from legs -----------------------------------------------------------------------------
 
     def transfer_effect(self, leg: legs.Leg, effect: ev.TransferEffect) -> None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from kernels import codec
 from pop_node.kv_stream.frames import CODEC_PACKED, CODEC_RAW
+from pop_node.kv_stream.watched_tasks import Spawn
 
 log = logging.getLogger(__name__)
 
@@ -32,23 +33,27 @@ class CodecThreads:
     codec in C is loaded, and where there is none. The one in Python would hold the event loop up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spawn: Spawn) -> None:
+        """``spawn`` begins the tasks, which its owner waits for."""
         self.codecs: tuple[str, ...] = (CODEC_RAW,)
+        self._spawn = spawn
         self._pool = ThreadPoolExecutor(THREADS, "kv-codec")
+        self._loading: asyncio.Task[None] | None = None
 
-    def start(self, tasks: asyncio.TaskGroup) -> None:
-        """Load the codec; ``tasks`` wait for all that is being done at their end."""
-        self._tasks = tasks
-        self._loading = tasks.create_task(self._load(), name="kv-codec")
+    def start(self) -> None:
+        """Load the codec."""
+        self._loading = self._spawn(self._load)
 
     async def wait_loaded(self) -> None:
         """Wait until ``codecs`` is final."""
+        assert self._loading is not None, "it was started"
         await asyncio.wait([self._loading])
 
     def stop(self) -> None:
         """There will be no more work. What is being done is finished; nobody waits for the codec's
         library, which may have to be compiled."""
-        self._loading.cancel()
+        if self._loading is not None:
+            self._loading.cancel()
         self._pool.shutdown(wait=False)
 
     def pack(
@@ -67,7 +72,7 @@ class CodecThreads:
 
     def _do(self, done: Callable[[R], None], work: Callable[..., R], *args: object) -> None:
         doing = asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-        self._tasks.create_task(_deliver(doing, done))
+        self._spawn(_deliver, doing, done)
 
     async def _load(self) -> None:
         loop = asyncio.get_running_loop()

@@ -247,6 +247,7 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
             self._cut_off.cancel()
         self._reader.drop_target()
         self._control.clear()
+        self._closed.set()
         written, self._unwritten = self._unwritten, []
         for slot in written:
             self._owner.on_written(self, slot)
@@ -255,7 +256,6 @@ class Connection(asyncio.BufferedProtocol, Generic[M]):
             why = f": {exc}" if exc is not None else ""
             error = PeerError(f"connection to {self._name()} lost{why}", code="link_lost")
         self._owner.on_lost(self, error)
-        self._closed.set()
 
     # ---- inside --------------------------------------------------------------------------------
 

@@ -24,17 +24,21 @@ from pop_node.kv_stream.intake import Intake
 from pop_node.kv_stream.interface import KvEvents
 from pop_node.kv_stream.link import Authorize
 from pop_node.kv_stream.links import Links, link_key
-from pop_node.kv_stream.liveness import MIN_WAIT_S
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.sender import Sender
 from pop_node.kv_stream.spec import KvSpec, Piece
 from pop_node.kv_stream.staging import Staging
 from pop_node.kv_stream.statistics import KvStatistics, statistics
-from wire.address import Dialer, format_address, is_loopback
-from wire.errors import ConfigError, PeerError
+from pop_node.kv_stream.watched_tasks import WatchedTasks
+from wire.address import Dialer, format_address
+from wire.errors import PeerError
 from wire.messages import LinkRate
 
 log = logging.getLogger(__name__)
+
+TIMER_GRAIN_S = 0.001
+"""Added to every wait: uvloop rounds to whole milliseconds, and a timer that fires early is armed
+again at once, dozens of times. Source: uvloop's ``call_later``."""
 
 
 class KvEndpoint:
@@ -59,7 +63,6 @@ class KvEndpoint:
         )
         self._staging = staging
         self._server_ssl = server_ssl
-        self._authorize = authorize
         self._events = events
         self._sender = Sender()
         self._receiver = Receiver(layout.export_slots, layout.import_slots, layout.slot_bytes)
@@ -70,8 +73,9 @@ class KvEndpoint:
         self._timer: asyncio.TimerHandle | None = None
         self._wake_at: float | None = None
         self._numbers = itertools.count()
-        self._stop = asyncio.Event()
-        self.codec = CodecThreads()
+        self._is_closing = False
+        self._tasks = WatchedTasks(name, events.on_broken)
+        self.codec = CodecThreads(self._tasks.spawn)
         self._links = Links(
             self._hello,
             staging,
@@ -83,8 +87,17 @@ class KvEndpoint:
             self._sender.is_open,
             self._numbers.__next__,
             self._arm,
+            self._tasks.spawn,
         )
-        self._runner: asyncio.Task[None] | None = None
+        self._intake = Intake(
+            self._hello,
+            staging,
+            self._to_receiver,
+            self._begin,
+            authorize,
+            self._numbers.__next__,
+            self._arm,
+        )
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -93,66 +106,34 @@ class KvEndpoint:
 
         Raises ``ConfigError`` when the address is not loopback and there is no TLS, or is taken.
         """
-        if self._server_ssl is None and not is_loopback(host):
-            raise ConfigError(
-                f"the KV stream listener on {host} needs TLS",
-                suggestion="run 'popmesh tls init' and 'popmesh tls issue', or listen on 127.0.0.1",
-            )
         self._loop = asyncio.get_running_loop()
-        self._intake = Intake(
-            self._hello,
-            self._staging,
-            self._to_receiver,
-            self._begin,
-            self._authorize,
-            self._numbers.__next__,
-            self._arm,
-        )
-        try:
-            self._server = await self._loop.create_server(
-                self._intake.accept,
-                host,
-                port,
-                ssl=self._server_ssl,
-                ssl_handshake_timeout=MIN_WAIT_S if self._server_ssl is not None else None,
-            )
-        except OSError as exc:
-            raise ConfigError(f"cannot listen on {format_address(host, port)}: {exc}") from exc
-        started = asyncio.Event()
-        self._runner = asyncio.create_task(self._run(started), name="kv-endpoint")
-        await started.wait()
-        bound = self._server.sockets[0].getsockname()
+        bound = await self._intake.listen(host, port, self._server_ssl)
+        await self._tasks.start()
+        self.codec.start()
         transport = "TLS over TCP" if self._server_ssl is not None else "TCP"
-        log.info("KV stream: %s on %s", transport, format_address(bound[0], bound[1]))
-        return bound[0], bound[1]
+        log.info("KV stream: %s on %s", transport, format_address(*bound))
+        return bound
 
     async def close(self) -> None:
         """End every transfer (``on_failed``, code "draining"), connection and task."""
-        if self._runner is None:
+        if not self._intake.listens:
             return
         gone = PeerError("the node shuts down", code="link_lost")
         for transfer in [*self._sender.transfers(), *self._receiver.transfers()]:
-            self.cancel(transfer, "draining", gone.message)
-        self._server.close()
+            with self._tasks.watch():
+                self.cancel(transfer, "draining", gone.message)
         connections = self._connections()
         self._links.close(gone)
         self._intake.close(gone)
-        self._stop.set()
+        self._links.stop_dialling()
+        self._is_closing = True
         for conn in connections:
             await conn.wait_closed()
-        await self._runner
-        await self._server.wait_closed()
-        self._runner = None
+        self.codec.stop()
+        await self._tasks.stop()
+        await self._intake.wait_closed()
         if self._timer is not None:
             self._timer.cancel()
-
-    async def _run(self, started: asyncio.Event) -> None:
-        async with asyncio.TaskGroup() as self._tasks:
-            self.codec.start(self._tasks)
-            started.set()
-            await self._stop.wait()
-            self._links.stop_dialling()
-            self.codec.stop()
 
     # ---- prefill side --------------------------------------------------------------------------
 
@@ -311,7 +292,12 @@ class KvEndpoint:
         self._draining = True
         try:
             while self._pending:
-                self._pending.popleft()()
+                step = self._pending.popleft()
+                if not self._tasks.is_broken:
+                    step()
+                    continue
+                with self._tasks.watch():  # it can only end any more, as well as it may
+                    step()
         finally:
             self._draining = False
         if self._must_arm:
@@ -324,7 +310,7 @@ class KvEndpoint:
         for effect in self._sender.handle(event, now):
             match effect:
                 case ev.Connect(key, peer):
-                    self._links.connect(key, peer, self._tasks)
+                    self._links.connect(key, peer)
                 case ev.Tell(key, message):
                     self._links.tell(key, message)
                 case ev.SendPiece():
@@ -379,16 +365,17 @@ class KvEndpoint:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._wake_at = None if self._stop.is_set() else wake_at
+        self._wake_at = None if self._is_closing else wake_at
         if self._wake_at is not None:
-            delay_s = max(0.0, self._wake_at - time.monotonic())
+            delay_s = max(0.0, self._wake_at - time.monotonic()) + TIMER_GRAIN_S
             self._timer = self._loop.call_later(delay_s, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = self._wake_at = None
-        now = time.monotonic()
-        for conn in self._connections():
-            conn.tick(now)
-        self._intake.report_progress()
-        self._to_sender(ev.Tick())
-        self._to_receiver(ev.Tick())
+        with self._tasks.watch():
+            now = time.monotonic()
+            for conn in self._connections():
+                conn.tick(now)
+            self._intake.report_progress()
+            self._to_sender(ev.Tick())
+            self._to_receiver(ev.Tick())

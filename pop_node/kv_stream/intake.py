@@ -1,7 +1,9 @@
-"""The decode side's accepted connections: who they are, and where their payloads go."""
+"""The decode side's listener and its connections: who they are, and where their payloads go."""
 
 from __future__ import annotations
 
+import asyncio
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
@@ -31,8 +33,10 @@ from pop_node.kv_stream.frames import (
     receiver_decoder,
 )
 from pop_node.kv_stream.link import Authorize
+from pop_node.kv_stream.liveness import MIN_WAIT_S
 from pop_node.kv_stream.staging import Staging
-from wire.errors import MeshError, OverloadError
+from wire.address import format_address, is_loopback
+from wire.errors import ConfigError, MeshError, OverloadError
 
 MAX_CONNECTIONS = 1024
 """Accepted at once; two from each of 500 nodes."""
@@ -70,16 +74,49 @@ class Intake:
         self._watch = watch
         self._payloads: dict[int, _Payload] = {}  # under way, by connection
         self._closed_by: MeshError | None = None
+        self._server: asyncio.Server | None = None
 
-    def accept(self) -> Connection[FromSender]:
-        """Protocol factory of the listening socket."""
-        return Connection(self._number(), self, self._hello, receiver_decoder())
+    @property
+    def listens(self) -> bool:
+        """From ``listen`` to the end of ``wait_closed``."""
+        return self._server is not None
+
+    async def listen(self, host: str, port: int, context: ssl.SSLContext | None) -> tuple[str, int]:
+        """Accept connections; the address really bound.
+
+        Raises ``ConfigError`` when the address is not loopback and there is no TLS, or is taken.
+        """
+        if context is None and not is_loopback(host):
+            raise ConfigError(
+                f"the KV stream listener on {host} needs TLS",
+                suggestion="run 'popmesh tls init' and 'popmesh tls issue', or listen on 127.0.0.1",
+            )
+        try:
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: Connection(self._number(), self, self._hello, receiver_decoder()),
+                host,
+                port,
+                ssl=context,
+                ssl_handshake_timeout=MIN_WAIT_S if context is not None else None,
+            )
+        except OSError as exc:
+            raise ConfigError(f"cannot listen on {format_address(host, port)}: {exc}") from exc
+        bound: tuple[str, int] = self._server.sockets[0].getsockname()[:2]
+        return bound
 
     def close(self, error: MeshError) -> None:
-        """End all connections, and those that are still being made."""
+        """Accept no more; end all connections, and those that are still being made."""
         self._closed_by = error
+        if self._server is not None:
+            self._server.close()
         for conn in list(self.connections.values()):
             conn.fail(error)
+
+    async def wait_closed(self) -> None:
+        """Wait for the end of the listener, after ``close`` and the ends of its connections."""
+        if self._server is not None:
+            await self._server.wait_closed()
+            self._server = None
 
     def report_progress(self) -> None:
         """Say how much of the payloads under way has arrived; asked at every ping."""

@@ -44,3 +44,7 @@ class KvEvents(Protocol):
         Decode side: the first ``kept_tokens`` tokens are complete in all layers by what
         ``on_import`` was told before.
         """
+
+    def on_broken(self) -> None:
+        """The endpoint cannot go on, for a reason that is in the log: close it, make another. Said
+        once; transfers do not end by it."""

@@ -19,6 +19,7 @@ from pop_node.kv_stream.events import SenderEvent, SendPiece
 from pop_node.kv_stream.frames import FromReceiver, Hello, ToReceiver
 from pop_node.kv_stream.link import Authorize, PeerLink
 from pop_node.kv_stream.staging import Staging
+from pop_node.kv_stream.watched_tasks import Spawn
 from wire.address import Dialer, is_loopback
 from wire.errors import ConfigError, MeshError, PeerError
 from wire.messages import LinkRate
@@ -46,6 +47,7 @@ class Links:
         is_open: Callable[[bytes], bool],
         number: Callable[[], int],
         watch: Callable[[], None],
+        spawn: Spawn,
     ) -> None:
         self._hello = hello
         self._staging = staging
@@ -57,6 +59,7 @@ class Links:
         self._is_open = is_open
         self._number = number
         self._watch = watch
+        self._spawn = spawn
         self._links: dict[str, PeerLink] = {}
         self._rates: dict[str, LinkRate] = {}  # of links that are gone, by peer
         self._link_numbers = itertools.count(1)
@@ -72,7 +75,7 @@ class Links:
         rates |= {link.peer: link.rate for link in self._links.values() if link.is_up}
         return list(rates.values())
 
-    def connect(self, key: str, peer: str, tasks: asyncio.TaskGroup) -> None:
+    def connect(self, key: str, peer: str) -> None:
         """Dial unless the link exists; a new link answers with an event from its own task."""
         if key in self._links:
             return
@@ -87,7 +90,7 @@ class Links:
             self._authorize,
             self._watch,
         )
-        dial = tasks.create_task(self._dial(link, key.rpartition(" ")[2]))
+        dial = self._spawn(self._dial, link, key.rpartition(" ")[2])
         self._dials.add(dial)
         dial.add_done_callback(self._dials.discard)
 

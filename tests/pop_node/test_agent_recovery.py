@@ -12,6 +12,7 @@ import pytest
 from pop_node.engine.config import EngineConfig
 from pop_node.hosting import host_maker
 from pop_node.hosting.generation import Generation
+from pop_node.kv_stream.link import PeerLink
 from pop_node.kv_stream.spec import Piece
 from pop_node.legs import live_legs
 from pop_node.store.store import Store
@@ -159,4 +160,30 @@ async def test_what_arrived_of_a_broken_hand_over_is_not_computed_again(
         assert spans.get(chain[0], 0) == (SPAN_BYTES if kept >= SPAN_BYTES else 0)
         if how == "router cancels":
             os.kill(pid, signal.SIGCONT)
+        await mesh.at_rest()
+
+
+async def test_a_node_whose_kv_stream_breaks_begins_again_and_hands_over(
+    tiny_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tiny_mesh(tiny_store, tmp_path, "a", "b") as mesh:
+        a, b, pid = mesh.routers["a"], mesh.routers["b"], pid_of(mesh, "a")
+
+        async def dial(self: PeerLink, *_: object) -> None:
+            monkeypatch.undo()
+            raise LookupError("of all things")
+
+        monkeypatch.setattr(PeerLink, "dial", dial)
+        stream = mesh.split("a", "b", input=LONG, max_tokens=20)
+        ending = await a.ending(stream)
+        assert isinstance(ending, Failed)
+        assert (ending.code, ending.retryable) == ("engine_died", True)
+        mesh.cancel(stream, "b")
+        await b.ending(stream)
+        await a.until(
+            lambda: mesh.nodes["a"].agent._residents.hosts[MODEL].ready and pid_of(mesh, "a") != pid
+        )
+        again = mesh.split("a", "b", input=LONG, max_tokens=20)
+        assert (await b.ending(again)).reason == "length"
+        assert (await a.ending(again)).reason == "handoff"
         await mesh.at_rest()

@@ -85,6 +85,7 @@ class Node:
         self.imports: list[tuple[bytes, int]] = []
         self.imports_held = False
         self.first_import = asyncio.Event()
+        self.broken = 0
         self.address = ""
 
     async def __aenter__(self) -> Node:
@@ -198,6 +199,9 @@ class Node:
         self.kept[transfer] = kept_tokens
         self.to_stage = deque(item for item in self.to_stage if item[0] != transfer)
         self.ends[transfer].set_result(error)
+
+    def on_broken(self) -> None:
+        self.broken += 1
 
 
 def assert_at_rest(*nodes: Node) -> None:

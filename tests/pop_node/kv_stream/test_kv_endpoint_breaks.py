@@ -98,7 +98,7 @@ def test_killed_peer_frees_the_other(
             d.imports_held = False
             d.import_held()
             dead, alive = (p, d) if victim == "p" else (d, p)
-            d.endpoint._server.close()  # nobody finds the other again
+            d.endpoint._intake._server.close()  # nobody finds the other again
             for conn in dead.endpoint._connections():
                 conn._transport.abort()
             error = await alive.ends[transfer]
@@ -121,7 +121,7 @@ def test_a_decode_node_that_came_back_is_not_the_one_that_left(run: Run, came_ba
                 p.send(transfer, d, cache_of(640, 1))
                 await d.first_import.wait()
                 host, port = parse_address(d.address)
-                d.endpoint._server.close()
+                d.endpoint._intake._server.close()
                 again = Node("d", incarnation="d-2" if came_back == "restarted" else "d-1")
                 await again.endpoint.start(host, port)
                 again.address = d.address
