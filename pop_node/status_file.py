@@ -27,6 +27,7 @@ def write_status(path: Path, state: str, mesh_address: str, residents: Residents
                 "rank": 0,
                 "pid": residents.engine_pid(name),
                 "last_words": residents.hosts[name].last_words if name in residents.hosts else "",
+                "problem": state.why_failed,
                 "ready": residents.serves(name),
                 "warmth": residents.warmth(name),
                 "memory_bytes": state.memory_bytes,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from popmesh.commands.common import DIRECTORY, FILE, store_option
+from popmesh.commands.common import DIRECTORY, FILE, default_store
 
 
 @click.command()
@@ -26,7 +26,13 @@ from popmesh.commands.common import DIRECTORY, FILE, store_option
     metavar="PATH",
     help="Written as JSON once every node has produced a token, and again after a restart.",
 )
-@store_option
+@click.option(
+    "--store",
+    type=DIRECTORY,
+    metavar="DIR",
+    help="Model store of all nodes, but those with disk_gb and a store of their own. Default: each "
+    "node's in TOPOLOGY.yaml, else $POPMESH_STORE.",
+)
 @click.option("--log-dir", type=DIRECTORY, metavar="DIR", help="Keep the processes' logs here.")
 @click.option("--drills", is_flag=True, help="Let 'popmesh drill' harm the nodes on purpose.")
 def up(
@@ -35,7 +41,7 @@ def up(
     registry: str,
     no_emulate_links: bool,
     ready_file: Path | None,
-    store: Path,
+    store: Path | None,
     log_dir: Path | None,
     drills: bool,
 ) -> None:
@@ -43,7 +49,8 @@ def up(
 
     Every process of TOPOLOGY.yaml is started here, with the links between sites emulated.
 
-    Models that have a source are added to the store first. A process that dies is started again.
+    Models that have a source are added to the shared store first; a node with a store of its own
+    fetches them. A process that dies is started again.
     Ctrl-C ends everything and leaves no process behind.
 
     \b
@@ -57,12 +64,13 @@ def up(
     from rich.text import Text
 
     from popmesh.launcher.local import LocalMesh
+    from popmesh.launcher.plan import with_stores
     from popmesh.launcher.session import Options, run_mesh
     from topology.load import load_topology
 
     options = Options(
-        topology=load_topology(topology),
-        store=store,
+        topology=with_stores(load_topology(topology), named=store is not None),
+        store=store or default_store(),
         port=port,
         registry_url=None if registry == "embedded" else registry,
         emulate_links=not no_emulate_links,

@@ -50,15 +50,22 @@ Report = Callable[[str, int, int], None]
 
 
 class LocalMesh:
-    """A mesh that is up. ``serving`` runs it."""
+    """A mesh that is up. ``serving`` runs it; ``say`` tells a person what its start waits for."""
 
     def __init__(
-        self, plan: LaunchPlan, log_dir: Path, ready_file: Path | None, api_key: str | None
+        self,
+        plan: LaunchPlan,
+        log_dir: Path,
+        ready_file: Path | None,
+        api_key: str | None,
+        say: Callable[[str], None],
     ) -> None:
         self.plan = plan
         self.log_dir = log_dir
         self._ready_file = ready_file
         self._api_key = api_key
+        self._say = say
+        self._said: set[str] = set()
         self._children: dict[tuple[str, str], ChildProcess] = {}
         self._failure: MeshError | None = None
         self._main: asyncio.Task[object] | None = None
@@ -217,11 +224,17 @@ class LocalMesh:
         return found
 
     def _check_engines(self) -> None:
-        """Raises ``ConfigError`` when one will never start: nobody waits for it in silence."""
+        """Nobody waits in silence: says what is tried again, each thing once, and raises
+        ``ConfigError`` when an engine will never start."""
         for name, status in self._told().items():
             mistake = told_mistake(status)
             if mistake is not None:
                 raise ConfigError(f"node {name} cannot serve {mistake}")
+            for engine in status.engines:
+                text = f"node {name} has no {engine.model} yet: {engine.problem}"
+                if engine.problem and text not in self._said:
+                    self._said.add(text)
+                    self._say(text)
 
     def _remove_ready_file(self) -> None:
         if self._ready_file is not None:

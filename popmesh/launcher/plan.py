@@ -101,8 +101,8 @@ def make_plan(
     emulate_links: bool = True,
     drills: bool = False,
 ) -> LaunchPlan:
-    """Resolve ``topology`` to loopback processes; ``registry_url`` None embeds a registry and
-    ``drills`` lets operators harm the nodes.
+    """Resolve ``topology`` to loopback processes; ``store`` is for nodes without one of their own,
+    ``registry_url`` None embeds a registry and ``drills`` lets operators harm the nodes.
 
     Raises ``ConfigError`` when there is no router, or a node's model can never be answered because
     nobody takes the other half of the work.
@@ -152,7 +152,7 @@ def link_plan(topology: Topology, take: TakePorts) -> LinkPlan:
             if "decode" in node.roles and "prefill" in peer.roles:
                 for address in _kv_addresses(node, set(peer.models)):
                     wanted[peer.site, address] = node.site
-            if has_own_store(peer) and set(node.models) & set(peer.models):
+            if peer.store is not None and set(node.models) & set(peer.models):
                 wanted[peer.site, str(node.bundles)] = node.site
     crossing = {key: to_site for key, to_site in wanted.items() if key[0] != to_site}
     pairs = dict.fromkeys(frozenset((site, to_site)) for (site, _), to_site in crossing.items())
@@ -169,9 +169,16 @@ def link_plan(topology: Topology, take: TakePorts) -> LinkPlan:
     return LinkPlan(links, ports)
 
 
-def has_own_store(node: Node) -> bool:
-    """A node whose disk has a bound keeps its models apart; all others here share one store."""
-    return node.store is not None and node.disk_gb is not None
+def with_stores(topology: Topology, named: bool) -> Topology:
+    """The stores that nodes use here: those of the file; None where they share the launcher's.
+
+    Where the operator has ``named`` one, all share that, but nodes whose disk has a bound.
+    """
+    nodes = {
+        name: replace(node, store=None) if named and node.disk_gb is None else node
+        for name, node in topology.nodes.items()
+    }
+    return replace(topology, nodes=nodes)
 
 
 def probes(topology: Topology) -> list[Probe]:
@@ -246,8 +253,7 @@ def _node_children(
     children = []
     for node in topology.nodes.values():
         arguments = ["node", node.name, "--topology", str(files.topology)]
-        own = node.store if has_own_store(node) else None
-        arguments += ["--registry", registry_url, "--store", str(own or store)]
+        arguments += ["--registry", registry_url, "--store", str(node.store or store)]
         arguments += ["--status-file", str(files.status(node.name))]
         arguments += _dial(files, node.site, links)
         arguments += ["--drills"] if drills else []

@@ -17,12 +17,14 @@ from wire.errors import ConfigError
 
 
 class EngineStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One engine process; ``pid`` None: not running. ``last_words``: why the last one crashed."""
+    """One engine process; ``pid`` None: not running. ``last_words``: why the last one crashed.
+    ``problem``: why its model could not be had or loaded, and is tried again."""
 
     model: str
     rank: int
     pid: int | None
     last_words: str = ""
+    problem: str = ""
 
 
 class NodeAddresses(msgspec.Struct, frozen=True):

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
+from rich.text import Text
 
 from pop_node.store.store import Store
 from popmesh.launcher.local import LocalMesh
-from popmesh.launcher.plan import LaunchPlan, has_own_store, make_plan
+from popmesh.launcher.plan import LaunchPlan, make_plan
 from popmesh.launcher.ports import FreePorts, is_free
 from popmesh.render.progress import Phases
 from popmesh.signals import run_until_signal
@@ -30,7 +31,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What ``popmesh up`` was asked for. ``registry_url`` None: embedded."""
+    """What ``popmesh up`` was asked for. ``store`` is for nodes of ``topology`` without one;
+    ``registry_url`` None: embedded."""
 
     topology: Topology
     store: Path
@@ -50,16 +52,18 @@ def run_mesh(
     Files that nobody asked for are removed at the end, and kept for a look when something went
     wrong. Raises ``MeshError``, possibly in an exception group.
     """
+    _check_sources(options)
     if options.registry_url is not None:
         asyncio.run(_check_registry(options.registry_url))
-    _add_models(options, console)
     ports = _free_ports(options)
+    _add_models(options, console)
     directory = Path(tempfile.mkdtemp(prefix=f"popmesh-{options.topology.mesh}-"))
     mesh = LocalMesh(
         _plan(options, directory, ports),
         options.log_dir or directory / "logs",
         options.ready_file,
         os.environ.get("POPMESH_API_KEY"),
+        lambda text: console.print(Text(text, style="yellow")),
     )
 
     async def work() -> T:
@@ -74,6 +78,24 @@ def run_mesh(
     return result
 
 
+def _check_sources(options: Options) -> None:
+    """Raises ``ConfigError`` when a model without a source is in no store of a node that has it:
+    its nodes would look for each other's in vain."""
+    topology = options.topology
+    for name, model in topology.models.items():
+        stores = {n.store or options.store for n in topology.nodes.values() if name in n.models}
+        if model.source is None and stores and not any(name in _names(one) for one in stores):
+            raise ConfigError(
+                f"model {name} is in no store of its nodes: {', '.join(map(str, sorted(stores)))}",
+                where=topology.source or None,
+                suggestion="give it a source, or add it with 'popmesh model add --store'",
+            )
+
+
+def _names(store: Path) -> set[str]:
+    return {manifest.name for manifest in Store(store).list()}
+
+
 def _add_models(options: Options, console: Console) -> None:
     """Put the models that nodes serve into the store that they share; raises ``ConfigError`` if one
     is nowhere.
@@ -83,7 +105,7 @@ def _add_models(options: Options, console: Console) -> None:
     """
     store = Store(options.store)
     held = {manifest.name: manifest.dtype for manifest in store.list()}
-    sharing = [node for node in options.topology.nodes.values() if not has_own_store(node)]
+    sharing = [node for node in options.topology.nodes.values() if node.store is None]
     wanted = {name for node in sharing for name in node.models}
     for name, model in options.topology.models.items():
         if name not in wanted or held.get(name) == model.dtype:

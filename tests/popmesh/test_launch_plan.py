@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from popmesh.launcher.plan import LaunchPlan, Probe, make_plan
+from popmesh.launcher.plan import LaunchPlan, Probe, make_plan, with_stores
 from popmesh.launcher.ports import FIRST, LAST, FreePorts, is_free
 from topology.load import parse_topology
 from wire.errors import ConfigError
@@ -162,6 +162,17 @@ def test_a_node_with_a_bounded_disk_keeps_its_own_store_and_fetches_over_the_lin
     givers = made.topology.nodes
     assert set(made.links.dial_map("lhr")) == {str(givers["p"].bundles)}
     assert str(givers["d"].bundles) not in made.links.dial_map("fra")
+
+
+@pytest.mark.parametrize(("named", "kept"), [(False, "/nvme"), (True, "/store")])
+def test_a_store_of_the_file_is_kept_unless_the_operator_names_one(named, kept):
+    topology = parse_topology(APART.replace(", disk_gb: 10", ""), "mesh.yaml")
+    made = make_plan(with_stores(topology, named), Path("/run/x"), Path("/store"), counting_ports())
+    arguments = {child.name: child.arguments for child in made.children}
+    assert option(arguments["d"], "--store") == kept
+    assert option(arguments["both"], "--store") == "/store"
+    bounded = with_stores(parse_topology(APART, "mesh.yaml"), named)
+    assert bounded.nodes["d"].store == Path("/nvme")
 
 
 def test_models_that_come_and_go_are_not_all_probed():

@@ -53,11 +53,12 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(local, "WATCH_S", 0.01)
 
 
-def local_mesh(tmp_path: Path, text: str = MESH) -> LocalMesh:
+def local_mesh(tmp_path: Path, text: str = MESH, said: list[str] | None = None) -> LocalMesh:
     topology = parse_topology(text, "mesh.yaml")
     take = FreePorts(random.SystemRandom()).take
     plan = make_plan(topology, tmp_path / "run", tmp_path / "store", take)
-    return LocalMesh(plan, tmp_path / "logs", tmp_path / "ready.json", None)
+    say = ([] if said is None else said).append
+    return LocalMesh(plan, tmp_path / "logs", tmp_path / "ready.json", None, say)
 
 
 def ready(tmp_path: Path) -> dict:
@@ -125,6 +126,26 @@ async def test_a_refused_configuration_ends_the_start_with_the_childs_words(tmp_
             pytest.fail("it started")
     assert caught.group_contains(ConfigError, match="not in the store")
     assert not children()
+
+
+async def test_what_a_node_tries_again_is_said_once(tmp_path):
+    said: list[str] = []
+    looks: list[str] = []
+
+    class EnoughError(Exception):
+        pass
+
+    def report(phase: str, done: int, total: int) -> None:
+        looks.extend([phase] if said else [])
+        if len(looks) == 20:
+            raise EnoughError
+
+    mesh = local_mesh(tmp_path, MESH.replace("  d: ", "  waiting: "), said)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with asyncio.timeout(60), mesh.serving(report):
+            pytest.fail("it started")
+    assert caught.group_contains(EnoughError)
+    assert said == ["node waiting has no small yet: the disk is full"]
 
 
 async def test_a_cancelled_start_leaves_nobody(tmp_path, monkeypatch, children):
