@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from importlib import resources
 from pathlib import Path
@@ -14,12 +15,16 @@ from rich.text import Text
 from popmesh.client import Answer, MeshClient, Record
 from popmesh.conversation import converse, stream_answer, terminal_lines
 from popmesh.launcher.local import LocalMesh
+from popmesh.launcher.ports import is_free
 from popmesh.launcher.session import Options, run_mesh
 from popmesh.render.routes import record_view
 from topology.load import load_topology
 
 CLIENT = "48.14,11.58"
 """Munich: the nearest site of the demo's topology is Frankfurt."""
+
+PORT = 8080
+"""Where the commands and examples look for a mesh that they are not told of."""
 
 MAX_TOKENS = 96
 
@@ -47,11 +52,16 @@ QUESTION = "What happened on Thursday? Answer in three sentences."
 
 
 def run_demo(store: Path, port: int | None, once: bool) -> int:
-    """Run the demo; returns the exit code, 0 if the sample was complete and crossed sites."""
+    """Run the demo at ``port``, else at ``PORT`` if that is free, else at any free one.
+
+    Returns the exit code, 0 if the sample was complete and crossed sites.
+    """
     console = Console()
     with resources.as_file(resources.files("topology") / "examples" / "demo.yaml") as path:
         topology = load_topology(path)
     model = next(iter(topology.models))
+    if port is None and is_free(PORT):
+        port = PORT
 
     async def show(mesh: LocalMesh) -> int:
         console.print(Text(f"The mesh is ready at {mesh.plan.router_url}/v1", style="bold"))
@@ -99,7 +109,8 @@ async def _stay(client: MeshClient, console: Console, model: str, mesh: LocalMes
     """Chat where there is a terminal; then, or else at once, stay up until a signal."""
     url = mesh.plan.router_url
     console.print(Text(f"\nAny OpenAI client works with base_url={url}/v1 and model={model}."))
-    console.print(Text(f"In another terminal: popmesh status --mesh {url}"))
+    command = sys.argv[0] if shutil.which("popmesh") is None else "popmesh"
+    console.print(Text(f"In another terminal: {command} status --mesh {url}"))
     if sys.stdin.isatty():
         console.print("Ask something (Ctrl-D or /quit ends the chat and the demo).\n")
         await converse(client, console, model, terminal_lines(console), CLIENT)

@@ -13,7 +13,12 @@ from popmesh.commands.common import store_option
 @click.option(
     "--once", is_flag=True, help="End after the sample answer (exit code 0 if it is fine)."
 )
-@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the router.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    metavar="N",
+    help="Port of the router. Default: 8080, or any free one where that is taken.",
+)
 @store_option
 def demo(once: bool, port: int | None, store: Path) -> None:
     """Show a mesh of three sites at work, here.
