@@ -116,6 +116,8 @@ def gumbel_sample(
 ) -> list[int]:
     """One token id per row of ``logits`` [S, V] float32; every list has S entries.
 
+    A row with a NaN or without a finite maximum, from which nothing can be drawn, gets -1.
+
     Args:
         temperature: 0 is greedy, else positive; rounded to float32 first.
         top_p: mass of the nucleus, in (0, 1]; 1 keeps every token.
@@ -124,15 +126,13 @@ def gumbel_sample(
         index: output position of the token to draw.
         top_k: 0 keeps every token; None: 0 in all rows.
         min_p: in [0, 1]; 0 keeps every token; None: 0 in all rows.
-
-    Raises:
-        ValueError: a row has no finite maximum.
     """
     tokens = []
     for row, line in enumerate(logits):
         peak = line.max()
         if not torch.isfinite(peak):
-            raise ValueError(f"row {row} of the logits has no finite maximum")
+            tokens.append(-1)
+            continue
         heat = float(np.float32(temperature[row]))
         if heat == 0:
             scores = line

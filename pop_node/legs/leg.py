@@ -208,7 +208,8 @@ class Leg:
         if self.state == "closing":
             return self._close()
         if self.state != "queued":
-            return self._fail(PeerError(message, code=code))  # it ran, and its commit made no sense
+            # It ran: its commit made no sense, or no token could be drawn for it.
+            return self._fail(PeerError(message, code=code))
         retryable = code in ("overloaded", "out_of_blocks")
         effects: list[ev.Effect] = [
             ev.Say(Refused(self.submit.stream, code, message, retryable, 0)),

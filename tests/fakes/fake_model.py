@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pop_node.engine.scheduling.schedule import Schedule
+from pop_node.engine.scheduling.schedule import NO_TOKEN, Row, Schedule
 
 VOCABULARY = 50
 
@@ -34,13 +34,15 @@ def answer(ids: Sequence[int], num_tokens: int, vocabulary: int = VOCABULARY) ->
 class FakeModel:
     """Runs schedules; ``memory[slot]`` is None where nothing was ever written.
 
-    With a small ``vocabulary`` its texts repeat themselves often, though never for long.
+    With a small ``vocabulary`` its texts repeat themselves often, though never for long. ``sick``
+    are numbers of sequences for which it draws no token.
     """
 
     def __init__(self, num_blocks: int, block_tokens: int, vocabulary: int = VOCABULARY) -> None:
         self.block_tokens = block_tokens
         self.vocabulary = vocabulary
         self.memory: list[int | None] = [None] * (num_blocks * block_tokens)
+        self.sick: set[int] = set()
 
     def slot(self, blocks: Sequence[int], position: int) -> int:
         return blocks[position // self.block_tokens] * self.block_tokens + (
@@ -66,5 +68,9 @@ class FakeModel:
         for index in schedule.sampled:
             row = schedule.rows[index]
             values = chain([*row.sequence.ids, *row.drafts])
-            drawn += [value % self.vocabulary for value in values[-1 - len(row.drafts) :]]
+            drawn += [self.drawn(row, value) for value in values[-1 - len(row.drafts) :]]
         return drawn
+
+    def drawn(self, row: Row, value: int) -> int:
+        """The token after a row whose last value is this."""
+        return NO_TOKEN if row.sequence.seq in self.sick else value % self.vocabulary

@@ -106,8 +106,8 @@ class CudaRunner:
         prompts.
 
         Returns:
-            What waits for the step and gives the token sampled for each of ``schedule.sampled``. It
-            raises ValueError if the logits of one have no finite maximum.
+            What waits for the step and gives the token sampled for each of ``schedule.sampled``, or
+            ``NO_TOKEN``.
         """
         turn = self._turn = (self._turn + 1) % DEPTH
         bucket = self._bucket(schedule)
@@ -131,8 +131,7 @@ class CudaRunner:
             if schedule.awaited:
                 self._sampler.penalize(logits, schedule)
             tokens = self._sampler.draw(logits, fields.sampling[:count])
-            # -1 says that there is none; the next step, which is queued before anybody reads it,
-            # needs some id.
+            # Where there is none, the next step, which is queued before anybody knows, needs some.
             torch.clamp(tokens, min=0, out=self._last[:count])
             self._sampled[turn].record()
             self._downloads.wait(self._sampled[turn])
@@ -142,8 +141,6 @@ class CudaRunner:
         def collect() -> list[int]:
             self._arrived[turn].synchronize()
             ids: list[int] = self._ids[turn][: len(tokens)].tolist()
-            if -1 in ids:
-                raise ValueError(f"row {ids.index(-1)} of the logits has no finite maximum")
             return ids
 
         return collect

@@ -59,7 +59,8 @@ class StepRunner(Protocol):
 
     def launch(self, schedule: Schedule, on_layer: OnLayer | None) -> Callable[[], list[int]]:
         """Begin a step; what is returned waits for it and gives the token sampled for each of
-        ``schedule.sampled``. Without ``on_layer`` the layers may be computed as one."""
+        ``schedule.sampled``, or ``NO_TOKEN``. Without ``on_layer`` the layers may be computed as
+        one."""
 
     def prepare(self) -> bool:
         """Use a moment without work; False when there is nothing left to prepare."""
@@ -89,7 +90,8 @@ class Runner:
         return False
 
     def run(self, schedule: Schedule, on_layer: OnLayer | None) -> list[int]:
-        """Compute all rows; returns the tokens drawn after each of ``schedule.sampled``, in order.
+        """Compute all rows; returns the tokens drawn after each of ``schedule.sampled``, in order,
+        ``NO_TOKEN`` where their logits allow none.
 
         ``on_layer(i)`` is called when the KV of these rows is in the cache for model layer i.
         """

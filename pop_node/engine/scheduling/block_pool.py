@@ -116,6 +116,17 @@ class BlockPool:
             self._by_hash[value] = block
             self._hash_of[block] = value
 
+    def unregister(self, hashes: Iterable[bytes]) -> None:
+        """Nobody hits these any more; who holds their blocks keeps them."""
+        for value in hashes:
+            block = self._by_hash.pop(value, None)
+            if block is None:
+                continue
+            del self._hash_of[block]
+            if block in self._cached:
+                del self._cached[block]
+                self._free.append(block)
+
     def forget(self) -> None:
         """Drop all knowledge of contents; cached blocks become free."""
         self._by_hash.clear()

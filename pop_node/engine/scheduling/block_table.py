@@ -6,6 +6,7 @@ Pure; decides nothing: the scheduler says who may have how many blocks.
 from __future__ import annotations
 
 from pop_node.engine.scheduling.block_pool import BlockPool
+from pop_node.engine.scheduling.schedule import Row
 from pop_node.engine.scheduling.sequence import Sequence
 
 
@@ -45,3 +46,21 @@ def register_full(pool: BlockPool, sequence: Sequence) -> None:
         for index in range(sequence.registered, full):
             pool.register(sequence.blocks[index], hashes[index])
         sequence.registered = full
+
+
+def unregister(pool: BlockPool, sequence: Sequence) -> None:
+    """Nobody shall hit what stands for its tokens any more: it may be broken."""
+    full = len(sequence.ids) // pool.block_tokens
+    pool.unregister(sequence.hashes(full, pool.block_tokens))
+
+
+def lengthened(pool: BlockPool, row: Row, drafts: tuple[int, ...], num_running: int) -> Row:
+    """A decode row with as many of its drafts as there are blocks for: nobody gives way to a guess,
+    and a block stays for each of the ``num_running`` sequences."""
+    sequence = row.sequence
+    missing = pool.blocks_for(row.end + len(drafts)) - len(sequence.blocks)
+    if missing > 0 and missing + num_running > pool.available:
+        drafts = drafts[: len(sequence.blocks) * pool.block_tokens - row.end]
+    elif missing > 0:
+        sequence.blocks.extend(pool.allocate(missing))
+    return Row(sequence, row.start, 1 + len(drafts), drafts)

@@ -14,6 +14,10 @@ from pop_node.engine.scheduling.sequence import Sequence
 
 Side = Literal["export", "import"]
 
+NO_TOKEN = -1
+"""What a runner gives in place of a token where logits have a NaN or no finite maximum, as the
+operation that draws does (``kernels.reference.sampling``)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

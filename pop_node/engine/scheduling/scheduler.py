@@ -27,11 +27,18 @@ from pop_node.engine.messages import (
     Ended,
     Release,
     Retarget,
-    Token,
 )
 from pop_node.engine.scheduling.ahead import Ahead
 from pop_node.engine.scheduling.block_pool import BlockPool
-from pop_node.engine.scheduling.block_table import fit, give_back, hold, register_full
+from pop_node.engine.scheduling.block_table import (
+    fit,
+    give_back,
+    hold,
+    lengthened,
+    register_full,
+    unregister,
+)
+from pop_node.engine.scheduling.booking import BROKEN, Breakages, book
 from pop_node.engine.scheduling.books import check_books
 from pop_node.engine.scheduling.schedule import (
     Effect,
@@ -80,6 +87,7 @@ class Scheduler:
         self._speculation = speculation
         self._scheduled_at = 0.0
         self._ahead = Ahead()
+        self._breakages = Breakages()
         self._arrivals = 0
         self._sequences: dict[int, Sequence] = {}
         self._waiting = Waiting()
@@ -154,16 +162,14 @@ class Scheduler:
             return []
         problem = problem_with_commit(sequence, ids, self._limits)
         if problem is not None:
-            effects = self._end(sequence)
-            effects[-1] = Declined(sequence.seq, "protocol_error", problem)
-            return effects
+            return self._end(sequence, Declined(sequence.seq, "protocol_error", problem))
         del self._receiving[transfer], self._imports[transfer]
         sequence.computed = sequence.given_tokens
         sequence.ids.extend(ids[sequence.emitted_from :])
         sequence.emitted_from = len(ids)
         sequence.kv_source = "compute"
         register_full(self._pool, sequence)
-        effects = [TransferClosed("import", transfer)]
+        effects: list[Effect] = [TransferClosed("import", transfer)]
         # After a hand-off later than the first token a few tokens are left to compute here, as one
         # chunk whose blocks must be there; a single one gets its block like any decode row.
         missing = 0
@@ -202,7 +208,7 @@ class Scheduler:
             decoding = [row.sequence for row in rows[:num_decoding]]
             for index, drafts in enumerate(self._speculation.drafts(decoding, budget)):
                 if drafts:
-                    rows[index] = self._lengthened(rows[index], drafts)
+                    rows[index] = lengthened(self._pool, rows[index], drafts, len(self._running))
         for row in rows:
             row.sequence.timings.start(now)
         return Schedule.of(rows), effects
@@ -214,7 +220,10 @@ class Scheduler:
 
     def complete(self, schedule: Schedule, ids: list[int], now: float) -> list[Effect]:
         """Book the step: ``ids`` are the tokens drawn, ``schedule.num_drawn`` of them in order.
-        Those of a sequence that has ended meanwhile are dropped."""
+
+        Those of a sequence that has ended meanwhile are dropped. One with ``NO_TOKEN`` is declined,
+        and nothing that it computed is hit by others. Raises as ``Breakages.broke``.
+        """
         self._ahead.settle(schedule)
         for row in schedule.rows:
             register_full(self._pool, row.sequence)
@@ -236,16 +245,15 @@ class Scheduler:
         return effects
 
     def _book(self, row: Row, drawn: list[int], effects: list[Effect]) -> None:
-        """Take the tokens drawn after a row as long as the drafts before them were right."""
         sequence, drafts = row.sequence, row.drafts
-        accepted = 0
-        for token in drawn:
-            sequence.ids.append(token)
-            finish = sequence.finish()
-            effects.append(Token(sequence.seq, sequence.output_tokens - 1, token, finish))
-            if finish or accepted == len(drafts) or drafts[accepted] != token:
-                break
-            accepted += 1
+        accepted, finish = book(row, drawn, effects)
+        if finish == BROKEN:
+            unregister(self._pool, sequence)
+            if sequence.phase == "waiting":  # it gave way meanwhile, with the token on its way
+                self._waiting.tokens -= 1
+            effects += self._end(sequence, self._breakages.broke(sequence.seq))
+            return
+        self._breakages.drew()
         if drafts:
             assert self._speculation is not None, "a draft that nobody made"
             self._speculation.judge(sequence, len(drafts), accepted)
@@ -263,17 +271,6 @@ class Scheduler:
         count = min(sequence.remaining, budget)
         rows.append(Row(sequence, sequence.computed, count))
         return count
-
-    def _lengthened(self, row: Row, drafts: tuple[int, ...]) -> Row:
-        """A decode row with as many of its drafts as there are blocks for: nobody gives way to a
-        guess, and a block stays for each running sequence."""
-        sequence = row.sequence
-        missing = self._pool.blocks_for(row.end + len(drafts)) - len(sequence.blocks)
-        if missing > 0 and missing + len(self._running) > self._pool.available:
-            drafts = drafts[: len(sequence.blocks) * self._pool.block_tokens - row.end]
-        elif missing > 0:
-            sequence.blocks.extend(self._pool.allocate(missing))
-        return Row(sequence, row.start, 1 + len(drafts), drafts)
 
     # ---- blocks --------------------------------------------------------------------------------
 
@@ -349,8 +346,9 @@ class Scheduler:
 
     # ---- ends ----------------------------------------------------------------------------------
 
-    def _end(self, sequence: Sequence) -> list[Effect]:
-        """Free everything a sequence holds, whatever its phase."""
+    def _end(self, sequence: Sequence, last: Declined | None = None) -> list[Effect]:
+        """Free everything a sequence holds, whatever its phase; ``last`` is said of it, ``Ended``
+        if there is nothing to say."""
         match sequence.phase:
             case "waiting":
                 self._waiting.remove(sequence)
@@ -370,7 +368,8 @@ class Scheduler:
         elif sequence.kv_source == "transfer":
             del self._imports[sequence.transfer]
             effects.append(TransferClosed("import", sequence.transfer))
-        return [*effects, Ended(sequence.seq)]
+        effects.append(last or Ended(sequence.seq))
+        return effects
 
     # ---- facts ---------------------------------------------------------------------------------
 

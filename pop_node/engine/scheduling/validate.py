@@ -14,8 +14,7 @@ TRANSFER_ID_BYTES = 16
 
 PENALTY_LIMIT = 1e6
 """Largest penalty, and with its inverse the bounds of the one that divides. Guess: far beyond all
-that changes a text, while penalised logits stay finite in float32: a step that draws from others
-ends its engine."""
+that changes a text, while penalised logits stay finite in float32: others allow no token."""
 
 
 @dataclass(frozen=True, slots=True)

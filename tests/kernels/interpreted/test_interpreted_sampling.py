@@ -97,10 +97,6 @@ def test_ties_masks_and_borders(
 ) -> None:
     logits = torch.tensor([levels, [*levels[1:], 1.0]])
     arguments = ([temperature] * 2, [top_p] * 2, [seed] * 2, [0, 1], [7, 8])
-    if not torch.isfinite(logits.amax(dim=1)).all():
-        with pytest.raises(ValueError, match="row 0 "):
-            gumbel_sample(logits, *arguments)
-        return
     assert gumbel_sample(logits, *arguments) == reference.gumbel_sample(logits, *arguments)
 
 
@@ -116,8 +112,9 @@ def test_rows_without_a_finite_maximum_are_told_apart(value: float) -> None:
     assert tokens[1] == -1
     assert tokens[0] == 0
     assert 0 <= tokens[2] < 1100
-    with pytest.raises(ValueError, match="row 1 "):
-        gumbel_sample(logits, *arguments)
+    assert (
+        gumbel_sample(logits, *arguments) == tokens == reference.gumbel_sample(logits, *arguments)
+    )
 
 
 def test_no_rows_are_no_tokens() -> None:

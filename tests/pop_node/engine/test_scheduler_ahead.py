@@ -40,7 +40,10 @@ class LateModel(FakeModel):
             schedule.rows[index].sequence: token
             for index, token in zip(schedule.sampled, drawn, strict=True)
         }
-        return drawn
+        return [
+            self.drawn(schedule.rows[index], token)
+            for index, token in zip(schedule.sampled, drawn, strict=True)
+        ]
 
 
 class Driver:

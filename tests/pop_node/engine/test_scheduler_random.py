@@ -17,6 +17,7 @@ from pop_node.engine.messages import (
     Retarget,
     Token,
 )
+from pop_node.engine.scheduling.booking import BROKEN_IN_A_ROW
 from pop_node.engine.scheduling.schedule import (
     Effect,
     TransferBound,
@@ -122,6 +123,12 @@ class Machine(RuleBasedStateMachine):
     def deliver(self, data: st.DataObject, ahead: int) -> None:
         if self.arriving:
             self.commit(data.draw(st.sampled_from(sorted(self.arriving))), ahead)
+
+    @rule(data=st.data())
+    def break_one(self, data: st.DataObject) -> None:
+        """From here on no token can be drawn for it; too few break for the engine to give up."""
+        if self.live and len(self.model.sick) < BROKEN_IN_A_ROW - 1:
+            self.model.sick.add(data.draw(st.sampled_from(sorted(self.live))))
 
     @rule()
     def step(self) -> None:
