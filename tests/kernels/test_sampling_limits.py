@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import ISAS, native
+from transformers.generation import logits_process as warpers
 
 from kernels.reference.penalties import penalize
 from kernels.reference.sampling import allowed, gumbel_sample
@@ -69,7 +70,6 @@ def test_top_p_is_of_what_top_k_left_and_min_p_comes_last(isa: str | None) -> No
 
 def test_the_limits_are_those_of_transformers(rng: torch.Generator) -> None:
     """An oracle that nobody here wrote, in its order: top-k, top-p, min-p."""
-    warpers = pytest.importorskip("transformers.generation.logits_process")
     for row in range(60):
         z = 2.5 * torch.randn(80, generator=rng)
         z -= z.max()
@@ -111,7 +111,6 @@ def test_penalties_by_hand() -> None:
 
 
 def test_repetition_is_that_of_transformers(rng: torch.Generator) -> None:
-    warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(1, 50, generator=rng)
     seen = [3, 9, 9, 41]
     expected = warpers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([seen]), logits.clone())

@@ -18,7 +18,7 @@ from pop_node.residency import reserve
 from pop_node.residency.residency import Residency
 from pop_node.store import layout
 from pop_node.store.store import Store
-from tests.pop_node.drills.page_world import needs_a_disk
+from tests.pop_node.drills.page_world import disk_folder
 from tests.pop_node.hand_router import MODEL, WAIT_S, HandRouter
 from tests.pop_node.node_mesh import TinyMesh, tiny_mesh, topology, write_store
 from topology.budget import ENGINE_BYTES, GB
@@ -46,7 +46,10 @@ TWO = 2.2 * ENGINE_BYTES / GB
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """One model under three more names: three models to a node."""
-    root = tmp_path_factory.mktemp("models")
+    return three_models(tmp_path_factory.mktemp("models"))
+
+
+def three_models(root: Path) -> Store:
     store = write_store(root)
     for name in (A, B, C):
         store.add(str(root / "source"), name, "float32", lambda phase, done, total: None)
@@ -247,20 +250,20 @@ async def test_a_missing_model_comes_from_a_node_that_has_it(store: Store, tmp_p
         )
 
 
-async def test_a_cold_start_is_reported(store: Store, tmp_path: Path) -> None:
-    needs_a_disk(store.root)
+async def test_a_cold_start_is_reported(tmp_path: Path) -> None:
     plan = a_plan(None)
     plan = replace(plan, nodes={"a": replace(plan.nodes["a"], models=(A,))})
-    async with tiny_mesh(store, tmp_path, "a", plan=plan, version=3) as mesh:
-        a = mesh.routers["a"]
-        pid = mesh.nodes["a"].engine["pid"]
-        a.send(Drill(7, "cold-start", A, 60_000, "{}"))
-        (report,) = await a.until(lambda: [m for m in a.said if isinstance(m, DrillReport)])
-        assert report.error == ""
-        told = json.loads(report.report)
-        assert {"imports", "load", "first_token"} <= {phase["name"] for phase in told["phases"]}
-        assert mesh.nodes["a"].engine["pid"] != pid
-        assert len(await answer(mesh, A)) == 8
+    with disk_folder(tmp_path) as folder:
+        async with tiny_mesh(three_models(folder), tmp_path, "a", plan=plan, version=3) as mesh:
+            a = mesh.routers["a"]
+            pid = mesh.nodes["a"].engine["pid"]
+            a.send(Drill(7, "cold-start", A, 60_000, "{}"))
+            (report,) = await a.until(lambda: [m for m in a.said if isinstance(m, DrillReport)])
+            assert report.error == ""
+            told = json.loads(report.report)
+            assert {"imports", "load", "first_token"} <= {phase["name"] for phase in told["phases"]}
+            assert mesh.nodes["a"].engine["pid"] != pid
+            assert len(await answer(mesh, A)) == 8
 
 
 async def test_a_model_goes_down_for_a_drill_after_its_legs(store: Store, tmp_path: Path) -> None:

@@ -72,13 +72,13 @@ def test_the_share_is_of_the_nearer_ceiling(rates: ModuleType) -> None:
     assert rates.summary(compute, [4.0], ceilings)["share"] == pytest.approx(0.5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_it_says_so(
     rates: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["kernel_rates.py", "--out", str(tmp_path / "out.json")])
     with pytest.raises(SystemExit) as ended:
         rates.main()

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+IN_MEMORY = ("tmpfs", "ramfs")
+BUILD = Path(__file__).resolve().parents[3] / "build"
 
 MAPPER = """
 import mmap, sys
@@ -25,8 +31,15 @@ def kind_of(path: Path) -> str:
     return found.stdout.strip()
 
 
-def needs_a_disk(path: Path) -> None:
-    """Skip the test where files under ``path`` are memory themselves."""
-    kind = kind_of(path)
-    if kind in ("tmpfs", "ramfs"):
+@contextmanager
+def disk_folder(path: Path) -> Iterator[Path]:
+    """``path``, or a folder of the test's own in the project's ``build`` where files under ``path``
+    are memory themselves, as below many a ``/tmp``. Skips the test where those are too."""
+    if kind_of(path) not in IN_MEMORY:
+        yield path
+        return
+    BUILD.mkdir(exist_ok=True)
+    if (kind := kind_of(BUILD)) in IN_MEMORY:
         pytest.skip(f"files of this {kind} live in memory: there is nothing to drop")
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        yield Path(folder)

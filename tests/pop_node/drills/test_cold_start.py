@@ -20,7 +20,7 @@ from pop_node.drills import cold_start
 from pop_node.drills.cold_start import ColdStarts, Span
 from pop_node.drills.pages import resident_pages
 from pop_node.drills.report import ColdStartReport, Source
-from tests.pop_node.drills.page_world import MAPPER, needs_a_disk
+from tests.pop_node.drills.page_world import MAPPER, disk_folder
 from wire.errors import PeerError
 from wire.messages import COLD_START, Drill, DrillReport, DrillStarted
 
@@ -77,13 +77,13 @@ class FakeHost:
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    needs_a_disk(tmp_path)
-    path = tmp_path / "d1ce"
-    path.mkdir()
-    (path / "model.data").write_bytes(b"w" * (10 * mmap.PAGESIZE))
-    (path / "manifest.json").write_text("{}")
-    return path
+def bundle(tmp_path: Path) -> Iterator[Path]:
+    with disk_folder(tmp_path) as folder:
+        path = folder / "d1ce"
+        path.mkdir()
+        (path / "model.data").write_bytes(b"w" * (10 * mmap.PAGESIZE))
+        (path / "manifest.json").write_text("{}")
+        yield path
 
 
 async def hold(

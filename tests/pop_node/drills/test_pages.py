@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from pop_node.drills import pages
 from pop_node.drills.libraries import library_files
 from pop_node.drills.pages import Dropped, drop_pages, mapped_by, mapped_files, resident_pages
-from tests.pop_node.drills.page_world import MAPPER, kind_of, needs_a_disk
+from tests.pop_node.drills.page_world import MAPPER, disk_folder, kind_of
 
 PAGE = mmap.PAGESIZE
 
@@ -24,9 +25,9 @@ def write(path: Path, nbytes: int) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    needs_a_disk(tmp_path)
-    return tmp_path
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with disk_folder(tmp_path) as path:
+        yield path
 
 
 @pytest.mark.parametrize("nbytes", [1, PAGE, PAGE + 1, 63 * PAGE, 300 * PAGE + 17])

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pop_node.drills.pages import resident_pages
 from pop_node.drills.rebirth import REBORN, Rebirth, Reborn, cold_of, take_reborn
 from pop_node.drills.report import ColdStartReport
 from pop_node.engine.start_clock import made_at
-from tests.pop_node.drills.page_world import needs_a_disk
+from tests.pop_node.drills.page_world import disk_folder
 from tests.pop_node.drills.test_cold_start import SPANS, FakeHost
 from wire.messages import COLD_START, Drill, DrillReport, DrillStarted
 
@@ -42,11 +43,11 @@ msgspec.json.decode(sys.argv[1], type=Rebirth).become()
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    needs_a_disk(tmp_path)
-    path = tmp_path / "model.data"
-    path.write_bytes(b"w" * (20 * mmap.PAGESIZE))
-    return path
+def data(tmp_path: Path) -> Iterator[Path]:
+    with disk_folder(tmp_path) as folder:
+        path = folder / "model.data"
+        path.write_bytes(b"w" * (20 * mmap.PAGESIZE))
+        yield path
 
 
 def rebirth(*files: Path) -> Rebirth:
