@@ -93,7 +93,7 @@ class Intake:
             )
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: Connection(self._number(), self, self._hello, receiver_decoder()),
+                self.accept,
                 host,
                 port,
                 ssl=context,
@@ -103,6 +103,10 @@ class Intake:
             raise ConfigError(f"cannot listen on {format_address(host, port)}: {exc}") from exc
         bound: tuple[str, int] = self._server.sockets[0].getsockname()[:2]
         return bound
+
+    def accept(self) -> Connection[FromSender]:
+        """Protocol factory of the listening socket."""
+        return Connection(self._number(), self, self._hello, receiver_decoder())
 
     def close(self, error: MeshError) -> None:
         """Accept no more; end all connections, and those that are still being made."""
