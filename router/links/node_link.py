@@ -291,7 +291,8 @@ class NodeLink:
             self._connection = None
             connection.abort()
             self._events.down(self.node.name, error)
-            self._questions.lost(error)
+            unanswered = f"{self.node.name} did not answer: {error.message}"
+            self._questions.lost(PeerError(unanswered, code=error.code))
             streams, self._streams = self._streams, {}
             for listener in streams.values():
                 listener.link_lost(self.node.name)

@@ -74,3 +74,4 @@ async def test_a_node_that_dies_before_it_answers_is_reported(monkeypatch):
         monkeypatch.setattr(type(connection), "say", lambda self, message: self.drop())
         status, answer = await drill(mesh, node="lhr-1", fault="kill-agent")
         assert (status, answer["error"]["code"]) == (502, "link_lost")
+        assert answer["error"]["message"] == "lhr-1 did not answer: the node closed the link"
