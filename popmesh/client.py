@@ -279,6 +279,11 @@ class MeshClient:
                 if not 200 <= response.status < 300:
                     raise _refusal(response.status, await response.read())
                 yield response
+        except aiohttp.ClientSSLError as exc:
+            raise ConfigError(
+                f"no trusted router at {self.url}: {exc}",
+                suggestion="SSL_CERT_FILE names another authority than this machine's",
+            ) from exc
         except aiohttp.ClientConnectorError as exc:
             raise ConfigError(
                 f"no router answers at {self.url}",

@@ -10,6 +10,7 @@ import logging
 import random
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from router.router_metrics import RouterMetrics
 from router.routing.geo import ClientLocator
 from router.routing.view_builder import ViewBuilder
 from topology.model import Topology
-from wire.address import Dialer, format_address
+from wire.address import Dialer, format_address, is_loopback
 from wire.errors import ConfigError, MeshError, RequestError
 from wire.tls import Credentials
 
@@ -49,7 +50,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """Everything a router needs to start. ``cache_key`` None draws one for this start."""
+    """Everything a router needs to start. ``cache_key`` None draws one for this start, ``https``
+    None serves clients without TLS."""
 
     name: str
     topology: Topology
@@ -60,6 +62,7 @@ class RouterConfig:
     dialer: Dialer = field(default_factory=Dialer)
     mmdb: Path | None = None
     cache_key: bytes | None = None
+    https: ssl.SSLContext | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -167,10 +170,16 @@ async def _serve_http(
         )
 
     try:
-        server = await loop.create_server(connection, sock=listener)
+        patience_s = limits.head_timeout_s if config.https is not None else None
+        server = await loop.create_server(
+            connection, sock=listener, ssl=config.https, ssl_handshake_timeout=patience_s
+        )
         host, port = listener.getsockname()[:2]
-        url = f"http://{format_address(host, port)}"
+        scheme = "http" if config.https is None else "https"
+        url = f"{scheme}://{format_address(host, port)}"
         log.info("router %s listens on %s", config.name, url)
+        if config.https is None and not is_loopback(host):
+            log.warning("keys and prompts of clients come in the clear: end their TLS before here")
         try:
             if ready is not None:
                 ready(url)

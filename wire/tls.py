@@ -87,12 +87,7 @@ class Credentials:
                 raise ConfigError(
                     f"no {name}", where=str(directory), suggestion=f"{_ISSUE}, and name DIR/NAME"
                 )
-        if stat.S_IMODE((directory / "key.pem").stat().st_mode) & 0o077:
-            raise ConfigError(
-                "other users may read this key",
-                where=str(directory / "key.pem"),
-                suggestion="chmod 600 it",
-            )
+        check_private(directory / "key.pem")
         credentials = cls(directory, _own_identity(directory))
         credentials.server_context()  # the key fits the certificate
         return credentials
@@ -121,6 +116,14 @@ class Credentials:
                 suggestion=_ISSUE,
             ) from exc
         return context
+
+
+def check_private(key: Path) -> None:
+    """Raises ``ConfigError`` when others than its owner may read the ``key``."""
+    if stat.S_IMODE(key.stat().st_mode) & 0o077:
+        raise ConfigError(
+            "other users may read this key", where=str(key), suggestion="chmod 600 it"
+        )
 
 
 def peer_identity(peer: ssl.SSLObject | ssl.SSLSocket | None) -> Identity:

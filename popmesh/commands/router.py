@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,9 @@ from popmesh.commands.common import (
     log_to_stderr,
     process_options,
 )
+
+if TYPE_CHECKING:
+    import ssl
 
 
 @click.command()
@@ -29,6 +33,13 @@ from popmesh.commands.common import (
     help="The key of all the mesh's routers, by which they know what nodes have cached. Default: "
     "the one that 'popmesh tls issue' put beside the certificate, else one of this start alone.",
 )
+@click.option(
+    "--https-certificate",
+    type=FILE,
+    metavar="FILE",
+    help="Serve clients by HTTPS with this certificate and the chain above it, as PEM.",
+)
+@click.option("--https-key", type=FILE, metavar="FILE", help="The key of --https-certificate.")
 @click.option("--mmdb", type=FILE, metavar="FILE", help="GeoIP database that places clients.")
 def router(
     topology: Path,
@@ -38,6 +49,8 @@ def router(
     name: str | None,
     listen: str | None,
     cache_key: Path | None,
+    https_certificate: Path | None,
+    https_key: Path | None,
     mmdb: Path | None,
 ) -> None:
     """Run a router: the OpenAI-compatible door of the mesh.
@@ -77,9 +90,22 @@ def router(
         dialer=load_dialer(link_map),
         mmdb=mmdb,
         cache_key=None if cache_key is None else load_cache_key(cache_key),
+        https=_https(https_certificate, https_key),
     )
     log_to_stderr()
     run(config, lambda url: click.echo(f"router {name} serves {url}"))
+
+
+def _https(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """What clients meet; None: no TLS. Raises ``ConfigError``."""
+    from router.http.https import https_context
+    from wire.errors import ConfigError
+
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ConfigError("--https-certificate and --https-key go together")
+    return https_context(certificate, key)
 
 
 def _beside(tls: Path | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -153,11 +154,13 @@ async def running_mesh(
     topology: Topology | None = None,
     limits: Limits | None = None,
     max_version: int = MAX_VERSION,
+    trusted: ssl.SSLContext | None = None,
     **config: Any,
 ) -> AsyncIterator[RouterMesh]:
     """Start fakes for every node of the topology and a router over them.
 
-    ``max_version`` is the newest mesh wire that the nodes know.
+    ``max_version`` is the newest mesh wire that the nodes know; ``trusted`` is what clients of a
+    router with ``https`` go by.
     """
     topology = topology or make_topology()
     hand_over = FakeMesh()
@@ -184,7 +187,8 @@ async def running_mesh(
     try:
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             group.create_task(serve(settings, url.set_result, stop))
-            async with aiohttp.ClientSession(await url) as http:
+            connector = aiohttp.TCPConnector(ssl=True if trusted is None else trusted)
+            async with aiohttp.ClientSession(await url, connector=connector) as http:
                 mesh = RouterMesh(await url, nodes, directory, http, stop)
                 await mesh.wait_ready()
                 yield mesh
