@@ -162,6 +162,17 @@ def test_attention_by_decode_by_any_chunks_and_beside_others(
             assert torch.equal(pieces[i], whole[ends[i] - news[i] : ends[i]])
 
 
+@pytest.mark.parametrize("kind", ISAS)
+def test_attention_over_a_long_context(kind: str, dtype: torch.dtype, rng: torch.Generator) -> None:
+    tokens, heads, dim = 1100, 3, 64
+    content = random_kv(rng, tokens, 1, dim, dtype)
+    q = torch.randn(tokens, heads, dim, generator=rng).to(dtype)
+    whole = attend(kind, 1, q, place(rng, [content], [tokens], 16), dim)
+    for first, end in [(0, 512), (512, 1024), (1024, 1100), (300, 307), (999, 1000), (1099, 1100)]:
+        batch = place(rng, [content[:, :end]], [end - first], 16)
+        assert torch.equal(attend(kind, 2, q[first:end], batch, dim), whole[first:end])
+
+
 def test_the_invariant_reference_agrees_with_the_readable_one(
     dtype: torch.dtype, rng: torch.Generator
 ) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from engine_builders import an_add
 from stepped_engine import Engine
 
 from pop_node.engine.messages import Ended, Token
+from pop_node.engine.scheduling.drafter import Drafter
+from pop_node.engine.scheduling.sequence import Sequence
 from pop_node.engine.scheduling.speculation import Speculation
 from tests.fakes.fake_model import FakeModel, answer
 
@@ -42,6 +45,11 @@ def test_the_text_is_the_same_in_fewer_steps() -> None:
     assert [index for index, _, _ in engine.tokens(1)] == list(range(120))
     assert engine.speculation.accepted == 120 - (engine.num_steps - 1)  # the last one is idle
     assert 20 < engine.speculation.accepted < engine.speculation.drafted
+    load = engine.scheduler.load()
+    assert (load.drafted, load.accepted) == (
+        engine.speculation.drafted,
+        engine.speculation.accepted,
+    )
     assert engine.pool.available == 64
 
 
@@ -100,6 +108,56 @@ def test_nobody_gives_way_to_a_guess() -> None:
     for seq in (1, 2, 3):
         assert engine.ids(seq) == answer([seq % 2] * 6, 20, WORDS)
     assert engine.pool.available == 9
+
+
+class OneIsGuessed(Speculation):
+    """Eight wrong guesses for the sequence with that number, in each step."""
+
+    def drafts(self, sequences: list[Sequence], budget: int) -> list[tuple[int, ...]]:
+        for sequence in sequences:
+            sequence.drafter = sequence.drafter or Drafter()
+        return [(0,) * 8 if sequence.seq == 2 else () for sequence in sequences]
+
+
+@pytest.mark.parametrize(("left", "drafts"), [(1, 2), (3, 2), (4, 8), (9, 8)])
+def test_a_guess_leaves_each_running_sequence_a_block(left: int, drafts: int) -> None:
+    """Two sequences of six tokens have two blocks of four each: two guesses fit without another,
+    eight want two more, of which there are enough if two are ``left`` besides."""
+    engine = Engine(num_blocks=4 + left, speculation=OneIsGuessed(), token_budget=64)
+    for seq in (1, 2):
+        engine.tell(an_add(seq, prompt_ids=[seq] * 5, max_tokens=13, salt=b"%d" % seq))
+    assert engine.step() == {1: 5, 2: 5}
+    schedule, _ = engine.scheduler.schedule(0.0)
+    assert {row.sequence.seq: len(row.drafts) for row in schedule.rows}[2] == drafts
+
+
+class Listening(Speculation):
+    """Guesses nothing; remembers which steps it was told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, int]] = []
+
+    def drafts(self, sequences: list[Sequence], budget: int) -> list[tuple[int, ...]]:
+        return []
+
+    def step(self, sequences: int, guesses: int, seconds: float) -> None:
+        self.told.append((sequences, guesses))
+
+
+def test_what_a_step_costs_is_learned_from_steps_that_only_decode() -> None:
+    listening = Listening()
+    engine = Engine(speculation=listening)
+    engine.tell(an_add(1, prompt_ids=[1] * 5, max_tokens=9))
+    engine.step()
+    engine.step()
+    engine.tell(an_add(2, prompt_ids=[2] * 40, max_tokens=2))
+    while not engine.tokens(2):
+        engine.step()
+    assert len(engine.tokens(1)) > 4
+    assert listening.told == [(1, 0)]
+    engine.step()
+    assert listening.told == [(1, 0), (2, 0)]
 
 
 def test_wrong_guesses_are_never_found_in_the_cache() -> None:

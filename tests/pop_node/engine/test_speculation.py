@@ -105,6 +105,14 @@ def test_nothing_is_guessed_beyond_the_last_token_or_of_a_leg_that_hands_off() -
     assert guess(speculation, a_sequence(leg="prefill")) == ()
 
 
+@pytest.mark.parametrize("penalty", ["repetition", "frequency", "presence"])
+def test_nothing_is_guessed_where_repeating_is_penalised(penalty: str) -> None:
+    """What is drawn after a guess would have to count the guesses before it."""
+    speculation, sequence = Speculation(), a_sequence(**{f"{penalty}_penalty": 1.5})
+    assert not any(guess(speculation, sequence) for _ in range(20))
+    assert guess(speculation, a_sequence())
+
+
 def test_wrong_guesses_end_guessing_and_it_is_tried_again_ever_more_rarely() -> None:
     speculation, sequence = learned(0.0, 0.5, 1), a_sequence()
     tried = []
