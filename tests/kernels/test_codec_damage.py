@@ -159,6 +159,22 @@ def test_a_word_too_many_is_noticed(which: Codec) -> None:
 
 
 @pytest.mark.parametrize("which", CODECS, ids=lambda which: which.isa)
+@pytest.mark.parametrize("what", ["words", "escapes"])
+def test_a_section_with_more_than_its_rows_take_is_noticed(which: Codec, what: str) -> None:
+    """The block has the room that it claims: more than the last row, or all, could use."""
+    block, size = sound_block()
+    head = header_bytes(RANS, size, 2)
+    words, escapes, _ = directory(as_bytes(block), head)[0]
+    for more in (4, 32, 64, 68, 200, 2000, 8000):
+        longer = bytearray(block + bytes(2 * more if what == "words" else more))
+        longer[12:16] = len(longer).to_bytes(4, "little")
+        place, count = (head - 12, words) if what == "words" else (head - 8, escapes)
+        refuses(
+            which, forged(bytes(longer), place, (count + more).to_bytes(4, "little"), size), size
+        )
+
+
+@pytest.mark.parametrize("which", CODECS, ids=lambda which: which.isa)
 def test_a_body_of_noise_is_noticed(which: Codec) -> None:
     block, size = sound_block()
     rng = random.Random(3)

@@ -15,7 +15,7 @@ from kernel_cases import PagedBatch, paged_batch, place, random_kv
 from kernels.reference import attention as reference
 from kernels.triton.attention import attention, attention_kernel, merge_kernel, plan_attention
 from kernels.triton.attention_tiles import MAX_SPLITS, MIN_SPLIT_TOKENS, Tiles, split_tokens
-from kernels.triton.launch import ceil_div
+from kernels.triton.launch import Launch, ceil_div
 
 # Many small tiles in few tokens, which the tiles of real launches would swallow whole.
 WIDE, NARROW = Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 2)
@@ -233,6 +233,33 @@ def test_splits_follow_the_keys_and_the_device() -> None:
             assert size % 64 == 0
             assert splits(visible, programs) <= MAX_SPLITS
             assert size >= min(visible, MIN_SPLIT_TOKENS // 2)
+
+
+@pytest.mark.parametrize("context", [300, 3000])
+def test_short_queries_are_split_by_their_keys_unless_bits_are_to_be_the_same(
+    context: int, rng: torch.Generator
+) -> None:
+    """What the interpreter cannot tell apart: it rounds alike in tiles of any kind."""
+    lens = [(1, context), (1, 20)]
+    batch = paged_batch(rng, lens, kv_heads=1, head_dim=16, block_tokens=16, dtype=torch.float32)
+    q = queries_of(batch, 3, rng, torch.float32)
+
+    def plan(*, batch_invariant: bool) -> list[Launch]:
+        return plan_attention(
+            *(q, batch.k_cache, batch.v_cache, batch.meta, 0.25, torch.empty(q.shape)),
+            window=None,
+            chunk=None,
+            multiprocessors=20,
+            batch_invariant=batch_invariant,
+        )
+
+    narrow = plan(batch_invariant=False)[0]
+    size = split_tokens(context, 2, 20, narrow.constants["BLOCK_N"])
+    assert narrow.constants["NARROW"]
+    assert narrow.grid[2] == ceil_div(context, size)
+    (wide,) = plan(batch_invariant=True)
+    kind = [wide.constants[name] for name in ("NARROW", "SPLIT", "ALL_MASKED")]
+    assert kind == [False, False, True]
 
 
 def test_what_does_not_fit_is_refused(rng: torch.Generator) -> None:

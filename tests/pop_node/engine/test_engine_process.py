@@ -205,6 +205,19 @@ async def test_life_of_an_engine(config: EngineConfig) -> None:
     engine.staging.close()
 
 
+@pytest.mark.parametrize(("backend", "guesses"), [("native", True), ("reference", False)])
+async def test_tokens_are_guessed_where_bits_do_not_depend_on_the_batch(
+    config: EngineConfig, backend: Any, *, guesses: bool
+) -> None:
+    async with running(replace(config, backend=backend)) as engine:
+        for seq in range(1, 5):
+            await engine.answer(an_add(seq, prompt_ids=prompt_of(100, seq), max_tokens=200))
+        load = await engine.at_rest()
+    assert (load.drafted > 0) == guesses
+    steps = [x for x in engine.said if isinstance(x, m.StepDone) and x.tokens]
+    assert sum(len(x.tokens) for x in steps) == 800 == len(steps) + load.accepted
+
+
 async def test_a_hand_over_between_two_engines_continues_the_text(config: EngineConfig) -> None:
     """Prefill in one process, bytes copied slot to slot, decode in another with other blocks."""
     other = replace(config, block_tokens=12, kv_tokens=480)

@@ -187,3 +187,17 @@ def test_a_new_sequence_starts_from_what_the_others_were_like() -> None:
     assert bad.length(0.3, 0.1) == 1  # to see for itself
     bad.judge(1, 0)
     assert bad.length(0.3, 0.1) == 0
+
+
+def test_what_the_others_were_like_is_learned_from_all_of_them() -> None:
+    lengths = []
+    for right in (True, False):
+        speculation = learned(0.0, 0.03, 1)
+        for _ in range(60):
+            sequence = a_sequence()
+            drafts = guess(speculation, sequence)
+            if drafts:
+                speculation.judge(sequence, len(drafts), len(drafts) if right else 0)
+        lengths.append(len(guess(speculation, a_sequence())))
+    first = len(guess(learned(0.0, 0.03, 1), a_sequence()))
+    assert lengths[1] < 2 < first < lengths[0] == 8
