@@ -84,7 +84,7 @@ class Agent:
         self._registry = registry
         self._keeper: Keeper | None = None
         self._push = LoadPush(self._load, self._deltas, self._links)
-        self._supply = Supply(config, registry, lambda: self._residents.num_legs > 0)
+        self._supply = Supply(config, registry, lambda: self._residents.standing.num_legs > 0)
         self._told_offers: list[ModelOffer] = []
         self._residents = self._make_residents()
         self._lifecycle = lifecycle.NodeLifecycle((), later=self._residents.awaited)
@@ -160,7 +160,7 @@ class Agent:
             self._apply(lifecycle.StreamsLeft(0))
         self._apply(lifecycle.DrainRequested(timeout_s))
         self._residents.drain()
-        self._apply(lifecycle.StreamsLeft(self._residents.num_legs))
+        self._apply(lifecycle.StreamsLeft(self._residents.standing.num_legs))
 
     def _start_anew(self, rebirth: Rebirth) -> None:
         """Drain, then have this process do what it is told."""
@@ -204,7 +204,7 @@ class Agent:
 
     def _offers_changed(self) -> None:
         """Tell routers, if it is so."""
-        offers = self._residents.offers()
+        offers = self._residents.standing.offers()
         if offers != self._told_offers:
             self._told_offers = offers
             for link in self._links:
@@ -251,7 +251,7 @@ class Agent:
 
     async def _announce_drain(self) -> None:
         for link in self._links:
-            link.say(Draining(self._residents.num_legs))
+            link.say(Draining(self._residents.standing.num_legs))
         if self._keeper is not None:
             await self._keeper.set_meta(self._meta())
 
@@ -270,16 +270,16 @@ class Agent:
     def _legs_changed(self, model: str) -> None:
         self._residents.legs_changed(model)
         if self._lifecycle.state == "draining":
-            self._apply(lifecycle.StreamsLeft(self._residents.num_legs))
+            self._apply(lifecycle.StreamsLeft(self._residents.standing.num_legs))
 
     def _load(self) -> Load:
         hosts = self._residents.hosts.values()
         return Load(
-            engines=self._residents.loads(),
+            engines=self._residents.standing.loads(),
             links=[rate for host in hosts for rate in host.link_rates()],
             draining=self._lifecycle.state == "draining",
-            memory_bytes=self._residents.memory_bytes,
-            memory_used_bytes=self._residents.memory_used_bytes,
+            memory_bytes=self._residents.standing.memory_bytes,
+            memory_used_bytes=self._residents.standing.memory_used_bytes,
             giving=self._supply.giving(),
         )
 
@@ -302,7 +302,7 @@ class Agent:
             site=self._node.site,
             incarnation=self._incarnation,
             roles=roles,
-            models=self._residents.offers(),
+            models=self._residents.standing.offers(),
         )
 
     def authorize_router(self, hello: Hello, ssl_object: ssl.SSLObject | None) -> None:
@@ -316,7 +316,7 @@ class Agent:
         for host in self._residents.hosts.values():
             link.say(host.facts.directory.whole())
         if self._lifecycle.state == "draining":
-            link.say(Draining(self._residents.num_legs))
+            link.say(Draining(self._residents.standing.num_legs))
 
     def router_left(self, link: RouterLink) -> None:
         """A router is gone: its streams are cancelled."""
@@ -370,7 +370,7 @@ class Agent:
             self._drills.start(drill, link.say)
 
     def _engine_pids(self) -> dict[str, int | None]:
-        return {name: self._residents.engine_pid(name) for name in self._node.models}
+        return {name: self._residents.standing.engine_pid(name) for name in self._node.models}
 
     def _write_status(self) -> None:
         path = self._config.status_file

@@ -25,15 +25,15 @@ def write_status(path: Path, state: str, mesh_address: str, residents: Residents
             {
                 "model": name,
                 "rank": 0,
-                "pid": residents.engine_pid(name),
+                "pid": residents.standing.engine_pid(name),
                 "last_words": residents.hosts[name].last_words if name in residents.hosts else "",
                 "problem": state.why_failed,
-                "ready": residents.serves(name),
-                "warmth": residents.warmth(name),
+                "ready": residents.standing.serves(name),
+                "warmth": residents.standing.warmth(name),
                 "memory_bytes": state.memory_bytes,
                 "last_load_ms": round(state.last_load_s * 1000),
             }
-            for name, state in residents.states().items()
+            for name, state in residents.standing.states().items()
         ],
         "addresses": {
             "mesh": mesh_address,

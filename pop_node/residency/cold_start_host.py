@@ -31,23 +31,23 @@ class ResidentColdStarts:
 
     def problem(self, model: str) -> str:
         """Why this model cannot be taken down now, or nothing."""
-        if model not in self._residents.states():
+        if model not in self._residents.standing.states():
             return f"node {self._name} does not serve {model[:64]!r}"
         if not self._is_serving():
             return "the node is starting or draining"
-        if not self._residents.serves(model):
-            return f"{model} is not in memory: {self._residents.warmth(model)}"
+        if not self._residents.standing.serves(model):
+            return f"{model} is not in memory: {self._residents.standing.warmth(model)}"
         return ""
 
     def bundle_path(self, model: str) -> Path:
         """The directory of its bundle. Raises ``ConfigError`` when it is not on the disk."""
-        if self._residents.state(model).disk != "here":
+        if self._residents.standing.state(model).disk != "here":
             raise ConfigError(f"{model} is not on this node's disk")
         return self._residents.hosts[model].settings.engine.model_dir
 
     def engine_pid(self, model: str) -> int | None:
         """The process that has the model in memory, if one does."""
-        return self._residents.engine_pid(model)
+        return self._residents.standing.engine_pid(model)
 
     async def take_down(self, model: str) -> None:
         """Say "not ready", let its legs end for ``LEGS_END_S``, then end its process and one that
@@ -56,10 +56,10 @@ class ResidentColdStarts:
         residents.feed(ev.TakeDown(model))
         try:
             async with asyncio.timeout(LEGS_END_S):
-                await residents.until(lambda: residents.state(model).memory == "out")
+                await residents.until(lambda: residents.standing.state(model).memory == "out")
         except TimeoutError:
             residents.feed(ev.Legs(model, 0))  # they end with the engine
-            await residents.until(lambda: residents.state(model).memory == "out")
+            await residents.until(lambda: residents.standing.state(model).memory == "out")
         await residents.drop_standby()
 
     async def start(self, model: str, source: Source) -> Sequence[Span]:
@@ -73,7 +73,7 @@ class ResidentColdStarts:
             took_s, nbytes = await residents.fetching.again(model, source)
             fetched.append(("fetch", 0.0, took_s, nbytes))
         residents.feed(ev.BringBack(model))
-        state = residents.state(model)
+        state = residents.standing.state(model)
         await residents.until(lambda: state.memory == "warm" or state.failures > 0)
         if state.memory != "warm":
             raise PeerError(state.why_failed, code="drill_failed")

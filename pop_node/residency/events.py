@@ -82,7 +82,7 @@ class PutOff:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """The model's bundle was removed from the disk."""
+    """The model's bundle is not among those of the disk: it was removed, or has not come yet."""
 
     model: str
 

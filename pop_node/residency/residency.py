@@ -3,12 +3,10 @@
     absent --Fetch--> fetching --Fetched--> on the disk
     out --room is made--> queued --it is free--> loading --Ready--> warm --Unload--> leaving --> out
 
-Disk and memory are told apart, as a model may be loaded while the rest of it still arrives. Memory
-is *committed* when a model is promised its place and *resident* while an engine has it; neither is
-ever beyond the budget. A model gets a place at once or is refused at once: room is what is free and
-what models take that may leave, the least recently used first. None leaves that is pinned, has
-legs, or is asked for: a lease that runs is kept, whoever asks for another model. So every model
-that is queued comes in as soon as those that make room are gone, and nobody overtakes it for ever.
+Disk (``fetch_queue``) and memory (``places``) are told apart, as a model may be loaded while the
+rest of it still arrives. A model gets a place at once or is refused at once: room is what is free
+and what models take that may leave, the least recently used first. None leaves that is pinned, has
+legs, or is asked for: a lease that runs is kept, whoever asks for another model.
 
 An engine that ends by itself is started again by the node's lifecycle; one that does not come up
 ``MAX_FAILURES`` times gives its place back, unless it is pinned. Without a budget every model is
@@ -22,23 +20,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import assert_never
 
 from pop_node.residency import events as ev
-from pop_node.residency.room import BUSY_S, committed_bytes, find_room, why_not
+from pop_node.residency.fetch_queue import RETRY_FIRST_S, FetchQueue, backoff_s
+from pop_node.residency.places import Places
+from pop_node.residency.room import BUSY_S
 from pop_node.residency.state import ModelState
 from topology.budget import by_precedence, first_fit
-
-MAX_FETCHES = 2
-MAX_PREFETCHES = 1
-"""Fetches at once, and those of them that nobody waits for: a few share a line without any of them
-being late, and one that is waited for is not behind the others. Guesses."""
 
 MAX_FAILURES = 3
 """Starts in a row without a token until a model gives its place back. Guess: one may be bad luck,
 such as memory that another process had for a moment."""
-
-RETRY_FIRST_S = 5.0
-RETRY_MAX_S = 300.0
-"""Between a fetch or a model that failed and the next try; doubles. Guesses: a peer that restarts
-is back in seconds, a full disk is looked after by a person."""
 
 
 class Residency:
@@ -59,9 +49,8 @@ class Residency:
         can_come = set(fetchable)
         self._models = {name: ModelState(name, name in stays, name in can_come) for name in models}
         self._budget = budget_bytes
-        self._queue: list[str] = []  # promised a place, waiting for others to leave it
-        self._to_fetch: list[str] = []
-        self._load_bytes_per_s = 0.0
+        self._places = Places(self._models, budget_bytes)
+        self._fetches = FetchQueue(self._models)
         self._is_started = False
 
     # ---- questions -----------------------------------------------------------------------------
@@ -76,7 +65,7 @@ class Residency:
 
     def eta_s(self, model: str, now: float) -> float:
         """Seconds until the model could answer if it were wanted now."""
-        return self._models[model].eta_s(now, self._load_bytes_per_s)
+        return self._models[model].eta_s(now, self._places.load_bytes_per_s)
 
     def first(self) -> list[str]:
         """The models that ``Started`` loads: as many as fit of those on the disk."""
@@ -94,22 +83,22 @@ class Residency:
 
     def refusal(self, model: str, now: float) -> ev.Refuse | None:
         """What ``Wanted`` would be told now; None when the model can come, or is here."""
-        return self._refusal(self._models[model], now)
+        return self._places.refusal(self._models[model], now)
 
     @property
     def committed_bytes(self) -> int:
         """Memory of models that have a place or were promised one."""
-        return committed_bytes(self._models.values())
+        return self._places.committed_bytes
 
     @property
     def resident_bytes(self) -> int:
         """Memory of models that have an engine."""
-        return sum(m.memory_bytes for m in self._models.values() if m.is_resident)
+        return self._places.resident_bytes
 
     def next_deadline(self) -> float | None:
         """When the shell must send ``Tick``."""
         times = [m.wanted_until for m in self._models.values() if m.is_waited_for]
-        times += [m.retry_at for m in self._models.values() if self._is_fetched_again(m)]
+        times += [m.retry_at for m in self._fetches.retries()]
         return min(times, default=None)
 
     # ---- events --------------------------------------------------------------------------------
@@ -142,15 +131,13 @@ class Residency:
             case ev.PutOff(model):
                 return self._put_off(self._models[model], now)
             case ev.Gone(model):
-                if self._models[model].memory == "out":
-                    self._models[model].disk = "absent"
-                return []
+                return self._gone(self._models[model], now)
             case ev.Ready(model, took_s):
                 return self._ready(self._models[model], took_s, now)
             case ev.Exited(model, why):
                 return self._exited(self._models[model], why, now)
             case ev.Left(model):
-                return self._left(self._models[model], now)
+                return self._places.left(self._models[model], now)
             case ev.TakeDown(model):
                 self._models[model].barred = True
                 return self._let_go(self._models[model], now)
@@ -164,26 +151,26 @@ class Residency:
     def _started(self, now: float) -> list[ev.Effect]:
         self._is_started = True
         for name in self.first():
-            self._promise(self._models[name])
-        self._to_fetch = [
+            self._places.promise(self._models[name])
+        self._fetches.add(
             name
             for name in self._by_precedence()
             if self._models[name].disk == "absent" and self._models[name].fetchable
-        ]
-        return [*self._admit(now), *self._fetch_more(now)]
+        )
+        return [*self._places.admit(now), *self._fetches.begin(now)]
 
     def _wanted(self, model: ModelState, until: float, now: float) -> list[ev.Effect]:
         model.used_at = now
         if model.memory == "warm" and not model.barred:
             return []
-        refusal = self._refusal(model, now)
+        refusal = self._places.refusal(model, now)
         if refusal is not None:
             return [refusal]
         model.wanted_until = max(model.wanted_until, until)
         return self._come(model, now)
 
     def _held(self, model: ModelState, until: float, now: float) -> list[ev.Effect]:
-        if self._refusal(model, now) is not None:
+        if self._places.refusal(model, now) is not None:
             return []  # routers read why in the load
         model.held_until = max(model.held_until, until)
         return self._come(model, now)
@@ -199,7 +186,7 @@ class Residency:
         model.last_load_s, model.failures, model.why_failed = took_s, 0, ""
         model.wanted_until = -math.inf
         if model.load_bytes and took_s > 0:
-            self._load_bytes_per_s = model.load_bytes / took_s
+            self._places.load_bytes_per_s = model.load_bytes / took_s
         return self._let_go(model, now)
 
     def _exited(self, model: ModelState, why: str, now: float) -> list[ev.Effect]:
@@ -213,18 +200,9 @@ class Residency:
         model.why_failed = f"the engine of {model.name} does not come up{why and f': {why}'}"
         effects = self._refuse_waiting(model, model.why_failed, RETRY_FIRST_S)
         if model.failures >= MAX_FAILURES and not model.pinned:
-            model.retry_at = now + _backoff_s(model.failures - MAX_FAILURES)
-            effects += self._leave(model)
+            model.retry_at = now + backoff_s(model.failures - MAX_FAILURES)
+            effects += self._places.leave(model)
         return effects
-
-    def _left(self, model: ModelState, now: float) -> list[ev.Effect]:
-        if model.memory != "leaving":
-            return []
-        model.memory = "out"
-        if model.again:
-            model.again = False
-            self._promise(model)
-        return self._admit(now)
 
     def _tick(self, now: float) -> list[ev.Effect]:
         effects: list[ev.Effect] = []
@@ -232,9 +210,8 @@ class Residency:
             if model.is_waited_for and model.wanted_until <= now:
                 why = f"{model.name} did not come in time"
                 effects += self._refuse_waiting(model, why, self.eta_s(model.name, now))
-            if self._is_fetched_again(model) and model.retry_at <= now:
-                self._to_fetch.append(model.name)
-        return effects + self._fetch_more(now)
+        self._fetches.add([m.name for m in self._fetches.retries() if m.retry_at <= now])
+        return effects + self._fetches.begin(now)
 
     # ---- disk ----------------------------------------------------------------------------------
 
@@ -246,12 +223,12 @@ class Residency:
         effects: list[ev.Effect] = []
         if self._is_started and not model.is_committed:
             asked = model.pinned or model.is_asked_for(now)
-            victims = self._room(model, now)
+            victims = self._places.room(model, now)
             if victims is not None and (asked or (not victims and model.memory == "out")):
-                effects += self._make_room(model, victims, now)
-            elif refusal := self._refusal(model, now):
+                effects += self._places.make_room(model, victims, now)
+            elif refusal := self._places.refusal(model, now):
                 effects += self._refuse_waiting(model, refusal.why, refusal.retry_after_s)
-        return effects + self._fetch_more(now)
+        return effects + self._fetches.begin(now)
 
     def _arriving(self, event: ev.Arriving, now: float) -> list[ev.Effect]:
         """Only what is asked for takes memory before all of it is here."""
@@ -264,40 +241,33 @@ class Residency:
         return self._come(model, now) if asked else []
 
     def _fetch_failed(self, model: ModelState, why: str, now: float) -> list[ev.Effect]:
-        model.disk, model.arriving = "absent", False
         model.failures += 1
-        wait_s = _backoff_s(model.failures - 1)
+        wait_s = backoff_s(model.failures - 1)
         model.retry_at, model.why_failed = now + wait_s, why
         effects = self._refuse_waiting(model, why, wait_s)
-        if model.memory != "warm":  # else it was read in time
-            effects += self._take_back(model)
-        return [*effects, *self._fetch_more(now)]
+        return [*effects, *self._comes_no_more(model), *self._fetches.begin(now)]
 
     def _put_off(self, model: ModelState, now: float) -> list[ev.Effect]:
-        model.disk, model.arriving, model.failures = "absent", False, 0
+        model.failures = 0
+        effects = self._comes_no_more(model)
         if model.is_asked_for(now):  # since just now
-            self._to_fetch.append(model.name)
-        return self._fetch_more(now)
+            self._fetches.add([model.name])
+        return effects + self._fetches.begin(now)
 
-    def _fetch_more(self, now: float) -> list[ev.Effect]:
-        """Begin what may begin: those that are asked for first."""
-        effects: list[ev.Effect] = []
-        self._to_fetch.sort(key=lambda name: not self._models[name].is_asked_for(now))
-        for name in list(self._to_fetch):
-            running = [m for m in self._models.values() if m.disk == "fetching"]
-            asked = self._models[name].is_asked_for(now)
-            if len(running) >= (MAX_FETCHES if asked else MAX_PREFETCHES):
-                break
-            self._to_fetch.remove(name)
-            if self._models[name].disk == "absent":
-                self._models[name].disk = "fetching"
-                effects.append(ev.Fetch(name))
-        return effects
+    def _comes_no_more(self, model: ModelState) -> list[ev.Effect]:
+        """A fetch is over: nobody loads what has arrived of it, unless it was read in time."""
+        model.disk, model.arriving = "absent", False
+        return self._places.take_back(model) if model.memory != "warm" else []
 
-    def _is_fetched_again(self, model: ModelState) -> bool:
-        """A fetch failed and none is due; the next sees first if it was mended on the disk."""
-        failed = model.disk == "absent" and model.failures > 0
-        return failed and not model.barred and model.name not in self._to_fetch
+    def _gone(self, model: ModelState, now: float) -> list[ev.Effect]:
+        """Nobody loads what is not there; who has it in memory already is not harmed."""
+        if model.disk != "here" or model.memory == "warm":
+            return []
+        model.disk = "absent"
+        effects = self._places.take_back(model)
+        if model.is_asked_for(now) and not model.barred:
+            self._fetches.add([model.name])
+        return effects + self._fetches.begin(now)
 
     # ---- memory --------------------------------------------------------------------------------
 
@@ -306,95 +276,37 @@ class Residency:
         if model.is_committed:
             return []
         if model.is_loadable:
-            victims = self._room(model, now)
-            return [] if victims is None else self._make_room(model, victims, now)
-        if model.disk == "absent" and model.name not in self._to_fetch:
-            self._to_fetch.append(model.name)
-        return self._fetch_more(now)
-
-    def _refusal(self, model: ModelState, now: float) -> ev.Refuse | None:
-        rate = self._load_bytes_per_s
-        return why_not(self._models.values(), model, self._budget, now, rate)
-
-    def _room(self, model: ModelState, now: float) -> list[ModelState] | None:
-        return find_room(self._models.values(), model, self._budget, now)
+            victims = self._places.room(model, now)
+            return [] if victims is None else self._places.make_room(model, victims, now)
+        if model.disk == "absent":
+            self._fetches.add([model.name])
+        return self._fetches.begin(now)
 
     def _bring_pinned(self, now: float) -> list[ev.Effect]:
-        """Pinned models that found no room, or nobody who could leave, come when they can."""
+        """Pinned models that are not in memory, for whatever reason, come when they can."""
         effects: list[ev.Effect] = []
         for model in self._models.values():
-            lost = model.pinned and model.disk == "here" and model.memory == "out"
-            if lost and not model.barred and (room := self._room(model, now)) is not None:
-                effects += self._make_room(model, room, now)
+            lost = model.pinned and model.memory == "out" and not model.barred
+            due = model.disk == "here" or (model.disk == "absent" and model.retry_at <= now)
+            if lost and due:
+                effects += self._come(model, now)
         return effects
-
-    def _make_room(
-        self, model: ModelState, victims: list[ModelState], now: float
-    ) -> list[ev.Effect]:
-        effects: list[ev.Effect] = []
-        for victim in victims:
-            effects += self._leave(victim)
-        if model.memory == "leaving":
-            model.again = True
-        else:
-            self._promise(model)
-        return effects + self._admit(now)
-
-    def _promise(self, model: ModelState) -> None:
-        model.memory = "queued"
-        self._queue.append(model.name)
-
-    def _admit(self, now: float) -> list[ev.Effect]:
-        """Load those that were promised a place, in order, as far as it is free by now."""
-        effects: list[ev.Effect] = []
-        for name in list(self._queue):
-            model = self._models[name]
-            free = math.inf if self._budget is None else self._budget - self.resident_bytes
-            if model.memory_bytes <= free:
-                self._queue.remove(name)
-                model.memory, model.since = "loading", now
-                effects.append(ev.Load(name))
-        return effects
-
-    def _leave(self, model: ModelState) -> list[ev.Effect]:
-        model.memory = "leaving"
-        return [ev.Unload(model.name)]
 
     def _let_go(self, model: ModelState, now: float) -> list[ev.Effect]:
         """A model that a drill wants down goes when nobody uses it any more."""
         if not model.barred or model.legs:
             return []
         effects = self._refuse_waiting(model, f"a drill has {model.name}", BUSY_S)
-        return effects + self._take_back(model)
-
-    def _take_back(self, model: ModelState) -> list[ev.Effect]:
-        """Out of memory, or of the queue to it."""
-        if model.name in self._queue:
-            self._queue.remove(model.name)
-            model.memory = "out"
-        model.again = False
-        return self._leave(model) if model.memory in ("loading", "warm") else []
+        return effects + self._places.take_back(model)
 
     def _bring_back(self, model: ModelState, now: float) -> list[ev.Effect]:
-        """Its place was kept, so nobody has to leave."""
         if not model.barred:
             return []
         model.barred = False
-        if model.memory == "leaving":
-            model.again = True
-        elif model.memory == "out" and model.disk == "here":
-            self._promise(model)
-        return self._admit(now)
-
-    # ---- who waits -----------------------------------------------------------------------------
+        return self._places.bring_back(model, now)
 
     def _refuse_waiting(self, model: ModelState, why: str, retry_after_s: float) -> list[ev.Effect]:
         if not model.is_waited_for:
             return []
         model.wanted_until = -math.inf
         return [ev.Refuse(model.name, why, retry_after_s)]
-
-
-def _backoff_s(failures: int) -> float:
-    """Before the next try after so many earlier failures."""
-    return min(RETRY_FIRST_S * 2.0 ** min(failures, 16), RETRY_MAX_S)

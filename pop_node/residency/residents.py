@@ -1,18 +1,16 @@
 """The models of a node: on its disk, on their way, in memory. A thin shell.
 
 Carries out what ``residency`` decides: engines through the node's lifecycle, bundles through its
-supply. Lets submits wait for models that are not in memory, and says how models are. Whatever takes
-long runs in tasks and threads: the event loop goes on.
+supply. Lets submits wait for models that are not in memory. Whatever takes long runs in tasks and
+threads: the event loop goes on. How models are, ``standing`` says.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import msgspec
 
 from pop_node.agent_config import AgentConfig
 from pop_node.engine.config import Ahead
@@ -26,21 +24,19 @@ from pop_node.residency.fetching import Fetching
 from pop_node.residency.reserve import Reserve
 from pop_node.residency.residency import Residency
 from pop_node.residency.room import memory_ahead
-from pop_node.residency.state import ModelState
+from pop_node.residency.standing import Standing
 from pop_node.residency.supply import Supply, can_be_fetched
 from pop_node.router_link import RouterLink
 from pop_node.store.bundle import UnusableTextError
 from pop_node.store.holding import Hold
 from topology.budget import memory_budget
 from wire.errors import ConfigError, MeshError, OverloadError
-from wire.messages import EngineLoad, ModelOffer, Submit, Warm, Warmth
+from wire.messages import Submit, Warm
 
 log = logging.getLogger(__name__)
 
 MAX_HOLD_S = 3600.0
 """Longest lease that a router is given; it renews those it still wants. Guess."""
-
-_NOT_HERE = EngineLoad("", False, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +84,12 @@ class Residents:
         )
         self.hosts: dict[str, ModelHost] = {}
         self.parking = Parking(self._eta_s)
+        self.standing = Standing(self._machine, self.hosts, self.parking, self._budget)
         self._started_at: dict[str, float] = {}
         self._holds: dict[str, Hold] = {}
-        self.fetching = Fetching(supply, maker, tasks, self.feed, self._install, self._is_asked_for)
+        self.fetching = Fetching(
+            supply, maker, tasks, self.feed, self._install, self.standing.is_asked_for
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
         self._is_closed = False
@@ -138,12 +137,12 @@ class Residents:
             log.error("%s cannot be served: %s", name, why)
             self.feed(ev.FetchFailed(name, str(why)))
         self.feed(ev.Started())
-        if not any(self.state(name).memory == "loading" for name in self._models):
+        if not any(self._machine.state(name).memory == "loading" for name in self._models):
             self._fill_standby()
 
     async def start_engine(self, model: str) -> None:
         """The lifecycle wants this model's engine to start, now."""
-        if self.state(model).memory != "loading":
+        if self._machine.state(model).memory != "loading":
             return  # not any more
         host = self.hosts[model]
         if model not in self._holds:
@@ -160,7 +159,7 @@ class Residents:
         log.info("%s is in memory after %.2f s", model, took_s)
         self._let_go_of(model)
         self.feed(ev.Ready(model, took_s))
-        if self.serves(model):  # a drill may want it down by now
+        if self.standing.serves(model):  # a drill may want it down by now
             for link, submit in self.parking.take(model):
                 self.hosts[model].submit(link, submit)
         self._fill_standby()
@@ -170,10 +169,11 @@ class Residents:
         """Its engine ended by itself; the lifecycle starts it again."""
         self._let_go_of(model)
         self.feed(ev.Exited(model, self.hosts[model].why_ended))
+        self._look_for_bundle(model)
 
     def legs_changed(self, model: str) -> None:
         """A leg of this model began or is over."""
-        if self.is_bounded or self.state(model).barred:
+        if self.is_bounded or self._machine.state(model).barred:
             count = self.hosts[model].num_open_legs
             self.feed(ev.Legs(model, count))
             if not count:  # another model may have its place now
@@ -202,7 +202,7 @@ class Residents:
     def submit(self, link: RouterLink, submit: Submit) -> None:
         """Hand a submit to its model, let it wait for it, or refuse it."""
         model = submit.model
-        if self.serves(model):
+        if self.standing.serves(model):
             self.hosts[model].submit(link, submit)
             return
         error = self._admit(link, submit)
@@ -232,10 +232,8 @@ class Residents:
             return OverloadError(why, code="not_loaded", retry_after_s=eta_s)
         return None
 
-    def serves(self, model: str) -> bool:
-        """Is this model in memory, and may legs come to it?"""
-        state = self.state(model)
-        return state.memory == "warm" and not state.barred and self.hosts[model].ready
+    def _eta_s(self, model: str) -> float:
+        return self._machine.eta_s(model, asyncio.get_running_loop().time())
 
     def warm(self, message: Warm) -> None:
         """A router wants a model in memory for some time; unknown models are no business of it."""
@@ -243,84 +241,12 @@ class Residents:
             hold_s = min(max(0.0, message.hold_ms / 1000), MAX_HOLD_S)
             self.feed(ev.Held(message.model, asyncio.get_running_loop().time() + hold_s))
 
-    # ---- how they are --------------------------------------------------------------------------
-
-    def state(self, model: str) -> ModelState:
-        """What is known of a model; not to be changed."""
-        return self._machine.state(model)
-
-    def states(self) -> Mapping[str, ModelState]:
-        """All of them by name; not to be changed."""
-        return self._machine.models()
-
-    @property
-    def num_legs(self) -> int:
-        """Legs of all models in any stage, those included that wait for a model."""
-        return sum(host.num_legs for host in self.hosts.values()) + len(self.parking)
-
-    @property
-    def memory_bytes(self) -> int:
-        """The budget for models, 0 without one."""
-        return self._budget or 0
-
-    @property
-    def memory_used_bytes(self) -> int:
-        """What models take of it."""
-        return self._machine.resident_bytes
-
-    def offers(self) -> list[ModelOffer]:
-        """What routers may ask for: every model that was ever on the disk."""
-        offers = [host.facts.offer for host in self.hosts.values()]
-        return [offer for offer in offers if offer is not None]
-
-    def loads(self) -> list[EngineLoad]:
-        """The load of every model, wherever it is."""
-        now = asyncio.get_running_loop().time()
-        return [self._load(name, now) for name in self._models]
-
-    def _load(self, model: str, now: float) -> EngineLoad:
-        state, host = self.state(model), self.hosts.get(model)
-        load = host.load() if host is not None else _NOT_HERE
-        return msgspec.structs.replace(
-            load,
-            model=model,
-            ready=load.ready and self.serves(model),
-            waiting=load.waiting + self.parking.waiting_for(model),
-            warmth=self.warmth(model),
-            eta_ms=round(self._eta_s(model) * 1000),
-            memory_bytes=state.memory_bytes,
-            warm_refused=self._machine.why_refused(model, now) or state.why_not_up,
-            last_load_ms=round(state.last_load_s * 1000),
-        )
-
-    def warmth(self, model: str) -> Warmth:
-        """Where the model is, in the words of the wire."""
-        state = self.state(model)
-        if self.serves(model):
-            return "warm"
-        if state.memory in ("queued", "loading", "warm") or state.again:
-            return "loading"
-        words: dict[str, Warmth] = {"absent": "absent", "fetching": "fetching", "here": "disk"}
-        return words[state.disk]
-
-    def engine_pid(self, model: str) -> int | None:
-        """Process id of the model's engine, if one runs."""
-        host = self.hosts.get(model)
-        return host.engine_pid if host is not None else None
-
-    def _is_asked_for(self, model: str) -> bool:
-        state = self.state(model)
-        return state.pinned or state.is_asked_for(asyncio.get_running_loop().time())
-
-    def _eta_s(self, model: str) -> float:
-        return self._machine.eta_s(model, asyncio.get_running_loop().time())
+    # ---- effects -------------------------------------------------------------------------------
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that follows from the state of models."""
         while not condition():
             await self._news.wait()
-
-    # ---- effects -------------------------------------------------------------------------------
 
     def feed(self, event: ev.Event) -> None:
         """Give the machine an event and carry out what it decides."""
@@ -359,6 +285,10 @@ class Residents:
         self._let_go_of(model)
         log.info("%s has left memory", model)
         self.feed(ev.Left(model))
+        self._look_for_bundle(model)
+
+    def _look_for_bundle(self, model: str) -> None:
+        """As long as no engine has it, the bundle may be removed, by us or by others."""
         if not self._supply.store.has(model):
             self.feed(ev.Gone(model))
 
@@ -374,11 +304,11 @@ class Residents:
 
     def _fill_standby(self) -> None:
         """Start an engine process ahead, unless all models are in memory."""
-        if not all(self.state(name).is_committed for name in self._models):
+        if not all(self._machine.state(name).is_committed for name in self._models):
             self._reserve.fill_soon()
 
     def _ahead(self) -> Ahead:
-        return self._maker.ahead(*memory_ahead(self.states().values(), self._budget))
+        return self._maker.ahead(*memory_ahead(self._machine.models().values(), self._budget))
 
     # ---- disk ----------------------------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pop_node import lifecycle
 from pop_node.store.store import Store
 from tests.pop_node.hand_router import MODEL, HandRouter
 from tests.pop_node.node_mesh import lonely_node, tiny_mesh, topology, write_store
@@ -36,9 +38,20 @@ def damage(store: Store, model: str, name: str, text: bytes = b"{}") -> bytes:
     return before
 
 
-def two_models(memory_gb: float | None) -> Topology:
+def spoil_weights(store: Store) -> None:
+    """Of ``OTHER``: damaged tensors are found while they are loaded."""
+    weights = bytearray((store.get(OTHER).path / "weights.bin").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    damage(store, OTHER, "weights.bin", bytes(weights))
+
+
+def two_models(memory_gb: float | None, source: str | None = None) -> Topology:
+    """``source``: where ``OTHER`` is from."""
     plan = topology("a")
-    models = {name: Model(name, dtype="float32") for name in (OTHER, MODEL)}
+    models = {
+        OTHER: Model(OTHER, source=source, dtype="float32"),
+        MODEL: Model(MODEL, dtype="float32"),
+    }
     node = replace(plan.nodes["a"], models=(OTHER, MODEL), memory_gb=memory_gb)
     return replace(plan, models=models, nodes={"a": node})
 
@@ -77,7 +90,7 @@ async def test_a_node_without_another_model_does_not_start(store: Store, tmp_pat
 async def test_a_model_that_was_mended_is_served(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pop_node.residency.residency.RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr("pop_node.residency.fetch_queue.RETRY_FIRST_S", 0.01)
     path = store.get(OTHER).path / "tokenizer.json"
     before = damage(store, OTHER, "tokenizer.json")
     async with tiny_mesh(store, tmp_path, "a", plan=two_models(None), version=3) as mesh:
@@ -93,10 +106,7 @@ async def test_a_model_that_was_mended_is_served(
 async def test_the_node_says_why_an_engine_does_not_come_up(
     store: Store, tmp_path: Path, memory_gb: float | None
 ) -> None:
-    """Damaged tensors are found while they are loaded."""
-    weights = bytearray((store.get(OTHER).path / "weights.bin").read_bytes())
-    weights[len(weights) // 2] ^= 1
-    damage(store, OTHER, "weights.bin", bytes(weights))
+    spoil_weights(store)
     async with tiny_mesh(store, tmp_path, "a", plan=two_models(memory_gb), version=3) as mesh:
         a = mesh.routers["a"]
         stream = mesh.whole("a")
@@ -107,3 +117,24 @@ async def test_the_node_says_why_an_engine_does_not_come_up(
         assert "chunk 0" in said
         assert "popmesh model add" in said
         assert not engine(a, OTHER).ready
+
+
+async def test_a_model_whose_damaged_bundle_was_removed_is_fetched_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "MAX_AWAITED_FAILURES", 1)
+    spoil_weights(store)
+    plan = two_models(None, str(tmp_path / "source"))
+
+    def removed() -> bool:
+        with suppress(ConfigError):  # an engine looks at it just now
+            store.remove(OTHER)
+        return not store.has(OTHER)
+
+    async with tiny_mesh(store, tmp_path, "a", plan=plan, version=3) as mesh:
+        a = mesh.routers["a"]
+        await a.until(lambda: "chunk 0" in engine(a, OTHER).warm_refused)
+        await a.until(removed)
+        await a.until(lambda: engine(a, OTHER).warmth == "warm")
+        stream = mesh.whole("a", model=OTHER)
+        assert isinstance(await a.ending(stream), Finished)

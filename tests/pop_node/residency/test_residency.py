@@ -1,13 +1,10 @@
-"""Which models are in memory: examples, then any order of events over a node that obeys."""
+"""Which models are in memory: examples, one after the other."""
 
 from __future__ import annotations
 
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from pop_node.residency import events as ev
-from pop_node.residency.residency import MAX_FAILURES, RETRY_FIRST_S, Residency
+from pop_node.residency.fetch_queue import RETRY_FIRST_S
+from pop_node.residency.residency import MAX_FAILURES, Residency
 
 GB = 10**9
 
@@ -173,6 +170,61 @@ def test_what_does_not_fit_the_disk_comes_when_somebody_asks() -> None:
     assert node.handle(ev.Held("a", 60.0), 1.0) == [ev.Fetch("a")]
 
 
+def test_what_is_put_off_is_not_loaded_from_what_had_arrived_of_it() -> None:
+    node = Residency("a", fetchable="a", budget_bytes=4 * GB)
+    node.handle(ev.Started(), 0.0)
+    node.handle(ev.Held("a", 10.0), 0.0)
+    assert node.handle(ev.Arriving("a", 3 * GB, GB), 1.0) == [ev.Load("a")]
+    assert node.handle(ev.PutOff("a"), 11.0) == [ev.Unload("a")]
+    node.handle(ev.Left("a"), 12.0)
+    assert node.committed_bytes == 0
+    assert node.handle(ev.Held("a", 60.0), 13.0) == [ev.Fetch("a")]
+    # Asked for at the moment at which it is put off, it comes again.
+    node.handle(ev.Arriving("a", 3 * GB, GB), 14.0)
+    assert node.handle(ev.PutOff("a"), 15.0) == [ev.Unload("a"), ev.Fetch("a")]
+    assert node.handle(ev.Arriving("a", 3 * GB, GB), 16.0) == []
+    assert node.handle(ev.Left("a"), 17.0) == [ev.Load("a")]
+
+
+def test_a_pinned_model_whose_bundle_was_removed_is_fetched_again() -> None:
+    for fetchable in ("a", ""):
+        node = Residency("a", fetchable=fetchable)
+        node.handle(ev.Fetched("a", 4 * GB, GB), 0.0)
+        assert node.handle(ev.Started(), 0.0) == [ev.Load("a")]
+        assert node.handle(ev.Exited("a", "chunk 3 is damaged"), 1.0) == []
+        assert node.handle(ev.Gone("a"), 2.0) == [ev.Unload("a")]
+        assert node.handle(ev.Left("a"), 3.0) == [ev.Fetch("a")]  # or is found where it was mended
+        node.handle(ev.FetchFailed("a", "nobody has it"), 4.0)
+        at = node.next_deadline()
+        assert at is not None
+        assert at > 4.0
+        assert node.handle(ev.Tick(), at) == [ev.Fetch("a")]
+        assert node.handle(ev.Fetched("a", 4 * GB, GB), 20.0) == [ev.Load("a")]
+
+
+def test_what_is_gone_is_not_waited_for_in_the_queue() -> None:
+    node = on_disk(4, 4, budget=4)
+    node.handle(ev.Started(), 0.0)
+    warm(node, 1.0, "a")
+    assert node.handle(ev.Wanted("b", 60.0), 2.0) == [ev.Unload("a")]
+    assert node.handle(ev.Gone("b"), 3.0) == [ev.Fetch("b")]
+    assert node.handle(ev.Left("a"), 4.0) == []
+    assert node.handle(ev.Fetched("b", 4 * GB, GB), 5.0) == [ev.Load("b")]
+
+
+def test_an_engine_that_ends_while_its_model_still_arrives_ends_no_fetch() -> None:
+    node = Residency("a", fetchable="a", budget_bytes=4 * GB)
+    node.handle(ev.Started(), 0.0)
+    node.handle(ev.Wanted("a", 60.0), 0.0)
+    assert node.handle(ev.Arriving("a", 3 * GB, GB), 1.0) == [ev.Load("a")]
+    for _ in range(MAX_FAILURES):
+        node.handle(ev.Exited("a"), 2.0)
+    node.handle(ev.Left("a"), 3.0)
+    assert node.handle(ev.Gone("a"), 3.0) == []
+    assert node.state("a").disk == "fetching"
+    assert node.handle(ev.Tick(), 3.0 + RETRY_FIRST_S) == []
+
+
 def test_what_failed_and_does_not_fit_the_disk_is_not_tried_over_and_over() -> None:
     node = Residency("a", fetchable="a", budget_bytes=4 * GB)
     node.handle(ev.Started(), 0.0)
@@ -237,171 +289,3 @@ def test_how_long_it_would_take() -> None:
     assert node.eta_s("b", 900.0) == 0.8
     node.handle(ev.Progress("c", 2 * GB, 6 * GB, GB / 2), 3.0)
     assert node.eta_s("c", 3.0) == 8.0 + 2.0
-
-
-# ---- any order ---------------------------------------------------------------------------------
-
-SIZES = {"a": 3, "b": 4, "c": 5, "d": 2, "e": 6, "f": 9}
-PINNED = {"d"}
-BUDGET = 8
-models = st.sampled_from(sorted(SIZES))
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """A node that carries out what the machine says, when it likes, and does not always succeed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-        self.waiting: dict[str, float] = {}
-        self.legs = dict.fromkeys(SIZES, 0)
-        self.held: dict[str, float] = {}
-        self.fetching: set[str] = set()
-        self.arriving: set[str] = set()
-        self.engines: dict[str, str] = {}  # starting, ready, ending
-        self.node = Residency(
-            list(SIZES), pinned=PINNED, fetchable="abde", budget_bytes=BUDGET * GB
-        )
-
-    @initialize(there=st.sets(models))
-    def start(self, there: set[str]) -> None:
-        self.disk = set()
-        for model in there:
-            self.disk.add(model)
-            self.node.handle(ev.Fetched(model, SIZES[model] * GB, GB), 0.0)
-        self.feed(ev.Started())
-
-    def feed(self, event: ev.Event) -> list[ev.Effect]:
-        effects = self.node.handle(event, self.now)
-        for effect in effects:
-            model = effect.model
-            match effect:
-                case ev.Fetch():
-                    assert model not in self.fetching | self.disk
-                    self.fetching.add(model)
-                case ev.Load():
-                    assert model in self.disk | self.arriving
-                    assert model not in self.engines
-                    self.engines[model] = "starting"
-                case ev.Unload():
-                    assert self.engines[model] in ("starting", "ready")
-                    if self.engines[model] == "ready":
-                        assert model not in PINNED
-                        assert not self.legs[model], "one with legs is unloaded"
-                        assert self.held.get(model, -1.0) <= self.now, "a lease is broken"
-                    self.engines[model] = "ending"
-                case ev.Refuse():
-                    del self.waiting[model]
-        return effects
-
-    @rule(model=models, wait_s=st.floats(0.5, 50))
-    def want(self, model: str, wait_s: float) -> None:
-        if self.engines.get(model) != "ready":
-            self.waiting[model] = max(self.waiting.get(model, 0.0), self.now + wait_s)
-        why = self.node.why_refused(model, self.now)
-        self.feed(ev.Wanted(model, self.now + wait_s))
-        assert bool(why) == (model not in self.waiting and self.engines.get(model) != "ready")
-
-    @rule(model=models, hold_s=st.floats(0.5, 50))
-    def hold(self, model: str, hold_s: float) -> None:
-        if not self.node.why_refused(model, self.now):
-            self.held[model] = max(self.held.get(model, 0.0), self.now + hold_s)
-        self.feed(ev.Held(model, self.now + hold_s))
-
-    @rule(model=models, count=st.integers(0, 2))
-    def legs_change(self, model: str, count: int) -> None:
-        if self.engines.get(model) == "ready":
-            self.legs[model] = count
-            self.feed(ev.Legs(model, count))
-
-    @precondition(lambda self: self.fetching)
-    @rule(data=st.data(), works=st.booleans())
-    def fetch_ends(self, data: st.DataObject, works: bool) -> None:
-        model = data.draw(st.sampled_from(sorted(self.fetching)))
-        self.fetching.remove(model)
-        self.arriving.discard(model)
-        if works:
-            self.disk.add(model)
-            self.feed(ev.Fetched(model, SIZES[model] * GB, GB))
-        else:
-            self.feed(ev.FetchFailed(model, "a broken line"))
-
-    @precondition(lambda self: self.fetching - self.arriving)
-    @rule(data=st.data())
-    def enough_is_there(self, data: st.DataObject) -> None:
-        model = data.draw(st.sampled_from(sorted(self.fetching - self.arriving)))
-        self.arriving.add(model)
-        self.feed(ev.Arriving(model, SIZES[model] * GB, GB))
-
-    @precondition(lambda self: self.engines)
-    @rule(data=st.data(), works=st.booleans())
-    def engine_moves(self, data: st.DataObject, works: bool) -> None:
-        model = data.draw(st.sampled_from(sorted(self.engines)))
-        match self.engines[model]:
-            case "ending":
-                del self.engines[model]
-                self.legs[model] = 0
-                self.feed(ev.Left(model))
-            case "starting" if works and model in self.disk:
-                self.engines[model] = "ready"
-                self.waiting.pop(model, None)
-                self.feed(ev.Ready(model, 1.0))
-            case "starting":
-                self.feed(ev.Exited(model))
-            case "ready" if not works:
-                self.engines[model] = "starting"
-                self.feed(ev.Exited(model))
-                self.legs[model] = 0
-                self.feed(ev.Legs(model, 0))
-
-    @rule(model=models)
-    def collected(self, model: str) -> None:
-        if model in self.disk and self.node.state(model).memory == "out":
-            self.disk.remove(model)
-            self.feed(ev.Gone(model))
-
-    @rule(seconds=st.floats(0, 40))
-    def time_passes(self, seconds: float) -> None:
-        until = self.now + seconds
-        while (at := self.node.next_deadline()) is not None and at <= until:
-            self.now = max(self.now, at)
-            self.feed(ev.Tick())
-        self.now = until
-
-    @invariant()
-    def never_over_the_budget(self) -> None:
-        assert sum(SIZES[model] for model in self.engines) <= BUDGET
-        assert self.node.resident_bytes == sum(SIZES[model] for model in self.engines) * GB
-        assert self.node.committed_bytes <= BUDGET * GB
-
-    @invariant()
-    def whoever_waits_has_a_deadline(self) -> None:
-        at = self.node.next_deadline()
-        assert not self.waiting or (at is not None and at <= min(self.waiting.values()))
-
-    def teardown(self) -> None:
-        """Once the node obeys in time, everybody is served or told; pinned ones come back."""
-        for _ in range(200):
-            for model in list(self.engines):
-                if self.engines[model] == "ending":
-                    del self.engines[model]
-                    self.feed(ev.Left(model))
-                elif self.engines[model] == "starting" and model in self.disk:
-                    self.engines[model] = "ready"
-                    self.waiting.pop(model, None)
-                    self.feed(ev.Ready(model, 1.0))
-            for model in list(self.fetching):
-                self.fetching.remove(model)
-                self.arriving.discard(model)
-                self.disk.add(model)
-                self.feed(ev.Fetched(model, SIZES[model] * GB, GB))
-            if not self.fetching and set(self.engines.values()) <= {"ready"}:
-                break
-        else:
-            raise AssertionError(f"no rest: {self.engines}, {self.fetching} on the way")
-        assert not self.waiting, "somebody waits for ever"
-        assert all(self.node.state(m).memory in ("out", "warm") for m in SIZES)
-
-
-AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
-TestAnyOrder = AnyOrder.TestCase
