@@ -302,17 +302,17 @@ async def test_an_engine_begins_before_all_of_its_model_is_here(
     async with tiny_mesh(full, tmp_path, "a", "b", plan=plan, version=3) as mesh:
         b, held = mesh.routers["b"], mesh.nodes["b"].agent._residents
         async with asyncio.timeout(WAIT_S):
-            await held.until(lambda: held.state(MODEL).memory == "loading")
-        assert held.state(MODEL).disk == "fetching"
+            await held.until(lambda: held.standing.state(MODEL).memory == "loading")
+        assert held.standing.state(MODEL).disk == "fetching"
         await b.until(lambda: warmth(b) == {MODEL: "warm"})
         stream = mesh.whole("b")
         assert isinstance(await b.ending(stream), Finished)
         async with asyncio.timeout(WAIT_S):
-            await held.until(lambda: held.state(MODEL).disk == "here")
+            await held.until(lambda: held.standing.state(MODEL).disk == "here")
         os.kill(mesh.nodes["b"].engine["pid"], signal.SIGKILL)
         async with asyncio.timeout(WAIT_S):
-            await held.until(lambda: held.state(MODEL).memory == "loading")
-            await held.until(lambda: held.state(MODEL).memory == "warm")
+            await held.until(lambda: held.standing.state(MODEL).memory == "loading")
+            await held.until(lambda: held.standing.state(MODEL).memory == "warm")
         assert isinstance(await b.ending(mesh.whole("b")), Finished)
 
 
