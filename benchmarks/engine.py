@@ -111,6 +111,23 @@ def engines(args: argparse.Namespace, checkpoint: Path, work: Path, port: int) -
     return [e for e in found if not args.only or e.name in args.only]
 
 
+def peer_versions(args: argparse.Namespace) -> dict[str, str]:
+    """Versions of the peers that are given, in their own words."""
+    said = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    commands = {
+        name: [f"{venv}/bin/python", "-c", said, name]
+        for name, venv in (("transformers", args.transformers), ("vllm", args.vllm))
+        if venv
+    }
+    if args.llama:
+        commands["llama.cpp"] = [args.llama, "--version"]
+    found = {}
+    for name, command in commands.items():
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = (done.stdout or done.stderr).strip()  # llama.cpp's goes to stderr
+    return found
+
+
 def drop_page_cache() -> bool:
     """Ask the kernel to forget file pages; False where that is not allowed."""
     os.sync()
@@ -331,10 +348,10 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="popmesh-bench-"))
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    turns: dict[str, list[dict[str, Any]]] = {}
-    if args.add and args.out.exists():
-        turns = json.loads(args.out.read_text())["turns"]
+    before = json.loads(args.out.read_text()) if args.add and args.out.exists() else {}
+    turns: dict[str, list[dict[str, Any]]] = before.get("turns", {})
     report = facts(__doc__, ["torch"])
+    report["versions"] = before.get("versions", {}) | report["versions"] | peer_versions(args)
     report |= {"seed": args.seed, "memory": memory_allowed(bundle)}
     for _ in range(args.rounds):
         for engine in engines(args, args.huggingface or bundle, work, port):

@@ -9,10 +9,14 @@ Matrices become bf16; vectors stay float32, as llama.cpp wants its norms.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common.report import command_line
 
 
 def main(source: str, target: str) -> None:
@@ -42,4 +46,8 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = command_line(__doc__)
+    parser.add_argument("source", metavar="IN.gguf")
+    parser.add_argument("target", metavar="OUT.gguf")
+    args = parser.parse_args()
+    main(args.source, args.target)

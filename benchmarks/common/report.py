@@ -19,6 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
+TELLING = ("sse4_1", "avx2", "avx512f", "avx512vl", "avx512_bf16", "amx_bf16")
+"""What the native kernels, and those of peers, choose by; in the words of /proc/cpuinfo."""
+
 
 def subject(doc: str | None) -> str:
     """The first line of a benchmark's docstring."""
@@ -26,8 +29,9 @@ def subject(doc: str | None) -> str:
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:
-    """A parser that describes the benchmark by the first line of its docstring ``doc``."""
-    return argparse.ArgumentParser(description=subject(doc))
+    """A parser whose help is the benchmark's docstring ``doc``: what it compares and needs."""
+    whole = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=(doc or "").strip(), formatter_class=whole)
 
 
 def commit(checkout: Path = ROOT) -> str:
@@ -45,11 +49,33 @@ def facts(doc: str | None, packages: Iterable[str] = ()) -> dict[str, Any]:
         "what": subject(doc),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "device": platform.processor() or platform.machine(),
+        "device": _processor(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def _processor() -> str:
+    """Its name, as far as it tells one."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    """Those of ``TELLING`` that the processor has."""
+    flags = _cpuinfo().get("flags", "").split()
+    return [name for name in TELLING if name in flags]
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere. Source: proc_cpuinfo(5)."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return {}
+    rows = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in rows}
 
 
 def save(report: dict[str, Any], out: Path) -> None:
