@@ -6,7 +6,7 @@ Correctness comes first: what differs from its reference beyond the tolerances i
 Ceilings are measured in the same run: a copy of 1 GiB (bytes read and written per second) and a
 bfloat16 product of 8192 x 8192 x 8192. A kernel's bound is the longer of bytes / copy rate and
 FLOPs / product rate; ``share`` = bound / median time. Before each timed call a buffer larger than
-the L2 cache is overwritten, so that nothing is warm; every sample is kept, in milliseconds.
+the L2 cache is read, so that nothing is warm; every sample is kept, in milliseconds.
 
 Shapes: an 8B Llama and SmolLM2-135M; decode at batch 1, 8 and 64, contexts of 1,024 and 8,192. At
 few rows cuBLAS is timed beside the products of few rows.
@@ -29,25 +29,31 @@ from kernels.triton.shapes import LLAMA3_8B, SMOLLM2_135M
 
 WARM_CALLS, TIMED_CALLS = 5, 30
 FLUSH_BYTES = 256 << 20
-"""Several times the 50 MiB of L2 cache of an H100 or H200."""
+"""Several times the 50 MiB of L2 cache of an H100 or H200 (60 MB, as torch says of one)."""
 SLEEP_CYCLES = 1_000_000
 """Half a millisecond at 2 GHz: several times what the host takes for a call."""
 COPY_BYTES = 1 << 30
 PRODUCT_SIDE = 8192
 
 
-def times_ms(run: Callable[[], Any], flush: torch.Tensor) -> list[float]:
-    """Milliseconds of calls one by one on the device, each after the L2 cache was overwritten.
+def make_flush(device: torch.device) -> torch.Tensor:
+    """What displaces the L2 cache when it is read."""
+    return torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
 
-    The device sleeps before each, so that all of a call is queued when it begins: else the host's
-    time to plan and to launch it would be measured.
+
+def times_ms(run: Callable[[], Any], flush: torch.Tensor) -> list[float]:
+    """Milliseconds of calls one by one on the device, each after ``flush`` took the L2 cache.
+
+    It is read, not written: what a cache holds of writes goes to memory when it is displaced, up to
+    50 MB in the time of the call. The device sleeps before each, so that all of a call is queued
+    when it begins: else the host's time to plan and to launch it would be measured.
     """
     for _ in range(WARM_CALLS):
         run()
     spans = []
     for _ in range(TIMED_CALLS):
         torch.cuda._sleep(SLEEP_CYCLES)
-        flush.zero_()
+        flush.sum()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -121,7 +127,7 @@ def main() -> int:
         return report.ended()
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    flush = make_flush(device)
     ceilings = measure_ceilings(device, flush)
     report.note(ceilings=asdict(ceilings))
     for model in (LLAMA3_8B, SMOLLM2_135M):

@@ -124,14 +124,19 @@ def a_model(shape: Shape, dtype: str, ops: Ops, form: str = "plain") -> Llama:
 
 
 def hugging_face(shape: Shape, dtype: str, device: torch.device) -> Any:
-    """transformers' model of the same weights, to call; None where it is not installed."""
+    """transformers' model of the same weights, to call; None where it is not installed.
+
+    It is made in ``dtype``: one that is cast to it later loses its rotary frequencies' last bits
+    too, which it computes in float32, and is far worse than what people run.
+    """
     try:
+        from transformers import AutoModelForCausalLM
         from transformers import LlamaConfig as TheirConfig
-        from transformers import LlamaForCausalLM
     except ImportError:
         return None
+    config = TheirConfig(**shape.config)
     with torch.device(device):
-        model = LlamaForCausalLM(TheirConfig(**shape.config)).to(DTYPES[dtype]).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
     named = weights(shape, dtype, device)
     if shape.tied:
         named["lm_head.weight"] = named["model.embed_tokens.weight"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from kernel_case import SEED, Case, check
-from kernel_rates import FLUSH_BYTES, measure_ceilings, row_of
+from kernel_rates import make_flush, measure_ceilings, row_of
 from resident_cases import ResidentBench
 from running import Report, arguments
 
@@ -53,7 +53,7 @@ def main() -> int:
         return report.ended()
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    flush = make_flush(device)
     ceilings = measure_ceilings(device, flush)
     report.note(ceilings=asdict(ceilings))
 

@@ -140,3 +140,16 @@ raise SystemExit(report.ended())
     assert fourth["right"]
     assert fifth["part"] == 5
     assert "ZeroDivisionError" in fifth["error"]
+
+
+def test_the_peer_is_what_people_run() -> None:
+    # A rotary table cast to bfloat16 would excuse any error of ours.
+    program = """
+import torch
+from random_llama import TINY, hugging_face
+model = hugging_face(TINY, "bfloat16", torch.device("cpu"))
+assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+assert {each.dtype for each in model.buffers()} == {torch.float32}
+"""
+    done = in_the_scripts_folder(program)
+    assert done.returncode == 0, done.stderr
