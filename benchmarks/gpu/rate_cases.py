@@ -30,17 +30,17 @@ MOST_LOGITS = 64
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-OTHER_SUMS = (few_rows.MAX_SUMS // 2, few_rows.MAX_SUMS * 2)
-"""Of a program of few rows, beside those that it has."""
+OTHER_LINES = (few_rows.MAX_LINES // 2, few_rows.MAX_LINES * 2)
+"""Of the matrix in a program of few rows, beside those that it has."""
 
 
 def few_rows_of(
-    sums: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    lines: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """``linear`` of few rows in programs of at most ``sums`` sums."""
+    """``linear`` of few rows in programs of at most ``lines`` rows of the matrix."""
     assert bias is None
     out = x.new_empty(x.shape[0], weight.shape[0])
-    few_rows.plan_few_rows(x, weight, out, gate=False, most_sums=sums).run()
+    few_rows.plan_few_rows(x, weight, out, gate=False, most_lines=lines).run()
     return out
 
 
@@ -131,8 +131,8 @@ class Bench:
         ways: dict[str, Product] = {"": self._ops.linear, ", invariant": self._invariant.linear}
         if rows <= few_rows.FEW_ROWS:
             ways[", cuBLAS"] = torch.nn.functional.linear
-            for sums in OTHER_SUMS:
-                ways[f", {sums} sums"] = partial(few_rows_of, sums)
+            for lines in OTHER_LINES:
+                ways[f", {lines} lines"] = partial(few_rows_of, lines)
         for how, of in ways.items():
             yield Case(
                 f"linear {name}{how} {rows} x {depth} x {columns}",

@@ -4,15 +4,18 @@ is.
     out = x w^T                                           accumulated in float32, rounded once
     out = silu_mul(round(x w^T))                          GATED: w holds gates, then as many ups
 
-A program takes some rows of the matrix and walks along k. Each thread keeps its own part of the
-sums until the end, so between loads nothing waits for another thread, and each element of the
-matrix is widened once for all rows of x. With gates, a program has rows of gates and the ups that
-belong to them in turn, so that the product of both never goes to memory; it is rounded as if it
-did.
+A program takes some rows of the matrix and walks along k. Each thread keeps one sum of its own for
+each of them until the end, so between loads nothing waits for another thread, and each element of
+the matrix is widened once for all rows of x. With gates, a program has rows of gates and the ups
+that belong to them in turn, so that the product of both never goes to memory; it is rounded as if
+it did.
 
 Roofline: N K elements read once, 2 T FLOPs for each: memory bound. At 4.3 TB/s a multiprocessor has
 some 14 instructions for each element of bfloat16, of which this takes 2 + T. Loads of a thread are
-16 bytes, four of them or more before the first is used. Not measured on a device yet.
+16 bytes, eight of them before the first is used, so that programs with 4,096 outputs have 60 KB
+under way on each multiprocessor, where 4.3 TB/s and 0.8 us ask for 26; and all of them are there at
+once (``kernels.triton.compiled``): a few that came behind the others would be as long again, alone
+on the device. Not measured on a device yet.
 """
 
 from __future__ import annotations
@@ -33,9 +36,8 @@ WARPS = 4
 PASS_ELEMENTS = WARPS * 32 * 8
 """Elements of the matrix that the threads of a program load at once, 16 bytes of bfloat16 each."""
 
-MAX_SUMS = 32 * WARPS * 32
-"""Of a program, 32 for each thread: with twice as many, two programs fewer fit on a multiprocessor
-(``kernels.triton.compiled``)."""
+MAX_LINES = 8
+"""Rows of the matrix in a program, where a pass takes less than a row: eight loads of a thread."""
 
 MIN_BLOCK_K = 64
 """128 bytes of bfloat16, a line of the cache."""
@@ -47,8 +49,9 @@ PROGRAMS = 512
 @triton.jit(do_not_specialize=["rows"])
 def few_rows_kernel(
     x_ptr, w_ptr, out_ptr, rows, columns, x_stride, out_stride,
-    DEPTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr = False,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FOLD: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     await_turn(OVERLAP)
     line = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,24 +65,31 @@ def few_rows_kernel(
     x1_ptr = x_ptr + tl.minimum(1, rows - 1).to(tl.int64) * x_stride
     x2_ptr = x_ptr + tl.minimum(2, rows - 1).to(tl.int64) * x_stride
     x3_ptr = x_ptr + tl.minimum(3, rows - 1).to(tl.int64) * x_stride
-    sum0 = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    sum0 = tl.zeros((BLOCK_N, BLOCK_K // FOLD), dtype=tl.float32)
     sum1 = sum0
     sum2 = sum0
     sum3 = sum0
-    for at in tl.range(0, DEPTH, BLOCK_K, loop_unroll_factor=2):
+    for at in tl.range(0, DEPTH, BLOCK_K, loop_unroll_factor=UNROLL):
         here = at + k
         there = here < DEPTH
         if DEPTH % BLOCK_K == 0:
             w = tl.load(w_at + here[None, :], eviction_policy="evict_first")
         else:
             w = tl.load(w_at + here[None, :], mask=there[None, :], other=0.0)
-        w = w.to(tl.float32)  # [N, K]
-        sum0 += w * x_part(x_ptr, here, there, DEPTH % BLOCK_K == 0)
+        # Asked for together with w: what is used sooner is waited for sooner.
+        x0 = x_part(x_ptr, here, there, DEPTH % BLOCK_K == 0)
         if ROWS > 1:
-            sum1 += w * x_part(x1_ptr, here, there, DEPTH % BLOCK_K == 0)
+            x1 = x_part(x1_ptr, here, there, DEPTH % BLOCK_K == 0)
         if ROWS > 2:
-            sum2 += w * x_part(x2_ptr, here, there, DEPTH % BLOCK_K == 0)
-            sum3 += w * x_part(x3_ptr, here, there, DEPTH % BLOCK_K == 0)
+            x2 = x_part(x2_ptr, here, there, DEPTH % BLOCK_K == 0)
+            x3 = x_part(x3_ptr, here, there, DEPTH % BLOCK_K == 0)
+        w = w.to(tl.float32)  # [N, K]
+        sum0 += folded(w, x0, BLOCK_N, BLOCK_K, FOLD)
+        if ROWS > 1:
+            sum1 += folded(w, x1, BLOCK_N, BLOCK_K, FOLD)
+        if ROWS > 2:
+            sum2 += folded(w, x2, BLOCK_N, BLOCK_K, FOLD)
+            sum3 += folded(w, x3, BLOCK_N, BLOCK_K, FOLD)
     write(out_ptr, line, held, tl.sum(sum0, axis=1), GATED, BLOCK_N)
     if ROWS > 1:
         own = held & (rows > 1)
@@ -93,9 +103,17 @@ def few_rows_kernel(
 
 @triton.jit
 def x_part(x_ptr, here, there, WHOLE: tl.constexpr):
-    """Elements ``here`` of a row of x, widened: [1, K]."""
-    x = tl.load(x_ptr + here) if WHOLE else tl.load(x_ptr + here, mask=there, other=0.0)
-    return x.to(tl.float32)[None, :]
+    """Elements ``here`` of a row of x: [K]."""
+    if WHOLE:
+        return tl.load(x_ptr + here)
+    return tl.load(x_ptr + here, mask=there, other=0.0)
+
+
+@triton.jit
+def folded(w, x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FOLD: tl.constexpr):
+    """Products of w [N, K] and x [K], FOLD neighbours in one sum: [N, K / FOLD]."""
+    products = w * x.to(tl.float32)[None, :]
+    return tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_K // FOLD, FOLD)), axis=2)
 
 
 @triton.jit
@@ -118,13 +136,13 @@ def plan_few_rows(
     out: torch.Tensor,
     *,
     gate: bool,
-    most_sums: int = MAX_SUMS,
+    most_lines: int = MAX_LINES,
 ) -> Launch:
     """``x`` [T, K] times ``weight`` [N, K]^T into ``out`` [T, N] of any dtype, or, with ``gate``,
     what the first half of N lets through of the second, in the dtype of ``x``: [T, N / 2].
 
     Args:
-        most_sums: of a program; benchmarks try others.
+        most_lines: rows of the matrix in a program; benchmarks try others.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or there are more than ``FEW_ROWS`` rows.
@@ -145,9 +163,9 @@ def plan_few_rows(
     if block_k < MIN_BLOCK_K:
         block_k = min(PASS_ELEMENTS, power_of_2(depth))
     block_n = max(2 if gate else 1, PASS_ELEMENTS // block_k)
-    most = most_sums // held // block_k
-    while 2 * block_n <= most and ceil_div(columns, 2 * block_n) >= PROGRAMS:
+    while 2 * block_n <= most_lines and ceil_div(columns, 2 * block_n) >= PROGRAMS:
         block_n *= 2
+    load = 16 // x.element_size()
     return Launch(
         few_rows_kernel,
         (ceil_div(columns, block_n),),
@@ -164,8 +182,12 @@ def plan_few_rows(
             "DEPTH": depth,
             "ROWS": held,
             "GATED": gate,
+            # More rows of x have more to keep, and as much under way without.
+            "UNROLL": 2 if rows == 1 else 1,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
+            # What a thread has of one load, where loads are whole.
+            "FOLD": load if depth % load == 0 else 1,
         },
         WARPS,
     )

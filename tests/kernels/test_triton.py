@@ -66,6 +66,9 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_with_tensor_cores(
     assert rows["llama3-8b: attention, prefill"]["copies"] > 0
     assert rows["llama3-8b: attention, decode"]["copies"] > 0
     assert not any(row["hmma"] or row["gmma"] for row in rows.values() if "sample" in row["name"])
+    # All programs of 4,096 outputs are at work at once: four on each multiprocessor are enough.
+    for few in (1, 4):
+        assert rows[f"llama3-8b: matmul, {few} x few outputs"]["registers"] <= 128
     # A row's sums are the same in tiles of either width only by the same instructions.
     for rows_of_x in (16, 64):
         resident = rows[f"llama3-8b: resident, {rows_of_x} x weights"]

@@ -9,11 +9,12 @@ from interpreted_cases import DOT_DTYPES, close
 from kernels.reference.activation import silu_mul
 from kernels.reference.linear import linear, logits
 from kernels.triton import few_rows
-from kernels.triton.few_rows import FEW_ROWS, MAX_SUMS, PROGRAMS, plan_few_rows
+from kernels.triton.few_rows import FEW_ROWS, MAX_LINES, PROGRAMS, plan_few_rows
 from kernels.triton.ops import TritonOps
 
-SHAPES = [(2, 64), (6, 1), (50, 100), (66, 192), (6, 1024), (10, 2049)]
-"""Outputs and depth: whole and partial tiles of either, one pass and several."""
+SHAPES = [(2, 64), (6, 1), (50, 100), (66, 192), (6, 1024), (10, 2049), (4, 3072)]
+"""Outputs and depth: whole and partial tiles of either, one pass and several; depths whose loads are
+whole and not."""
 
 
 def operands(
@@ -60,16 +61,15 @@ def test_rows_of_a_wider_tensor(rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize(("columns", "depth"), [(4096, 14336), (28672, 4096), (3072, 576)])
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_programs_are_many_and_hold_few_sums(rows: int, columns: int, depth: int) -> None:
+def test_programs_are_many_of_few_rows_of_the_matrix(rows: int, columns: int, depth: int) -> None:
     x, weight, out = (
         torch.empty(shape, dtype=torch.bfloat16, device="meta")
         for shape in ((rows, depth), (columns, depth), (rows, columns))
     )
     plan = plan_few_rows(x, weight, out, gate=False)
-    tile = plan.constants["BLOCK_N"] * plan.constants["BLOCK_K"]
-    assert tile * plan.constants["ROWS"] <= MAX_SUMS
-    assert depth % plan.constants["BLOCK_K"] == 0
     smallest = few_rows.PASS_ELEMENTS // plan.constants["BLOCK_K"]
+    assert smallest <= plan.constants["BLOCK_N"] <= max(smallest, MAX_LINES)
+    assert depth % plan.constants["BLOCK_K"] == 0
     assert plan.grid[0] >= PROGRAMS or plan.constants["BLOCK_N"] == smallest
 
 
