@@ -58,6 +58,7 @@ class Compiled:
     program. ``hmma`` and ``gmma``: tensor-core instructions. ``copies``: asynchronous ones from
     global to shared memory, the mark of a pipelined loop. ``early``: of a launch that may overlap
     the one before, instructions that touch memory before they wait for it; -1: nothing waits.
+    ``ahead``: those that ask the L2 cache for something before.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Compiled:
     gmma: int
     copies: int
     early: int = 0
+    ahead: int = 0
 
     @property
     def programs_per_sm(self) -> int:
@@ -135,15 +137,16 @@ def compile_launch(name: str, launch: Launch) -> Compiled:
         hmma=len(re.findall(r"\bHMMA\b", code)),
         gmma=len(re.findall(r"\b[HQI]GMMA\b", code)),
         copies=len(re.findall(r"\bLDGSTS\b", code)),
-        early=_early(code) if launch.constants.get("OVERLAP") else 0,
+        **(_before_its_turn(code) if launch.constants.get("OVERLAP") else {}),
     )
 
 
-def _early(code: str) -> int:
-    """Instructions that touch device memory before the wait (ACQBULK); -1 without one."""
+def _before_its_turn(code: str) -> dict[str, int]:
+    """``early`` and ``ahead``: instructions before the wait (ACQBULK)."""
     before, wait, _ = code.partition("ACQBULK")
     touching = re.findall(r"\b(?:LD|ST|LDG|STG|LDGSTS|RED|REDG|ATOM|ATOMG|UBLKCP)\b", before)
-    return len(touching) if wait else -1
+    asking = re.findall(r"\bCCTL\.E\.PF2\b", before)
+    return {"early": len(touching) if wait else -1, "ahead": len(asking)}
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:

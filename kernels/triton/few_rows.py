@@ -27,7 +27,7 @@ import triton.language as tl
 from kernels.resident import Weight
 from kernels.triton.activation import gated
 from kernels.triton.launch import Launch, ceil_div, power_of_2, require, same_dtype
-from kernels.triton.overlap import await_turn
+from kernels.triton.overlap import ask_ahead, await_turn
 
 FEW_ROWS = 4
 """Of x. Beyond, tensor cores have to do it (see the roofline). Guess."""
@@ -39,8 +39,10 @@ PASS_ELEMENTS = WARPS * 32 * 8
 MAX_LINES = 8
 """Rows of the matrix in a program, where a pass takes less than a row: eight loads of a thread."""
 
-MIN_BLOCK_K = 64
-"""128 bytes of bfloat16, a line of the cache."""
+CACHE_LINE = tl.constexpr(64)
+"""Elements of bfloat16 in 128 bytes; of float32 in two lines, of which one is asked for ahead."""
+
+MIN_BLOCK_K = CACHE_LINE.value
 
 PROGRAMS = 512
 """At least, where the matrix has the rows: nearly four for each of 132 multiprocessors. Guess."""
@@ -53,13 +55,15 @@ def few_rows_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FOLD: tl.constexpr,
     OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
-    await_turn(OVERLAP)
     line = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held = line < columns
     w_row = tl.minimum(line, columns - 1)
     if GATED:
         w_row = w_row % 2 * (columns // 2) + w_row // 2
     w_at = w_ptr + w_row.to(tl.int64)[:, None] * DEPTH
+    if OVERLAP and DEPTH % BLOCK_K == 0:
+        ask_ahead(w_at + (tl.arange(0, BLOCK_K // CACHE_LINE) * CACHE_LINE)[None, :])
+    await_turn(OVERLAP)
     k = tl.arange(0, BLOCK_K)
     # Rows behind the last are the last one, and are not stored.
     x1_ptr = x_ptr + tl.minimum(1, rows - 1).to(tl.int64) * x_stride

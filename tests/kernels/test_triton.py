@@ -69,6 +69,9 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_with_tensor_cores(
     # All programs of 4,096 outputs are at work at once: four on each multiprocessor are enough.
     for few in (1, 4):
         assert rows[f"llama3-8b: matmul, {few} x few outputs"]["registers"] <= 128
+    # Weights come to the cache while the kernel before still runs: a line for each thread.
+    for name in ("few outputs", "gates and ups"):
+        assert rows[f"llama3-8b: overlapping, {name}"]["ahead"] == 1
     # A row's sums are the same in tiles of either width only by the same instructions.
     for rows_of_x in (16, 64):
         resident = rows[f"llama3-8b: resident, {rows_of_x} x weights"]

@@ -13,8 +13,7 @@ from kernels.triton.few_rows import FEW_ROWS, MAX_LINES, PROGRAMS, plan_few_rows
 from kernels.triton.ops import TritonOps
 
 SHAPES = [(2, 64), (6, 1), (50, 100), (66, 192), (6, 1024), (10, 2049), (4, 3072)]
-"""Outputs and depth: whole and partial tiles of either, one pass and several; depths whose loads are
-whole and not."""
+"""Outputs and depth: whole and partial tiles of either, a pass and several, whole loads or not."""
 
 
 def operands(
