@@ -77,8 +77,8 @@ class Site:
 class Node:
     """One agent at a site. ``mesh`` is its listener for routers, ``kv`` the one for KV streams.
 
-    ``threads`` of each engine: all cores where the node has the machine to itself, its share where
-    several do; nodes do not know of each other, so nobody guesses.
+    ``threads`` of each engine; None: all cores, shared by the engines of the node, or with
+    ``popmesh up`` by all (``topology.cores``), and one where the work is a device's.
     ``batch_invariant`` asks its engines for the same bits in any batch. ``weights`` says
     how matrices lie in their memory. ``models`` may be more than
     fit ``memory_gb`` (10^9 bytes, for weights and KV caches; None: all are kept in memory): then
@@ -96,7 +96,7 @@ class Node:
     device: Device = "cpu"
     hardware: str = ""
     store: Path | None = None
-    threads: int = 1
+    threads: int | None = None
     backend: Backend = "auto"
     kv_tokens: int = 16384
     batch_invariant: bool = False

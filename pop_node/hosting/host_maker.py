@@ -16,6 +16,7 @@ from pop_node.residency.memory import cold_offer, model_memory, model_size
 from pop_node.store.bundle import UnusableTextError
 from pop_node.store.store import Bundle, Store
 from pop_node.text.tokenizer import TextCodec
+from topology.cores import engine_threads, usable_cores
 from wire.errors import ConfigError
 
 
@@ -58,6 +59,8 @@ class HostMaker:
         self._launch = launch
         self._must_work = must_work
         self._told = told
+        node = config.node
+        self._threads = engine_threads(node, usable_cores(), len(node.models))
         self._authorization = Authorization(config.topology, config.credentials)
 
     def open(self, name: str) -> Opened:
@@ -83,7 +86,7 @@ class HostMaker:
         """What an engine of any of the node's models can have ready."""
         node = self._config.node
         invariant = node.batch_invariant
-        return Ahead(node.backend, node.threads, invariant, memory_bytes, touched_bytes)
+        return Ahead(node.backend, self._threads, invariant, memory_bytes, touched_bytes)
 
     def make(self, name: str, opened: Opened) -> ModelHost:
         """A host that was not started yet, with its offer."""
@@ -102,7 +105,7 @@ class HostMaker:
                 model_dir=opened.bundle.path,
                 dtype=model.dtype,
                 backend=node.backend,
-                threads=node.threads,
+                threads=self._threads,
                 kv_tokens=node.kv_tokens,
                 context_tokens=model.context_tokens,
                 batch_invariant=node.batch_invariant,

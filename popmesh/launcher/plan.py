@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from popmesh.links.plan import EmulatedLink, LinkPlan, ShapedPort
+from topology.cores import engine_threads
 from topology.geography import link_between
 from topology.model import Address, Node, Topology
 from wire.errors import ConfigError
@@ -96,13 +97,15 @@ def make_plan(
     store: Path,
     take: TakePorts,
     *,
+    cores: int,
     router_port: int | None = None,
     registry_url: str | None = None,
     emulate_links: bool = True,
     drills: bool = False,
 ) -> LaunchPlan:
-    """Resolve ``topology`` to loopback processes; ``store`` is for nodes without one of their own,
-    ``registry_url`` None embeds a registry and ``drills`` lets operators harm the nodes.
+    """Resolve ``topology`` to loopback processes, which share the ``cores`` of this machine;
+    ``store`` is for nodes without one of their own, ``registry_url`` None embeds a registry and
+    ``drills`` lets operators harm the nodes.
 
     Raises ``ConfigError`` when there is no router, or a node's model can never be answered because
     nobody takes the other half of the work.
@@ -110,7 +113,7 @@ def make_plan(
     if not topology.routers:
         raise ConfigError("no router", where=topology.source or None, suggestion="add one")
     files = Files(directory)
-    resolved = _on_loopback(topology, take, router_port)
+    resolved = _with_threads(_on_loopback(topology, take, router_port), cores)
     children: list[Child] = []
     if registry_url is None:
         listens = Address(LOOPBACK, take(1))
@@ -225,6 +228,16 @@ def _on_loopback(topology: Topology, take: TakePorts, router_port: int | None) -
         name = next(iter(routers))
         routers[name] = replace(routers[name], listen=Address(LOOPBACK, router_port))
     return replace(topology, nodes=nodes, routers=routers)
+
+
+def _with_threads(topology: Topology, cores: int) -> Topology:
+    """Nodes whose threads the file leaves open get each engine's share."""
+    nodes = topology.nodes.values()
+    engines = sum(len(node.models) for node in nodes if node.device == "cpu")
+    given = {
+        node.name: replace(node, threads=engine_threads(node, cores, engines)) for node in nodes
+    }
+    return replace(topology, nodes=given)
 
 
 def _local(address: Address, count: int, take: TakePorts) -> Address:

@@ -23,6 +23,7 @@ from popmesh.launcher.ports import FreePorts, is_free
 from popmesh.render.progress import Phases
 from popmesh.signals import run_until_signal
 from registry.client import Registry
+from topology.cores import usable_cores
 from topology.model import Topology
 from wire.errors import ConfigError, PeerError
 
@@ -163,6 +164,7 @@ def _plan(options: Options, directory: Path, ports: FreePorts) -> LaunchPlan:
         directory,
         options.store,
         ports.take,
+        cores=usable_cores(),
         router_port=options.port,
         registry_url=options.registry_url,
         emulate_links=options.emulate_links,

@@ -32,8 +32,8 @@ sites:
   ams: {{lat: 52.31, lon: 4.76, region: eu}}
   ord: {{lat: 41.98, lon: -87.90, region: na}}
 nodes:
-  ams-1: {{site: ams, roles: [prefill], mesh: "127.0.0.1:{}", kv: "127.0.0.1:{}"}}
-  ord-1: {{site: ord, roles: [decode], mesh: "127.0.0.1:{}", kv: "127.0.0.1:{}"}}
+  ams-1: {{site: ams, roles: [prefill], threads: 1, mesh: "127.0.0.1:{}", kv: "127.0.0.1:{}"}}
+  ord-1: {{site: ord, roles: [decode], threads: 1, mesh: "127.0.0.1:{}", kv: "127.0.0.1:{}"}}
 routers:
   router-ams: {{site: ams, listen: "127.0.0.1:{}"}}
 """

@@ -43,9 +43,9 @@ sites:
   lhr: {{{{lat: 51.47, lon: -0.45, region: eu}}}}
   ord: {{{{lat: 41.98, lon: -87.90, region: na}}}}
 nodes:
-  ams-1: {{{{site: ams, roles: [prefill], mesh: "{{0}}:{MESH}", kv: "{{0}}:{KV}"}}}}
-  lhr-1: {{{{site: lhr, roles: [decode], mesh: "{{1}}:{MESH}", kv: "{{1}}:{KV}"}}}}
-  ord-1: {{{{site: ord, roles: [prefill, decode], mesh: "{{2}}:{MESH}", kv: "{{2}}:{KV}"}}}}
+  ams-1: {{{{site: ams, roles: [prefill], threads: 1, mesh: "{{0}}:{MESH}", kv: "{{0}}:{KV}"}}}}
+  lhr-1: {{{{site: lhr, roles: [decode], threads: 1, mesh: "{{1}}:{MESH}", kv: "{{1}}:{KV}"}}}}
+  ord-1: {{{{site: ord, threads: 1, mesh: "{{2}}:{MESH}", kv: "{{2}}:{KV}"}}}}
 routers:
   router-ams: {{{{site: ams, listen: "127.0.0.1:{HTTP}"}}}}
 """

@@ -55,6 +55,7 @@ def topology(*names: str, detection_s: float = 30.0) -> Topology:
             mesh=anywhere,
             kv=anywhere,
             backend="reference",
+            threads=1,
             kv_tokens=KV_TOKENS,
         )
         for name in names

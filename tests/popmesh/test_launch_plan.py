@@ -12,6 +12,7 @@ import pytest
 from popmesh.launcher.plan import LaunchPlan, Probe, make_plan, with_stores
 from popmesh.launcher.ports import FIRST, LAST, FreePorts, is_free
 from topology.load import parse_topology
+from topology.model import Topology
 from wire.errors import ConfigError
 
 MESH = """
@@ -45,9 +46,13 @@ def counting_ports():
     return take
 
 
-def plan(text: str = MESH, **options) -> LaunchPlan:
-    topology = parse_topology(text, "mesh.yaml")
-    return make_plan(topology, Path("/run/x"), Path("/store"), counting_ports(), **options)
+def plan(text: str = MESH, *, cores: int = 1, **options) -> LaunchPlan:
+    return planned(parse_topology(text, "mesh.yaml"), cores=cores, **options)
+
+
+def planned(topology: Topology, *, cores: int = 1, **options) -> LaunchPlan:
+    store, take = Path("/store"), counting_ports()
+    return make_plan(topology, Path("/run/x"), store, take, cores=cores, **options)
 
 
 def option(arguments: tuple[str, ...], name: str) -> str | None:
@@ -63,6 +68,19 @@ def test_everything_listens_on_loopback_and_nothing_twice():
     assert {address.host for address in listeners} == {"127.0.0.1"}
     assert len({str(address) for address in listeners}) == len(listeners)
     assert all(address.port for address in listeners)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (4, 1), (5, 1), (10, 2), (64, 12)])
+def test_engines_share_the_cores_of_the_machine(cores: int, threads: int):
+    nodes = plan(cores=cores).topology.nodes  # five engines: two nodes of two models, one of one
+    assert {node.threads for node in nodes.values()} == {threads}
+
+
+def test_threads_of_the_file_are_kept_and_a_device_needs_one():
+    text = MESH.replace("roles: [decode],", "roles: [decode], threads: 3,")
+    text = text.replace("roles: [prefill],", "roles: [prefill], device: cuda,")
+    nodes = plan(text, cores=12).topology.nodes
+    assert {name: node.threads for name, node in nodes.items()} == {"p": 1, "d": 3, "both": 4}
 
 
 def test_only_nodes_are_started_for_drills_and_only_when_asked():
@@ -167,7 +185,7 @@ def test_a_node_with_a_bounded_disk_keeps_its_own_store_and_fetches_over_the_lin
 @pytest.mark.parametrize(("named", "kept"), [(False, "/nvme"), (True, "/store")])
 def test_a_store_of_the_file_is_kept_unless_the_operator_names_one(named, kept):
     topology = parse_topology(APART.replace(", disk_gb: 10", ""), "mesh.yaml")
-    made = make_plan(with_stores(topology, named), Path("/run/x"), Path("/store"), counting_ports())
+    made = planned(with_stores(topology, named))
     arguments = {child.name: child.arguments for child in made.children}
     assert option(arguments["d"], "--store") == kept
     assert option(arguments["both"], "--store") == "/store"

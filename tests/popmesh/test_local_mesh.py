@@ -56,7 +56,7 @@ def stand_ins(monkeypatch):
 def local_mesh(tmp_path: Path, text: str = MESH, said: list[str] | None = None) -> LocalMesh:
     topology = parse_topology(text, "mesh.yaml")
     take = FreePorts(random.SystemRandom()).take
-    plan = make_plan(topology, tmp_path / "run", tmp_path / "store", take)
+    plan = make_plan(topology, tmp_path / "run", tmp_path / "store", take, cores=2)
     say = ([] if said is None else said).append
     return LocalMesh(plan, tmp_path / "logs", tmp_path / "ready.json", None, say)
 

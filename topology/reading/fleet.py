@@ -105,7 +105,7 @@ def read_nodes(
             device=fields.choice("device", DEVICES, "cpu"),
             hardware=fields.text("hardware", ""),
             store=_store(fields, folder),
-            threads=fields.integer("threads", 1, MAX_THREADS, 1),
+            threads=fields.integer_or_none("threads", 1, MAX_THREADS),
             backend=backend,
             kv_tokens=fields.integer("kv_tokens", 1, MAX_TOKENS, 16384),
             batch_invariant=fields.flag("batch_invariant", False),
