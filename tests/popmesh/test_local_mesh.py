@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from popmesh.client import MeshClient
 from popmesh.launcher import local, processes, supervisor
 from popmesh.launcher.local import LocalMesh
-from popmesh.launcher.plan import make_plan
+from popmesh.launcher.plan import Probe, make_plan
 from popmesh.launcher.ports import FreePorts
 from popmesh.launcher.ready import (
     EngineStatus,
@@ -148,8 +149,26 @@ async def test_what_a_node_tries_again_is_said_once(tmp_path):
     assert said == ["node waiting has no small yet: the disk is full"]
 
 
+async def test_why_no_token_comes_is_said_once_after_a_while(tmp_path, monkeypatch):
+    asked: list[Probe] = []
+
+    async def probe_once(client: MeshClient, probe: Probe) -> str:
+        asked.append(probe)
+        return "" if said and len(asked) > 8 else "no node can"
+
+    monkeypatch.setattr(local, "_probe_once", probe_once)
+    monkeypatch.setattr(local, "PROBE_QUIET_S", 0.2)
+    monkeypatch.setattr(local, "PROBE_RETRY_S", 0.01)
+    said: list[str] = []
+    async with asyncio.timeout(60), local_mesh(tmp_path, said=said).serving(lambda *_: None):
+        pass
+    assert said == ["node p does not answer for small: no node can"]
+    assert len(asked) > 8
+
+
 async def test_a_cancelled_start_leaves_nobody(tmp_path, monkeypatch, children):
-    monkeypatch.setattr(local, "_probe", lambda *_: asyncio.get_running_loop().create_future())
+    forever = lambda *_: asyncio.get_running_loop().create_future()  # noqa: E731
+    monkeypatch.setattr(local, "_probe_once", forever)
     up = asyncio.Event()
 
     async def start() -> None:

