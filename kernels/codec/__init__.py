@@ -37,6 +37,7 @@ __all__ = [
     "CodecError",
     "block_bytes",
     "decode_into",
+    "decode_run",
     "decoded_bytes",
     "describe",
     "encode",
@@ -55,6 +56,7 @@ class _Codec(Protocol):
     def encode(self, data: Bytes, dtype: str, threads: int) -> bytes: ...
     def check(self, block: Bytes) -> int: ...
     def decode_into(self, block: Bytes, out: Bytes, threads: int) -> None: ...
+    def decode_run(self, blocks: Bytes, out: Bytes) -> None: ...
 
 
 @functools.cache
@@ -82,6 +84,14 @@ def _bytes_of(data: Buffer, what: str) -> Bytes:
     if not view.c_contiguous:
         raise ValueError(f"{what} is not contiguous")
     return np.frombuffer(view, np.uint8) if view.nbytes else np.empty(0, np.uint8)
+
+
+def _writable(out: Buffer) -> Bytes:
+    """``out`` as [n] uint8. Raises ValueError: it is not contiguous, or cannot be written."""
+    target = _bytes_of(out, "out")
+    if not target.flags.writeable and len(target):
+        raise ValueError("out cannot be written")
+    return target
 
 
 def _positive(threads: int) -> int:
@@ -141,10 +151,19 @@ def decode_into(block: Buffer, out: Buffer, *, threads: int = 1) -> None:
             anything, and nothing beyond it was touched.
         ValueError: one of them is not contiguous, or ``out`` cannot be written.
     """
-    target = _bytes_of(out, "out")
-    if not target.flags.writeable and len(target):
-        raise ValueError("out cannot be written")
-    _codec().decode_into(_bytes_of(block, "block"), target, _positive(threads))
+    _codec().decode_into(_bytes_of(block, "block"), _writable(out), _positive(threads))
+
+
+def decode_run(blocks: Buffer, out: Buffer) -> None:
+    """Decode blocks that lie back to back into ``out``, which they fill; what is behind them does
+    not count.
+
+    Raises:
+        CodecError: a block is damaged, or no block ends where ``out`` does; ``out`` may then hold
+            anything, and nothing beyond it was touched.
+        ValueError: as ``decode_into``.
+    """
+    _codec().decode_run(_bytes_of(blocks, "blocks"), _writable(out))
 
 
 def describe(block: Buffer) -> BlockInfo:

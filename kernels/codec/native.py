@@ -18,6 +18,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "pm_codec_encode": ([c_char_p, c_void_p, c_long, c_int, c_void_p, c_int], c_long),
     "pm_codec_check": ([c_char_p, c_void_p, c_long], c_long),
     "pm_codec_decode": ([c_char_p, c_void_p, c_long, c_void_p, c_long, c_int], c_int),
+    "pm_codec_decode_run": ([c_char_p, c_void_p, c_long, c_void_p, c_long], c_int),
 }
 
 _NO_MEMORY, _OUT_LENGTH, _NO_ISA = -1, -7, -9
@@ -28,8 +29,17 @@ _MESSAGES = {
     -5: "a block's header is damaged",
     -6: "a block's header makes no sense",
     -8: "a block's content is damaged",
+    -10: "a block is longer than what it is part of, or has no values",
 }
-"""Of codec/codec.c."""
+"""Of codec/codec_block.h."""
+
+
+def raise_for(result: int) -> None:
+    """Raises what an error below 0 of ``codec/codec_block.h`` means; nothing for other numbers."""
+    if result == _NO_MEMORY:
+        raise MemoryError("no memory or threads to decode a block")
+    if result < 0:
+        raise CodecError(_MESSAGES[result])
 
 
 def _address(data: Bytes) -> int:
@@ -77,8 +87,7 @@ class NativeCodec:
     def check(self, block: Bytes) -> int:
         """See ``kernels.codec.decoded_bytes``."""
         decoded: int = self._lib.pm_codec_check(self._isa, _address(block), len(block))
-        if decoded < 0:
-            raise CodecError(_MESSAGES[decoded])
+        raise_for(decoded)
         return decoded
 
     def decode_into(self, block: Bytes, out: Bytes, threads: int) -> None:
@@ -88,7 +97,11 @@ class NativeCodec:
         )
         if result == _OUT_LENGTH:
             raise CodecError(f"a block of {self.check(block)} bytes does not fit into {len(out)}")
-        if result == _NO_MEMORY:
-            raise MemoryError("no memory or threads to decode a block")
-        if result < 0:
-            raise CodecError(_MESSAGES[result])
+        raise_for(result)
+
+    def decode_run(self, blocks: Bytes, out: Bytes) -> None:
+        """See ``kernels.codec.decode_run``."""
+        result = self._lib.pm_codec_decode_run(
+            self._isa, _address(blocks), len(blocks), _address(out), len(out)
+        )
+        raise_for(result)

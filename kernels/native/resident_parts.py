@@ -1,4 +1,5 @@
-"""Packing parts of matrices into the resident form as they arrive, by ctypes. Imports no torch.
+"""Packing parts of matrices into the resident form as they arrive, as values or as coded blocks, by
+ctypes. Imports no torch.
 
 Addresses and lengths in; whoever calls keeps the memory and answers for the bounds.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Array, Structure, c_char_p, c_int, c_long, c_uint8, c_void_p
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,15 @@ class PartPacker:
         self._pack = lib.pm_resident_pack_parts
         self._pack.argtypes = [c_void_p, c_void_p, c_long, c_long, c_void_p, c_long]
         self._pack.restype = c_long
+        self._decode = lib.pm_resident_decode_parts
+        self._decode.argtypes = [
+            *[c_void_p, c_void_p, c_long] * 2,
+            c_long,
+            c_long,
+            c_void_p,
+            c_long,
+        ]
+        self._decode.restype = c_long
         self._kernels = lib.pm_kernels_of(isa.encode())
         if self._kernels is None:
             raise NativeUnavailableError(f"cannot run {isa} kernels on this machine")
@@ -84,12 +95,39 @@ class PartPacker:
             The keys of each part, ascending; perhaps views of ``room``.
         """
         array: Array[Part] = (Part * len(parts))(*parts)
-        total = self._run(array, room)
+        return self._keys(array, self._run(array, room), room)
+
+    def decode(
+        self,
+        blocks: NDArray[np.uint8],
+        out: NDArray[np.uint8],
+        parts: Sequence[Part],
+        room: Keys,
+    ) -> list[Keys]:
+        """As ``kernels.codec.decode_run``, and packs ``parts``, which lie in ``out`` in order, on
+        the way: each tile while it is in a near cache. The rest is as of ``pack``.
+
+        Raises:
+            CodecError: as ``decode_run``; what was packed means nothing then.
+        """
+        # Only here: raw models are packed without it, and a cold start counts every import.
+        from kernels.codec.native import raise_for
+
+        array: Array[Part] = (Part * len(parts))(*parts)
+        total = self._decode(
+            *(self._kernels, blocks.ctypes.data, len(blocks), out.ctypes.data, len(out)),
+            *(ctypes.addressof(array), len(array), SAMPLE_WEIGHTS, room.ctypes.data, len(room)),
+        )
+        raise_for(total)
+        return self._keys(array, total, room)
+
+    def _keys(self, array: Array[Part], total: int, room: Keys) -> list[Keys]:
+        """Those of each part, of which ``room`` has as many as it has room for."""
         if total > len(room):
             room = np.empty(total, np.uint64)
             self._run(array, room)
-        ends = np.cumsum([part.escapes for part in array])
-        return np.split(room[:total], ends[:-1])
+        ends = accumulate((part.escapes for part in array), initial=0)
+        return [room[begin:end] for begin, end in pairwise(ends)]
 
     def _run(self, array: Array[Part], room: Keys) -> int:
         total: int = self._pack(

@@ -34,6 +34,7 @@ from kernels.codec.layout import (
     Bytes,
     CodecError,
     FloatType,
+    block_length,
     header_bytes,
 )
 
@@ -321,6 +322,17 @@ def decode_into(block: Bytes, out: Bytes, threads: int = 1) -> None:
     for tile, stated in enumerate(sums):
         if checksum(out[tile * step : (tile + 1) * step]) != stated:
             raise CodecError("a block's content is damaged")
+
+
+def decode_run(blocks: Bytes, out: Bytes) -> None:
+    """See ``kernels.codec.decode_run``."""
+    while len(out):
+        block = blocks[: block_length(blocks.data)]
+        nbytes = check(block)
+        if not 0 < nbytes <= len(out):
+            raise CodecError("a block is longer than what it is part of, or has no values")
+        decode_into(block, out[:nbytes])
+        blocks, out = blocks[len(block) :], out[nbytes:]
 
 
 def _decode_rans(

@@ -42,6 +42,13 @@ class CudaArena:
         self._copied[lane][turn].synchronize()
         return self._buffers[lane, turn].numpy().data[: chunk.nbytes]
 
+    def decode(self, lane: int, chunk: ChunkPlan, stored: memoryview) -> None:
+        """To its landing, and from there as ``place`` does."""
+        from kernels.codec import decode_run  # only for packed models
+
+        decode_run(stored, self.landing(lane, chunk))
+        self.place(lane, chunk)
+
     def place(self, lane: int, chunk: ChunkPlan) -> int:
         """Begin to copy a verified chunk; returns the bytes under way."""
         turn = self._turns[lane]

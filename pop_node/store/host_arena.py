@@ -43,10 +43,18 @@ class HostArena:
         touch_ahead(self.memory, self._prepare_from, stop)
 
     def landing(self, lane: int, chunk: ChunkPlan) -> memoryview:
-        """Where to read ``chunk`` to: its last place or the lane's own buffer."""
+        """Its last place or the lane's own buffer."""
         if chunk.in_place is not None:
             return self._view[chunk.in_place : chunk.in_place + chunk.nbytes]
         return self._buffers[lane].data[: chunk.nbytes]
+
+    def decode(self, lane: int, chunk: ChunkPlan, stored: memoryview) -> None:
+        """To its landing, and from there as ``place`` does."""
+        # Only here: raw models are loaded without it, and a cold start counts every import.
+        from kernels.codec import decode_run
+
+        decode_run(stored, self.landing(lane, chunk))
+        self.place(lane, chunk)
 
     def place(self, lane: int, chunk: ChunkPlan) -> int:
         """Move a verified chunk out of its buffer; returns the bytes moved."""

@@ -7,6 +7,8 @@ For checking and packing, which may take their time; engines load through
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,17 +29,19 @@ def decode_chunk(stored: memoryview, out: memoryview, index: int, where: str) ->
 
     Raises ``UndecodableError`` naming the chunk; ``out`` may then hold anything.
     """
-    # Only here: raw models are loaded without it, and a cold start counts every import.
-    from kernels.codec import CodecError, block_bytes, decode_into, decoded_bytes
+    from kernels.codec import decode_run  # only for packed models
+
+    with undecodable(index, where):
+        decode_run(stored, out)
+
+
+@contextmanager
+def undecodable(index: int, where: str) -> Iterator[None]:
+    """Turns ``CodecError`` into an ``UndecodableError`` that names the chunk."""
+    from kernels.codec.layout import CodecError
 
     try:
-        while out:
-            block = stored[: block_bytes(stored)]
-            nbytes = decoded_bytes(block)
-            if not 0 < nbytes <= len(out):
-                raise CodecError("a block is of another chunk")
-            decode_into(block, out[:nbytes])
-            stored, out = stored[len(block) :], out[nbytes:]
+        yield
     except CodecError as exc:
         raise UndecodableError(f"chunk {index} cannot be decoded: {exc}", where=where) from exc
 

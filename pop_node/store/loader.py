@@ -29,10 +29,10 @@ from pop_node.store.arrivals import Arrivals
 from pop_node.store.bundle import DAMAGED
 from pop_node.store.direct_file import DirectFile
 from pop_node.store.host_memory import aligned_memory
-from pop_node.store.image import decode_chunk
+from pop_node.store.image import undecodable
 from pop_node.store.load_clock import LoadClock, Phase
 from pop_node.store.load_plan import ChunkPlan, LoadPlan
-from pop_node.store.manifest import Manifest
+from pop_node.store.manifest import DataFile, Manifest
 from wire.errors import ConfigError
 
 READERS = 6
@@ -55,6 +55,14 @@ class Crew(NamedTuple):
         """Chunks under way: one with each thread, and one that waits for each checker."""
         return self.readers + 2 * self.checkers
 
+    def arena_lanes(self, data: DataFile) -> int:
+        """Of the arena that ``data`` is loaded to. What is packed waits elsewhere, and each checker
+        has a lane to decode to: few, so that they stay in the processor's cache."""
+        if data.packing is None:
+            return self.lanes
+        all_packed = all(map(data.is_packed, range(len(data.chunks))))
+        return self.checkers + (0 if all_packed else self.lanes)
+
     @property
     def threads(self) -> int:
         """With the one that prepares the arena."""
@@ -65,8 +73,9 @@ WHOLE_CREW = Crew(READERS, CHECKERS)
 
 
 class Arena(Protocol):
-    """Memory that a plan's chunks are loaded into. A chunk under way has a lane to itself, a number
-    below ``Crew.lanes``; one thread asks for its landing, perhaps another has it placed."""
+    """Memory that a plan's chunks are loaded into. A chunk has a lane to itself: one that is stored
+    as it is from when a thread asks for its landing until perhaps another has placed it, a packed
+    one while it is decoded."""
 
     phase: str
 
@@ -78,7 +87,11 @@ class Arena(Protocol):
         """Runs beside the others in a thread of its own; ends soon after ``stop`` is set."""
 
     def landing(self, lane: int, chunk: ChunkPlan) -> memoryview:
-        """Where to read or decode the chunk to: ``chunk.nbytes``, aligned for direct reads."""
+        """Where to read the chunk to: ``chunk.nbytes``, aligned for direct reads."""
+
+    def decode(self, lane: int, chunk: ChunkPlan, stored: memoryview) -> None:
+        """Decode the verified bytes of a packed chunk and bring them where they belong. Raises
+        ``CodecError``."""
 
     def place(self, lane: int, chunk: ChunkPlan) -> int:
         """Bring the verified bytes where they belong; returns how many were moved."""
@@ -124,7 +137,7 @@ def load_chunks(
     tensors were checked too.
 
     Args:
-        arena: has ``crew.lanes``.
+        arena: has ``crew.arena_lanes(manifest.data)``.
         pool: has ``crew.threads`` to spare; else threads are made for it.
         on_reading: all readers are under way, and leave the interpreter to others most of the time;
             not called where the load does not get as far.
@@ -148,8 +161,8 @@ def load_chunks(
         return LoadReport(time.monotonic() - began, file.direct, clock.phases())
 
 
-_Read = tuple[int, ChunkPlan, memoryview, memoryview]
-"""A lane, its chunk, what is stored of it and where it lands: the same if it is not packed."""
+_Read = tuple[int, ChunkPlan, memoryview]
+"""A lane, its chunk, and what is stored of it."""
 
 
 class _Line:
@@ -182,12 +195,13 @@ class _Line:
         longest = self._data.longest_chunk if self._data.packing else 0
         # In huge pages: direct reads into small ones took twice as long.
         self._packed = [aligned_memory(longest).data for _ in range(crew.lanes if longest else 0)]
+        self._lanes_to_decode = crew.checkers if longest else 0  # the first ones of the arena
 
     def run(self, threads: Executor, on_reading: Callable[[], None]) -> None:
         """Return when all is placed; raises what went wrong once nothing goes on."""
         work: list[Callable[[], None]] = [
             *(partial(self._read_chunks, on_reading) for _ in range(self._crew.readers)),
-            *[self._check_chunks] * self._crew.checkers,
+            *(partial(self._check_chunks, lane) for lane in range(self._crew.checkers)),
         ]
         futures: list[Future[None]] = []
         try:
@@ -227,23 +241,29 @@ class _Line:
                 chunk = next(self._todo, None)
             if chunk is None:
                 return
-            landing = self._arena.landing(lane, chunk)
             offset, nbytes = self._data.span(chunk.index)
-            view = self._packed[lane][:nbytes] if nbytes < chunk.nbytes else landing
+            if nbytes < chunk.nbytes:
+                view = self._packed[lane][:nbytes]
+            else:
+                view = self._arena.landing(self._lanes_to_decode + lane, chunk)
             with self._clock.phase("read", nbytes):
                 self._file.read(view, offset)
-            self._read.put((lane, chunk, view, landing))
+            self._read.put((lane, chunk, view))
 
-    def _check_chunks(self) -> None:
+    def _check_chunks(self, lane_to_decode: int) -> None:
         while (read := self._read.get()) is not None and not self._stop.is_set():
-            lane, chunk, view, landing = read
+            lane, chunk, view = read
             self._verify(chunk, view)
-            if view is not landing:
-                with self._clock.phase("decode", chunk.nbytes):
-                    decode_chunk(view, landing, chunk.index, self._file.where)
-            began = time.monotonic()
-            if moved := self._arena.place(lane, chunk):
-                self._clock.add(self._arena.phase, began, moved)
+            if len(view) < chunk.nbytes:
+                with (
+                    self._clock.phase("decode", chunk.nbytes),
+                    undecodable(chunk.index, self._file.where),
+                ):
+                    self._arena.decode(lane_to_decode, chunk, view)
+            else:
+                began = time.monotonic()
+                if moved := self._arena.place(self._lanes_to_decode + lane, chunk):
+                    self._clock.add(self._arena.phase, began, moved)
             self._free.put(lane)
 
     def _verify(self, chunk: ChunkPlan, view: memoryview) -> None:

@@ -114,6 +114,10 @@ class DataFile(msgspec.Struct, frozen=True, omit_defaults=True):
         offset = ends[index - 1] if index else 0
         return offset, ends[index] - offset
 
+    def is_packed(self, index: int) -> bool:
+        """Whether a chunk is stored as blocks of the codec."""
+        return self.span(index)[1] < self.decoded_span(index)[1]
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """``span`` of all chunks, in order."""
         return (self.span(index) for index in range(len(self.chunks)))

@@ -109,7 +109,7 @@ def _read(
         manifest = read_manifest(directory)
         plan = make_plan(manifest)
         crew = crew_for(plan)
-        place = arena(plan, crew.lanes, manifest.data.chunk_bytes)
+        place = arena(plan, crew.arena_lanes(manifest.data), manifest.data.chunk_bytes)
         is_reading = threading.Event()
 
         def reading() -> None:
@@ -151,6 +151,6 @@ def read_share(
     ``load_chunks``."""
     plan = plan_load(manifest, rank, ranks)
     crew = crew_for(plan)
-    place = arena(plan, crew.lanes, manifest.data.chunk_bytes)
+    place = arena(plan, crew.arena_lanes(manifest.data), manifest.data.chunk_bytes)
     report = load_chunks(directory, manifest, plan, place, crew)
     return plan, place.memory, report

@@ -71,6 +71,10 @@ class _Seam:
     missing_bytes: int
 
 
+_Work = tuple[int, Part]
+"""A part, and the number of its matrix."""
+
+
 class ResidentArena:
     """See ``loader.Arena``. The memory lives as long as an array or tensor that views it."""
 
@@ -108,28 +112,18 @@ class ResidentArena:
         """The lane's own buffer."""
         return memoryview(self._buffers[lane].data)[: chunk.nbytes]
 
+    def decode(self, lane: int, chunk: ChunkPlan, stored: memoryview) -> None:
+        """To the lane's own buffer; what is whole there is packed while the rest is decoded."""
+        work = self._whole_tiles(lane, chunk)
+        blocks = np.frombuffer(stored, np.uint8)
+        out = self._buffers[lane][: chunk.nbytes]
+        parts = [part for _, part in work]
+        self._note(work, self._packer.decode(blocks, out, parts, self._rooms[lane]))
+        self._pack_and_move(lane, chunk, [])
+
     def place(self, lane: int, chunk: ChunkPlan) -> int:
         """Pack or move a verified chunk out of its buffer; returns the bytes of it."""
-        buffer = self._buffers[lane]
-        numbers, parts, joined = [], [], []
-        for piece in self._plan.pieces.get(chunk.index, ()):
-            if self._filling[piece.matrix].keys is None:
-                continue
-            span, source = piece.span, piece.source
-            data = buffer[source : source + span.end - span.begin]
-            if piece.seam is not None:
-                whole = self._join(piece, piece.seam, data.data)
-                if whole is None:
-                    continue
-                span, data = piece.seam, whole
-                joined.append(whole)  # which has to live until it is packed
-            numbers.append(piece.matrix)
-            parts.append(self._part(piece, span.begin, data))
-        if parts:
-            found = self._packer.pack(parts, self._rooms[lane])
-            for number, keys in zip(numbers, found, strict=True):
-                self._note(number, keys)
-        copy_moves(buffer, self._plain, chunk.moves)
+        self._pack_and_move(lane, chunk, self._whole_tiles(lane, chunk))
         return chunk.nbytes
 
     def finish(self) -> None:
@@ -149,6 +143,32 @@ class ResidentArena:
             misfits += plan.names
         placed = ((self._plan, self._plain),)
         self.memory = ResidentMemory(placed, tuple(matrices), frozenset(misfits))
+
+    def _whole_tiles(self, lane: int, chunk: ChunkPlan) -> list[_Work]:
+        """What can be packed of a chunk without others."""
+        return [
+            (piece.matrix, self._part(piece, piece.span.begin, self._bytes_of(piece, lane)))
+            for piece in self._plan.pieces.get(chunk.index, ())
+            if piece.seam is None and self._filling[piece.matrix].keys is not None
+        ]
+
+    def _pack_and_move(self, lane: int, chunk: ChunkPlan, work: list[_Work]) -> None:
+        """Pack ``work`` and the seams that a chunk completes, and move what is to stay as it is."""
+        joined = []  # which have to live until they are packed
+        for piece in self._plan.pieces.get(chunk.index, ()):
+            if piece.seam is None or self._filling[piece.matrix].keys is None:
+                continue
+            seam = self._join(piece, piece.seam, self._bytes_of(piece, lane).data)
+            if seam is not None:
+                work.append((piece.matrix, self._part(piece, piece.seam.begin, seam)))
+                joined.append(seam)
+        if work:
+            self._note(work, self._packer.pack([part for _, part in work], self._rooms[lane]))
+        copy_moves(self._buffers[lane], self._plain, chunk.moves)
+
+    def _bytes_of(self, piece: Piece, lane: int) -> NDArray[np.uint8]:
+        nbytes = piece.span.end - piece.span.begin
+        return self._buffers[lane][piece.source : piece.source + nbytes]
 
     def _part(self, piece: Piece, begin: int, data: NDArray[np.uint8]) -> Part:
         """Whole tiles of the panel of ``piece`` in ``data``, from byte ``begin`` of it on."""
@@ -182,18 +202,19 @@ class ResidentArena:
             seam.missing_bytes -= end - begin
             return None if seam.missing_bytes else self._seams.pop(key).data
 
-    def _note(self, number: int, keys: Keys) -> None:
-        """Keep the escapes of a part, as long as there is room for them."""
-        if not len(keys):
-            return
-        plan, filling = self._plan.matrices[number], self._filling[number]
-        kept = keys.copy()
-        with self._lock:
-            filling.num_keys += len(kept)
-            if filling.num_keys > escape_room(plan.rows, plan.columns):
-                filling.keys = None
-            elif filling.keys is not None:
-                filling.keys.append(kept)
+    def _note(self, work: list[_Work], found: list[Keys]) -> None:
+        """Keep the escapes of parts, as long as there is room for those of their matrix."""
+        for (number, _), keys in zip(work, found, strict=True):
+            if not len(keys):
+                continue
+            plan, filling = self._plan.matrices[number], self._filling[number]
+            kept = keys.copy()
+            with self._lock:
+                filling.num_keys += len(kept)
+                if filling.num_keys > escape_room(plan.rows, plan.columns):
+                    filling.keys = None
+                elif filling.keys is not None:
+                    filling.keys.append(kept)
 
     def _matrix(self, number: int, found: list[Keys]) -> PackedMatrix:
         plan = self._plan.matrices[number]

@@ -65,7 +65,8 @@ def _with_misfits(read: ReadBundle, memory: ResidentMemory, pool: Executor) -> R
     entries = [entry for entry in read.manifest.tensors if entry.name in memory.misfits]
     plan = plan_part(read.manifest, entries)
     crew = crew_for(plan)
-    place = HostArena(plan, crew.lanes, read.manifest.data.chunk_bytes)
+    data = read.manifest.data
+    place = HostArena(plan, crew.arena_lanes(data), data.chunk_bytes)
     directory = published_as(read.directory) or read.directory
     load_chunks(directory, read.manifest, plan, place, crew, pool=pool)
     return replace(memory, placed=(*memory.placed, (plan, place.memory)), misfits=frozenset())

@@ -23,6 +23,7 @@ class ReferenceCodec:
     encode = staticmethod(exponent_codec.encode)
     check = staticmethod(exponent_codec.check)
     decode_into = staticmethod(exponent_codec.decode_into)
+    decode_run = staticmethod(exponent_codec.decode_run)
 
 
 Codec = ReferenceCodec | NativeCodec

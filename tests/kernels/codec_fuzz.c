@@ -19,6 +19,9 @@ long pm_codec_check(const char *isa, const uint8_t *block, long bytes);
 int pm_codec_decode(const char *isa, const uint8_t *block, long bytes, uint8_t *out, long out_bytes,
                     int threads);
 
+int pm_codec_decode_run(const char *isa, const uint8_t *stored, long bytes, uint8_t *out,
+                        long out_bytes);
+
 enum { HEAD = 16, TABLE = 48, ENTRY = 12, NO_ISA = -9 };
 
 static uint64_t random_state;
@@ -126,7 +129,9 @@ int main(int argc, char **argv)
                 if (kind < 6)
                     left = damage(block, coded, kind);
                 uint8_t *exact = copy(block, left), *result = malloc((size_t)bytes);
-                const int code = pm_codec_decode(isas[i], exact, left, result, bytes, 1);
+                const int code = kind % 2 == 0
+                                     ? pm_codec_decode(isas[i], exact, left, result, bytes, 1)
+                                     : pm_codec_decode_run(isas[i], exact, left, result, bytes);
                 const int same = left == coded && memcmp(exact, out, (size_t)coded) == 0;
                 const int right = code == 0 && memcmp(result, data, (size_t)bytes) == 0;
                 refused += code < 0;

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from codec_cases import DTYPES, SPECIAL, as_bytes, codecs, weights
+from codec_cases import DTYPES, SPECIAL, Codec, as_bytes, codecs, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import codec
-from kernels.codec.layout import FLOAT_TYPES, MIN_SAVING, Bytes
+from kernels.codec.layout import (
+    FLOAT_TYPES,
+    MIN_SAVING,
+    RAW_TILE_BYTES,
+    TILE_VALUES,
+    Bytes,
+    CodecError,
+)
 
 CODECS = codecs()
 GUARD = 64
@@ -142,6 +149,42 @@ def test_blocks_follow_one_another() -> None:
         assert np.array_equal(out, part)
         stream = stream[size:]
     assert stream == b""
+
+
+@pytest.mark.parametrize("which", CODECS, ids=lambda which: which.isa)
+def test_a_run_of_blocks_fills_its_memory(which: Codec) -> None:
+    """Coded and raw ones, of one row, of a part of a tile and of more than are decoded at once;
+    what is behind the last one does not count."""
+    counts = (32, 5000) if which.isa == "reference" else (32, 5000, 5 * TILE_VALUES + 7)
+    parts = [weights(count, seed=count) for count in counts]
+    parts += [as_bytes(np.random.default_rng(4).bytes(3 * RAW_TILE_BYTES + 5)), weights(99)]
+    dtypes = [*("bfloat16" for _ in counts), "", "bfloat16"]
+    blocks = [which.encode(part, dtype, 1) for part, dtype in zip(parts, dtypes, strict=True)]
+    expected = np.concatenate(parts)
+    around = np.full(len(expected) + 2 * GUARD, 0xA5, np.uint8)
+    out = around[GUARD:-GUARD]
+    which.decode_run(as_bytes(b"".join(blocks) + bytes(77)), out)
+    assert np.array_equal(out, expected)
+    assert (around[:GUARD] == 0xA5).all()
+    assert (around[-GUARD:] == 0xA5).all()
+
+
+@pytest.mark.parametrize("which", CODECS, ids=lambda which: which.isa)
+def test_a_run_that_does_not_fit_is_refused(which: Codec) -> None:
+    blocks = which.encode(weights(64), "bfloat16", 1) + which.encode(weights(32), "bfloat16", 1)
+    for stored, size in (
+        (blocks, 191),  # the last one is longer than what is left
+        (blocks, 193),  # nothing comes after it
+        (blocks[:-1], 192),
+        (blocks[:20], 192),
+        (which.encode(as_bytes(b""), "", 1) + blocks, 192),  # would go on for ever
+        (b"", 1),
+    ):
+        around = np.full(size + 2 * GUARD, 0xA5, np.uint8)
+        with pytest.raises(CodecError):
+            which.decode_run(as_bytes(stored), around[GUARD : GUARD + size])
+        assert (around[:GUARD] == 0xA5).all()
+        assert (around[GUARD + size :] == 0xA5).all()
 
 
 def test_memory_of_any_kind_and_at_any_address() -> None:

@@ -1,6 +1,7 @@
 /* Lossless coding of floating-point values; the format is in kernels/codec/layout.py.
  *
- * codec.c reads and writes headers and cuts a block into tiles; codec_table.c makes tables;
+ * codec_encode.c and codec_decode.c write and read headers and cut a block into tiles, codec.c picks the
+ * instruction set; codec_table.c makes tables;
  * codec_values.inc.h and codec_tile.inc.h code one tile, once per instruction set. Those with vectors
  * decode several tiles at once (codec_flight.inc.h): with AVX-512 by tables in registers, with
  * shuffles of bytes elsewhere (codec_bytes.inc.h, and codec_groups.inc.h where a vector is half a row).
@@ -93,6 +94,9 @@ void pm_codec_fill_decoder(pm_codec_decoder *decoder);
 /* For counts[256] of exponents with their sum: the most frequent ones, the lower one first among
  * equals, with one slot at least. */
 void pm_codec_choose_table(pm_codec_encoder *encoder, const uint64_t *counts, uint64_t total);
+
+/* The codec of an instruction set, or of the fastest for ""; NULL where the processor lacks it. */
+const pm_codec_kernels *pm_codec_find(const char *isa);
 
 extern const pm_codec_kernels pm_codec_portable;
 #if defined(__x86_64__)

@@ -32,17 +32,24 @@ PM_INLINE void rt_unpack(rt tables, const uint8_t *group, int r, uint16_t *out)
     }
 }
 
-/* See resident_avx512.h. Bytes are compared as signed ones: all bounds have their highest bit turned. */
+/* See resident_avx512.h. */
 typedef struct {
-    __m256i exponents, bounds[PM_PALETTE - 1];
+    __m256i exponents;
+    int uppers;
+    __m256i upper[PM_PALETTE], codes[PM_PALETTE];
 } rt_palette;
 
 PM_INLINE rt_palette rt_open_palette(const uint8_t palette[PM_PALETTE])
 {
+    const pm_halves halves = pm_halves_of(palette);
     rt_palette open;
     open.exponents = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)palette));
-    for (int i = 1; i < PM_PALETTE; i++)
-        open.bounds[i - 1] = _mm256_set1_epi8((char)((palette[i] - 1) ^ 0x80));
+    open.uppers = halves.count;
+    for (int i = 0; i < halves.count; i++) {
+        open.upper[i] = _mm256_set1_epi8((char)halves.upper[i]);
+        open.codes[i] =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)halves.codes[i]));
+    }
     return open;
 }
 
@@ -57,28 +64,42 @@ PM_INLINE __m256i rt_exponent(__m256i x)
     return _mm256_and_si256(_mm256_srli_epi16(x, 7), _mm256_set1_epi16(0xff));
 }
 
-PM_INLINE uint64_t rt_pack(const rt_palette *palette, const uint16_t *row, uint8_t *bytes,
-                           uint8_t *codes, int upper)
+/* Half a row. */
+PM_INLINE uint32_t rt_pack_half(const rt_palette *palette, const uint16_t *row, uint8_t *bytes,
+                                __m256i *codes)
 {
-    uint64_t missing = 0;
-    for (int half = 0; half < 2; half++) {
-        const __m256i a = _mm256_loadu_si256((const __m256i *)(row + 16 * half));
-        const __m256i b = _mm256_loadu_si256((const __m256i *)(row + 32 + 16 * half));
-        const __m256i exponent = _mm256_packus_epi16(rt_exponent(a), rt_exponent(b));
-        const __m256i turned = _mm256_xor_si256(exponent, _mm256_set1_epi8((char)0x80));
-        __m256i *const at = (__m256i *)(codes + 32 * half);
-        __m256i code = _mm256_setzero_si256();
-        for (int i = 0; i < PM_PALETTE - 1; i++)
-            code = _mm256_sub_epi8(code, _mm256_cmpgt_epi8(turned, palette->bounds[i]));
-        const __m256i found =
-            _mm256_cmpeq_epi8(_mm256_shuffle_epi8(palette->exponents, code), exponent);
-        code = _mm256_and_si256(code, found);
-        if (upper)
-            code = _mm256_or_si256(_mm256_slli_epi16(code, 4), _mm256_loadu_si256(at));
-        _mm256_storeu_si256((__m256i *)(bytes + 32 * half),
-                            _mm256_packus_epi16(rt_plain(a), rt_plain(b)));
-        _mm256_storeu_si256(at, code);
-        missing |= (uint64_t)~(uint32_t)_mm256_movemask_epi8(found) << 32 * half;
+    const __m256i a = _mm256_loadu_si256((const __m256i *)row);
+    const __m256i b = _mm256_loadu_si256((const __m256i *)(row + 32));
+    const __m256i exponent = _mm256_packus_epi16(rt_exponent(a), rt_exponent(b));
+    const __m256i half = _mm256_set1_epi8(15), lower = _mm256_and_si256(exponent, half);
+    const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(exponent, 4), half);
+    __m256i code = _mm256_setzero_si256();
+    for (int i = 0; i < palette->uppers; i++) {
+        const __m256i of_upper = _mm256_shuffle_epi8(palette->codes[i], lower);
+        code = _mm256_or_si256(
+            code, _mm256_and_si256(of_upper, _mm256_cmpeq_epi8(upper, palette->upper[i])));
     }
-    return missing;
+    const __m256i found =
+        _mm256_cmpeq_epi8(_mm256_shuffle_epi8(palette->exponents, code), exponent);
+    *codes = _mm256_and_si256(code, found);
+    _mm256_stream_si256((__m256i *)bytes, _mm256_packus_epi16(rt_plain(a), rt_plain(b)));
+    return ~(uint32_t)_mm256_movemask_epi8(found);
 }
+
+PM_INLINE void rt_pack(const rt_palette *palette, const uint16_t *const rows[2], uint8_t *bytes,
+                       uint8_t *codes, uint64_t missing[2])
+{
+    __m256i found[2][2]; /* by row and half */
+    for (int r = 0; r < 2; r++) {
+        uint8_t *const at = bytes + r * PM_GROUP_COLUMNS;
+        const uint32_t first = rt_pack_half(palette, rows[r], at, &found[r][0]);
+        const uint32_t second = rt_pack_half(palette, rows[r] + 16, at + 32, &found[r][1]);
+        missing[r] = first | (uint64_t)second << 32;
+    }
+    for (int half = 0; half < 2; half++)
+        _mm256_stream_si256(
+            (__m256i *)(codes + 32 * half),
+            _mm256_or_si256(found[0][half], _mm256_slli_epi16(found[1][half], 4)));
+}
+
+PM_INLINE void rt_packed(void) { _mm_sfence(); }

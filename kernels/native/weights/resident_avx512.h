@@ -1,5 +1,6 @@
 /* Groups of the resident form (resident.h) on AVX-512: 64 weights of a row as two vectors of 32.
- * Every header of this kind offers rt, rt_open and rt_unpack, rt_palette, rt_open_palette and rt_pack. */
+ * Every header of this kind offers rt, rt_open and rt_unpack, rt_palette, rt_open_palette, rt_pack
+ * and rt_packed. */
 
 /* The palette as bytes to be joined with sign and mantissa: by code, in every lane. */
 typedef struct {
@@ -39,27 +40,35 @@ PM_INLINE void rt_unpack(rt tables, const uint8_t *group, int r, uint16_t *out)
     _mm512_storeu_si512(out + 32, row[1]);
 }
 
-/* The palette to look codes up in: its exponents in every lane, and all but the first one by one. */
+/* The palette to look codes up in: by the upper half of an exponent, of which trained weights have one to
+ * three, the codes by its lower half. */
 typedef struct {
-    __m512i exponents, bounds[PM_PALETTE - 1];
+    __m512i exponents; /* by code, in every lane */
+    int uppers;
+    __m512i upper[PM_PALETTE], codes[PM_PALETTE];
 } rt_palette;
 
 PM_INLINE rt_palette rt_open_palette(const uint8_t palette[PM_PALETTE])
 {
+    const pm_halves halves = pm_halves_of(palette);
     rt_palette open;
     open.exponents = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)palette));
-    for (int i = 1; i < PM_PALETTE; i++)
-        open.bounds[i - 1] = _mm512_set1_epi8((char)palette[i]);
+    open.uppers = halves.count;
+    for (int i = 0; i < halves.count; i++) {
+        open.upper[i] = _mm512_set1_epi8((char)halves.upper[i]);
+        open.codes[i] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)halves.codes[i]));
+    }
     return open;
 }
 
-/* 64 weights to their bytes, and their codes to one half of `codes`, the upper one after the lower.
- * Bit i of the result: the exponent of byte i has no code; it gets code 0. */
-PM_INLINE uint64_t rt_pack(const rt_palette *palette, const uint16_t *row, uint8_t *bytes,
-                           uint8_t *codes, int upper)
+/* 64 weights to their bytes, at a line of the cache; `*codes` become theirs, 0 where there is none. Bit i
+ * of the result: the exponent of byte i has no code. */
+PM_INLINE uint64_t rt_pack_row(const rt_palette *palette, const uint16_t *row, uint8_t *bytes,
+                               __m512i *codes)
 {
     const __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(row + 32);
     const __m512i mantissa = _mm512_set1_epi16(0x7f), sign = _mm512_set1_epi16(0x80);
+    const __m512i half = _mm512_set1_epi8(15);
     /* 0xea: (x & y) | z; a pack of lanes of 16 bytes is the interleaving of columns */
     const __m512i plain = _mm512_packus_epi16(
         _mm512_ternarylogic_epi32(a, mantissa, _mm512_and_si512(_mm512_srli_epi16(a, 8), sign), 0xea),
@@ -67,16 +76,28 @@ PM_INLINE uint64_t rt_pack(const rt_palette *palette, const uint16_t *row, uint8
     const __m512i exponent = _mm512_packus_epi16(
         _mm512_and_si512(_mm512_srli_epi16(a, 7), _mm512_set1_epi16(0xff)),
         _mm512_and_si512(_mm512_srli_epi16(b, 7), _mm512_set1_epi16(0xff)));
+    const __m512i lower = _mm512_and_si512(exponent, half);
+    const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(exponent, 4), half);
     __m512i code = _mm512_setzero_si512();
-    for (int i = 0; i < PM_PALETTE - 1; i++)
-        code = _mm512_mask_add_epi8(code, _mm512_cmpge_epu8_mask(exponent, palette->bounds[i]), code,
-                                    _mm512_set1_epi8(1));
+    for (int i = 0; i < palette->uppers; i++)
+        code = _mm512_mask_shuffle_epi8(code, _mm512_cmpeq_epi8_mask(upper, palette->upper[i]),
+                                        palette->codes[i], lower);
     const __mmask64 found =
         _mm512_cmpeq_epi8_mask(_mm512_shuffle_epi8(palette->exponents, code), exponent);
-    code = _mm512_maskz_mov_epi8(found, code);
-    if (upper)
-        code = _mm512_or_si512(_mm512_slli_epi16(code, 4), _mm512_loadu_si512(codes));
-    _mm512_storeu_si512(bytes, plain);
-    _mm512_storeu_si512(codes, code);
+    *codes = _mm512_maskz_mov_epi8(found, code);
+    _mm512_stream_si512((__m512i *)bytes, plain);
     return ~found;
 }
+
+/* Two rows, of which the first one's codes are the lower halves, past the caches. */
+PM_INLINE void rt_pack(const rt_palette *palette, const uint16_t *const rows[2], uint8_t *bytes,
+                       uint8_t *codes, uint64_t missing[2])
+{
+    __m512i lower, upper;
+    missing[0] = rt_pack_row(palette, rows[0], bytes, &lower);
+    missing[1] = rt_pack_row(palette, rows[1], bytes + PM_GROUP_COLUMNS, &upper);
+    _mm512_stream_si512((__m512i *)codes, _mm512_or_si512(lower, _mm512_slli_epi16(upper, 4)));
+}
+
+/* What was written past the caches comes before what other threads are told. */
+PM_INLINE void rt_packed(void) { _mm_sfence(); }

@@ -1,7 +1,6 @@
-/* To the resident form: a matrix on the workers of a pool, or parts of several as they arrive. */
+/* A matrix to the resident form, on the workers of a pool. */
 #include "resident_pack.h"
 
-#include <pthread.h>
 #include <string.h>
 
 #include "../forward/phases.h"
@@ -14,25 +13,21 @@ enum {
 static void count_exponents(const uint16_t *rows, long N, long K, long ld, long step,
                             long counts[256])
 {
-    uint32_t lanes[4][256]; /* so that equal neighbours do not wait for each other */
-    memset(counts, 0, 256 * sizeof *counts);
+    long lanes[4][256]; /* so that equal neighbours do not wait for each other */
+    memset(lanes, 0, sizeof lanes);
     for (long n = 0; n < N; n += step) {
         const uint16_t *row = rows + n * ld;
-        memset(lanes, 0, sizeof lanes);
         for (long k = 0; k < K; k++)
             lanes[k & 3][row[k] >> 7 & 0xff]++;
-        for (int e = 0; e < 256; e++)
-            counts[e] += (long)lanes[0][e] + lanes[1][e] + lanes[2][e] + lanes[3][e];
     }
+    for (int e = 0; e < 256; e++)
+        counts[e] = lanes[0][e] + lanes[1][e] + lanes[2][e] + lanes[3][e];
 }
 
-void pm_choose_palette(const uint16_t *rows, long N, long K, long ld, long sample,
-                       uint8_t palette[PM_PALETTE])
+void pm_palette_by(const long counts[256], uint8_t palette[PM_PALETTE])
 {
-    long counts[256];
     int taken = 0;
     uint8_t chosen[256] = {0};
-    count_exponents(rows, N, K, ld, pm_max(1, N * K / sample), counts);
     for (int i = 0; i < PM_PALETTE; i++) {
         int best = -1;
         for (int e = 0; e < 256; e++)
@@ -43,6 +38,14 @@ void pm_choose_palette(const uint16_t *rows, long N, long K, long ld, long sampl
     for (int e = 0; e < 256; e++)
         if (chosen[e])
             palette[taken++] = (uint8_t)e;
+}
+
+void pm_choose_palette(const uint16_t *rows, long N, long K, long ld, long sample,
+                       uint8_t palette[PM_PALETTE])
+{
+    long counts[256];
+    count_exponents(rows, N, K, ld, pm_max(1, N * K / sample), counts);
+    pm_palette_by(counts, palette);
 }
 
 typedef struct {
@@ -112,35 +115,4 @@ PM_API long pm_resident_pack(const pm_context *context, const uint16_t *rows, lo
         starts[tile + 1] = (uint32_t)total;
     }
     return pm_pool_run(context->pool, list_escapes, &job, items, 0) ? -1 : total;
-}
-
-/* A part that arrived of a matrix, and the matrix's palette: the first part to come chooses it. */
-typedef struct {
-    pm_pack_part part;
-    pm_palette *palette;
-    long escapes; /* of the part; result */
-} pm_pack_arrival;
-
-/* Packs `count` parts on this thread; any number of threads may do so. Their keys follow each other.
- * Returns how many there are: where that is more than `room`, do it again with so much. */
-PM_API long pm_resident_pack_parts(const pm_kernels *kernels, pm_pack_arrival *arrivals, long count,
-                                   long sample, uint64_t *keys, long room)
-{
-    static pthread_mutex_t choosing = PTHREAD_MUTEX_INITIALIZER;
-    long total = 0;
-    for (pm_pack_arrival *arrival = arrivals; arrival < arrivals + count; arrival++) {
-        pm_pack_part *part = &arrival->part;
-        pthread_mutex_lock(&choosing);
-        if (!arrival->palette->chosen)
-            pm_choose_palette(part->rows, part->N, part->K, part->ld, sample,
-                              arrival->palette->exponents);
-        arrival->palette->chosen = 1;
-        pthread_mutex_unlock(&choosing);
-        part->palette = arrival->palette->exponents;
-        part->keys = keys + pm_min(total, room);
-        part->room = room - pm_min(total, room);
-        arrival->escapes = kernels->pack(part);
-        total += arrival->escapes;
-    }
-    return total;
 }

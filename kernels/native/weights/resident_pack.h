@@ -17,14 +17,29 @@ typedef struct {
     long room;
 } pm_pack_part;
 
-/* A palette that the first part of a matrix chooses for all. */
+/* A palette by the upper halves of its exponents: for each of them the codes by the lower half, 0 where
+ * there is none. */
 typedef struct {
-    int chosen;
-    uint8_t exponents[PM_PALETTE];
-} pm_palette;
+    int count;
+    uint8_t upper[PM_PALETTE], codes[PM_PALETTE][16];
+} pm_halves;
 
-/* The 16 most frequent exponents of about `sample` of the weights, ascending; of equally frequent ones
- * the lower. */
+static inline pm_halves pm_halves_of(const uint8_t palette[PM_PALETTE])
+{
+    pm_halves found = {0, {0}, {{0}}};
+    for (int code = 0; code < PM_PALETTE; code++) {
+        const uint8_t upper = palette[code] >> 4; /* ascends with the codes */
+        if (found.count == 0 || found.upper[found.count - 1] != upper)
+            found.upper[found.count++] = upper;
+        found.codes[found.count - 1][palette[code] & 15] = (uint8_t)code;
+    }
+    return found;
+}
+
+/* The 16 most frequent exponents, ascending; of equally frequent ones the lower. */
+void pm_palette_by(const long counts[256], uint8_t palette[PM_PALETTE]);
+
+/* Likewise, of about `sample` of the weights. */
 void pm_choose_palette(const uint16_t *rows, long N, long K, long ld, long sample,
                        uint8_t palette[PM_PALETTE]);
 

@@ -27,22 +27,27 @@ PM_INLINE long pack_group(const rt_palette *palette, const pm_pack_part *part, l
                           uint8_t *out, long found)
 {
     const long k = group * PM_GROUP_COLUMNS, columns = pm_min(PM_GROUP_COLUMNS, part->K - k);
-    for (long r = 0; r < PM_TILE_ROWS; r++) {
-        const long valid = n + r < part->N ? columns : 0;
-        const uint16_t *row = part->rows + (n + r) * part->ld + k;
-        uint16_t padded[PM_GROUP_COLUMNS];
-        if (valid < PM_GROUP_COLUMNS) {
-            memset(padded, 0, sizeof padded);
-            if (valid > 0)
-                memcpy(padded, row, (size_t)valid * sizeof *row);
-            row = padded;
+    for (long r = 0; r < PM_TILE_ROWS; r += 2) {
+        const uint16_t *rows[2];
+        uint16_t padded[2][PM_GROUP_COLUMNS];
+        uint64_t missing[2];
+        long valid[2];
+        for (long i = 0; i < 2; i++) {
+            valid[i] = n + r + i < part->N ? columns : 0;
+            rows[i] = part->rows + (n + r + i) * part->ld + k;
+            if (valid[i] < PM_GROUP_COLUMNS) {
+                memset(padded[i], 0, sizeof padded[i]);
+                if (valid[i] > 0)
+                    memcpy(padded[i], rows[i], (size_t)valid[i] * sizeof *rows[i]);
+                rows[i] = padded[i];
+            }
         }
-        const uint64_t missing =
-            rt_pack(palette, row, out + r * PM_GROUP_COLUMNS,
-                    out + PM_GROUP_CODES + r / 2 * PM_GROUP_COLUMNS, r % 2 == 1);
-        if (__builtin_expect(missing != 0, 0))
-            found = list_escapes(part, part->tile + n / PM_TILE_ROWS, part->group + group, r, row,
-                                 valid, missing, found);
+        rt_pack(palette, rows, out + r * PM_GROUP_COLUMNS,
+                out + PM_GROUP_CODES + r / 2 * PM_GROUP_COLUMNS, missing);
+        for (long i = 0; i < 2; i++)
+            if (__builtin_expect(missing[i] != 0, 0))
+                found = list_escapes(part, part->tile + n / PM_TILE_ROWS, part->group + group, r + i,
+                                     rows[i], valid[i], missing[i], found);
     }
     return found;
 }
@@ -63,5 +68,6 @@ PM_TARGET static long pack_part(const pm_pack_part *part)
             found = pack_group(&palette, part, n, g, out, found);
         }
     }
+    rt_packed();
     return found;
 }

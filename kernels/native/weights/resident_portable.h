@@ -36,16 +36,22 @@ PM_INLINE rt_palette rt_open_palette(const uint8_t palette[PM_PALETTE])
     return open;
 }
 
-PM_INLINE uint64_t rt_pack(const rt_palette *palette, const uint16_t *row, uint8_t *bytes,
-                           uint8_t *codes, int upper)
+PM_INLINE void rt_pack(const rt_palette *palette, const uint16_t *const rows[2], uint8_t *bytes,
+                       uint8_t *codes, uint64_t missing[2])
 {
-    uint64_t missing = 0;
+    missing[0] = missing[1] = 0;
     for (int c = 0; c < PM_GROUP_COLUMNS; c++) {
-        const int at = pm_place_of(c), found = palette->code_of[row[c] >> 7 & 0xff];
-        const int code = found & (PM_PALETTE - 1);
-        bytes[at] = (uint8_t)((row[c] >> 8 & 0x80) | (row[c] & 0x7f));
-        codes[at] = (uint8_t)(upper ? codes[at] | code << 4 : code);
-        missing |= (uint64_t)(found == PM_PALETTE) << at;
+        const int at = pm_place_of(c);
+        int code = 0;
+        for (int r = 0; r < 2; r++) {
+            const uint16_t weight = rows[r][c];
+            const int found = palette->code_of[weight >> 7 & 0xff];
+            bytes[r * PM_GROUP_COLUMNS + at] = (uint8_t)((weight >> 8 & 0x80) | (weight & 0x7f));
+            code |= (found & (PM_PALETTE - 1)) << 4 * r;
+            missing[r] |= (uint64_t)(found == PM_PALETTE) << at;
+        }
+        codes[at] = (uint8_t)code;
     }
-    return missing;
 }
+
+PM_INLINE void rt_packed(void) {}

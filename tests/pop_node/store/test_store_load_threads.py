@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from tiny_models import tensors, write_huggingface
 
@@ -132,3 +134,48 @@ def test_reads_go_on_while_a_chunk_is_computed_but_not_far(bundle: Bundle) -> No
     load_chunks(bundle.path, bundle.manifest, plan, arena, crew)
     assert most == crew.lanes == 3
     assert not under_way
+
+
+def test_packed_chunks_are_decoded_in_a_lane_per_checker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are stored as they are have lanes of their own, read by read."""
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4 * layout.ALIGNMENT)
+    values = tensors()
+    for name, value in values.items():
+        if ".0." in name:  # noise, which no codec shortens
+            bits = np.random.default_rng(0).integers(0, 1 << 16, value.shape, np.uint32) << 16
+            values[name] = np.nan_to_num(bits.view(np.float32), nan=1.0)
+    store = Store(tmp_path / "store")
+    source = write_huggingface(tmp_path / "source", values)
+    store.add(str(source), "raw", "bfloat16", lambda *_: None)
+    store.pack("raw", target="packed", progress=lambda *_: None)
+    packed, crew = store.get("packed"), Crew(3, 2)
+    plan, data = plan_load(packed.manifest), packed.manifest.data
+    decoded: dict[int, int] = {}
+    landed: dict[int, int] = {}
+
+    class Recording(HostArena):
+        def decode(self, lane: int, chunk: ChunkPlan, stored: memoryview) -> None:
+            decoded[chunk.index] = lane
+            super().decode(lane, chunk, stored)
+
+        def landing(self, lane: int, chunk: ChunkPlan) -> memoryview:
+            landed[chunk.index] = lane
+            return super().landing(lane, chunk)
+
+    arena = Recording(plan, crew.arena_lanes(data), data.chunk_bytes)
+    load_chunks(packed.path, packed.manifest, plan, arena, crew)
+    coded = {chunk.index for chunk in plan.chunks if data.is_packed(chunk.index)}
+    assert coded == decoded.keys() < landed.keys() == {chunk.index for chunk in plan.chunks}
+    assert set(decoded.values()) <= set(range(crew.checkers))
+    own = {lane for index, lane in landed.items() if index not in coded}
+    assert own <= set(range(crew.checkers, crew.arena_lanes(data)))
+    all_packed = msgspec.structs.replace(
+        data, packing=msgspec.structs.replace(data.packing, ends=[*range(len(data.chunks))])
+    )
+    assert crew.arena_lanes(all_packed) == crew.checkers
+    assert crew.arena_lanes(store.get("raw").manifest.data) == crew.lanes
+    raw = read_bundle(store.get("raw").path)
+    raw.hold.close()
+    assert (arena.memory == raw.memory).all()
