@@ -33,7 +33,8 @@ def resident(weight: Weight) -> ResidentMatrix:
 @pytest.mark.parametrize("isa", ISAS)
 # (N, K): of a 135M model, K of several blocks, rests of tiles, groups and vectors.
 @pytest.mark.parametrize(
-    "shape", [(100, 576), (30, 1536), (37, 577), (49, 63), (11, 126), (50, 2100)]
+    "shape",
+    [(100, 576), (30, 1536), (37, 577), (49, 63), (11, 126), (50, 2100), (12, 7001)],
 )
 def test_linear_and_logits(isa: str, shape: tuple[int, int], rng: torch.Generator) -> None:
     weight = draw(rng, *shape)

@@ -28,6 +28,7 @@ typedef struct {
     long columns; /* of y per item, a multiple of 4 */
     long item_rows, row_items; /* rows of x per item, and items along T */
     long rows, depth; /* of a block: rows of x, elements of K */
+    long panel; /* columns, a multiple of 4, which one tile of x after the other passes */
     int fused; /* resident weights are decoded on their way to the multiplier */
 } pm_linear_job;
 

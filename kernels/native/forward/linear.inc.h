@@ -40,18 +40,33 @@ typedef struct {
     const W *w[4];
     long ldx, K;
     long ahead; /* bytes from w to what is prefetched while it passes; 0: nothing */
+    const char *stream; /* resident weights to come, fetched while it passes: */
+    long lines;         /* so many of 64 bytes for every 32 columns, up to 3 */
     float *partial;    /* [DOT_T][4][VW]: accumulators between blocks of K */
     int first, last;   /* block of K */
     float *sums;       /* rows of 4, ld_sums apart; written by the last block */
     long ld_sums;
 } FN(dot);
 
-/* sums[t][r] (+)= x[t] . w[r]; tt is a constant wherever this is called. */
-PM_INLINE void FN(dot_tile)(const FN(dot) * b, const int tt)
+/* Fetches what is due of a stream at column k. */
+PM_INLINE void FN(fetch)(const char *stream, long lines, long k)
+{
+    stream += 2 * lines * k;
+    __builtin_prefetch(stream);
+    if (lines > 1)
+        __builtin_prefetch(stream + 64);
+    if (lines > 2)
+        __builtin_prefetch(stream + 128);
+}
+
+/* sums[t][r] (+)= x[t] . w[r]; tt, and whether it `fetches` of a stream, are constants wherever this is
+ * called: AVX2 has no register left to look it up. */
+PM_INLINE void FN(dot_tile)(const FN(dot) * b, const int tt, const int fetches)
 {
     const A *const x = b->x;
     const W *const *const w = b->w;
-    const long K = b->K, ldx = b->ldx, ahead = b->ahead;
+    const long K = b->K, ldx = b->ldx, ahead = b->ahead, lines = b->lines;
+    const char *const stream = b->stream;
     vf acc[DOT_T][4];
     long k = 0;
     for (int t = 0; t < tt; t++)
@@ -63,6 +78,8 @@ PM_INLINE void FN(dot_tile)(const FN(dot) * b, const int tt)
                 acc[0][r] = d_dot(acc[0][r], d_load(x + k), dw_load(w[r] + k));
                 if (ahead != 0)
                     __builtin_prefetch((const char *)(w[r] + k) + ahead, 0, 0);
+                if (fetches && r == 0)
+                    FN(fetch)(stream, lines, k);
             }
     }
     for (; k + DW <= K; k += DW) {
@@ -72,6 +89,8 @@ PM_INLINE void FN(dot_tile)(const FN(dot) * b, const int tt)
             if (ahead != 0)
                 __builtin_prefetch((const char *)(w[r] + k) + ahead);
         }
+        if (fetches)
+            FN(fetch)(stream, lines, k);
         for (int t = 0; t < tt; t++) {
             dv xv = d_load(x + t * ldx + k);
             for (int r = 0; r < 4; r++)
@@ -93,18 +112,18 @@ PM_INLINE void FN(dot_tile)(const FN(dot) * b, const int tt)
     }
 }
 
-PM_INLINE void FN(dot_rows)(const FN(dot) * b, long rows)
+PM_INLINE void FN(dot_rows)(const FN(dot) * b, long rows, const int fetches)
 {
     switch (rows) {
-    case 1: FN(dot_tile)(b, 1); break;
-    case 2: FN(dot_tile)(b, 2); break;
+    case 1: FN(dot_tile)(b, 1, fetches); break;
+    case 2: FN(dot_tile)(b, 2, fetches); break;
 #if PM_DOT_T > 2
-    case 3: FN(dot_tile)(b, 3); break;
+    case 3: FN(dot_tile)(b, 3, fetches); break;
 #endif
 #if PM_DOT_T > 3
-    case 4: FN(dot_tile)(b, 4); break;
-    case 5: FN(dot_tile)(b, 5); break;
-    case 6: FN(dot_tile)(b, 6); break;
+    case 4: FN(dot_tile)(b, 4, fetches); break;
+    case 5: FN(dot_tile)(b, 5, fetches); break;
+    case 6: FN(dot_tile)(b, 6, fetches); break;
 #endif
     }
 }
@@ -114,21 +133,20 @@ typedef struct {
     float *sums;    /* [rows][columns] */
     float *partial; /* [columns / 4][rows up to DOT_T][4][VW] */
     A *x;           /* [rows][K], where A is not E */
-    W *w;           /* [4][depth], where W is not E; or resident weights, see room_rows */
+    W *w;           /* [panel][depth], where weights are decoded */
     size_t bytes;
 } FN(linear_room);
 
-/* Rows of w that decoded resident weights have room for, and their distance: all of an item where
- * more than one block of x comes to need them. */
-static long FN(room_rows)(const pm_linear_job *job)
+/* Are weights multiplied from scratch, in another form than they are kept in? */
+static int FN(decodes)(const pm_linear_job *job)
 {
-    return job->fused ? 0 : job->rows < job->T ? job->columns : PM_TILE_ROWS;
+    return job->w.rows == NULL ? !job->fused : sizeof(W) != sizeof(E);
 }
 
+/* Distance of rows of decoded weights. */
 static long FN(room_stride)(const pm_linear_job *job)
 {
-    const long kept = job->rows < job->T ? job->K : job->depth;
-    return pm_ceil_div(kept, PM_GROUP_COLUMNS) * PM_GROUP_COLUMNS;
+    return pm_ceil_div(job->depth, PM_GROUP_COLUMNS) * PM_GROUP_COLUMNS;
 }
 
 static FN(linear_room) FN(lay_out_linear)(const pm_linear_job *job, char *memory)
@@ -142,8 +160,7 @@ static FN(linear_room) FN(lay_out_linear)(const pm_linear_job *job, char *memory
     PLACE(sums, job->rows * job->columns);
     PLACE(partial, job->depth < job->K ? tiles * DOT_T * 4 * VW : 0);
     PLACE(x, sizeof(A) != sizeof(E) ? job->rows * job->K : 0);
-    PLACE(w, job->w.rows == NULL ? FN(room_rows)(job) * FN(room_stride)(job)
-             : sizeof(W) != sizeof(E) ? 4 * job->depth : 0);
+    PLACE(w, FN(decodes)(job) ? job->panel * FN(room_stride)(job) : 0);
 #undef PLACE
     room.bytes = at;
     return room;
@@ -156,68 +173,63 @@ static size_t FN(linear_scratch)(const pm_linear_job *job)
 }
 
 #if PM_BF16
-/* Row r of the 4 from column n on, elements [k, k + n_k): decoded with the other 3 where `fresh`, for
- * `parts` tiles of x. */
-PM_INLINE const W *FN(resident_row)(const pm_linear_job *job, const FN(linear_room) * room, long n,
-                                    long n0, long r, long k, long n_k, int fresh, long parts)
+/* Columns [k, k + n_k) of rows [n, end) of w to `out`, as they are multiplied. */
+PM_INLINE void decode_panel(const pm_linear_job *job, long n, long end, long k, long n_k, W *out)
 {
     const long ld = FN(room_stride)(job);
-    const int keeps = job->rows < job->T;
-    W *rows = room->w + (keeps ? (n - n0) * ld + k : 0);
-    if (fresh && r == 0)
-        unpack_tile(job->w.resident, job->K, n / PM_TILE_ROWS, k, n_k, rows, ld,
-                    fetches_in_products(job, parts) ? 0 : resident_tile_bytes(job->K));
-    return rows + r * ld;
+    if (job->w.rows == NULL)
+        for (long at = n; at < end; at += PM_TILE_ROWS)
+            unpack_tile(job->w.resident, job->K, at / PM_TILE_ROWS, k, n_k, out + (at - n) * ld, ld);
+#if PM_PLAIN_C
+    else
+        for (long at = n; at < end; at++)
+            FN(copy_row)(out + (at - n) * ld, (const E *)job->w.rows + at * job->K + k, n_k, n_k);
+#endif
 }
 #endif
 
-/* Rows [t, t + rows) times columns [n0, end): sums to room.sums. */
+/* Rows [t, t + rows) times columns [n0, end): sums to room.sums. Whether w is `resident` is a constant
+ * wherever this is called. */
 PM_INLINE void FN(multiply_block)(const pm_linear_job *job, const FN(linear_room) * room,
-                                  const A *x, long rows, long n0, long end, int prefetch)
+                                  const A *x, long rows, long n0, long end, int prefetch,
+                                  const int resident)
 {
-    const long K = job->K;
-    const int resident = job->w.rows == NULL;
-#if PM_BF16
-    const long parts = pm_ceil_div(rows, DOT_T);
-#endif
+    const long K = job->K, tiles = pm_ceil_div(rows, DOT_T), ld = FN(room_stride)(job);
+    const int decodes = resident || sizeof(W) != sizeof(E);
     FN(dot) b = {.ldx = K, .ld_sums = job->columns};
+    /* One stream of rows, or the same place of the next 4. */
+    const long ahead = !prefetch || decodes ? 0 : rows == 1 ? AHEAD_BYTES : 4 * K * (long)sizeof(W);
     for (long k = 0; k == 0 || k < K; k += job->depth) {
         b.K = pm_min(job->depth, K - k);
         b.first = k == 0;
         b.last = k + b.K == K;
-        b.partial = room->partial;
-        for (long n = n0; n < end; n += 4) {
-            /* One stream of rows, or the same place of the next 4. */
-            b.ahead = !prefetch || resident ? 0 : rows == 1 ? AHEAD_BYTES : 4 * K * (long)sizeof(W);
-            for (long r = 0; r < 4; r++) {
+        for (long panel = n0; panel < end; panel += job->panel) {
+            const long stop = pm_min(end, panel + job->panel);
 #if PM_BF16
-                if (resident) {
-                    b.w[r] = FN(resident_row)(job, room, n, n0, r, k, b.K, prefetch, parts);
-                    continue;
+            if (decodes)
+                decode_panel(job, panel, stop, k, b.K, room->w);
+#endif
+            for (long tile = 0; tile < tiles; tile++)
+                for (long n = panel; n < stop; n += 4) {
+                    for (long r = 0; r < 4; r++) {
+                        const long row = pm_min(n + r, stop - 1);
+                        b.w[r] = decodes ? room->w + (row - panel) * ld
+                                         : (const W *)job->w.rows + row * K + k;
+                    }
+#if PM_BF16
+                    if (resident)
+                        b.stream = stream_of(job, n, k, b.K, tile, tiles, &b.lines);
+#endif
+                    b.ahead = tile == 0 ? ahead : 0;
+                    b.x = x + tile * DOT_T * K + k;
+                    b.sums = room->sums + tile * DOT_T * job->columns + n - n0;
+                    b.partial = room->partial + ((n - n0) / 4 * tiles + tile) * (DOT_T * 4 * VW);
+                    const long in_tile = pm_min(DOT_T, rows - tile * DOT_T);
+                    if (resident && b.lines != 0)
+                        FN(dot_rows)(&b, in_tile, 1);
+                    else
+                        FN(dot_rows)(&b, in_tile, 0);
                 }
-#endif
-                const E *row = (const E *)job->w.rows + pm_min(n + r, end - 1) * K + k;
-#if PM_PLAIN_C && PM_BF16
-                FN(copy_row)(room->w + r * job->depth, row, b.K, b.K);
-                b.w[r] = room->w + r * job->depth;
-#else
-                b.w[r] = row;
-#endif
-            }
-#if PM_BF16
-            resident_ahead ahead = {0};
-            if (resident && prefetch && fetches_in_products(job, parts))
-                ahead = look_ahead(job->w.resident, K, n, k, b.K, parts);
-#endif
-            for (long t = 0; t < rows; t += DOT_T, b.partial += DOT_T * 4 * VW) {
-#if PM_BF16
-                fetch_ahead(&ahead);
-#endif
-                b.x = x + t * K + k;
-                b.sums = room->sums + t * job->columns + n - n0;
-                FN(dot_rows)(&b, pm_min(DOT_T, rows - t));
-                b.ahead = 0;
-            }
         }
     }
 }
@@ -235,13 +247,18 @@ PM_TARGET static void FN(linear)(const void *argument, long item, void *scratch)
         if (sizeof(A) != sizeof(E))
             for (long i = 0; i < rows; i++)
                 FN(copy_row)(room.x + i * K, x + i * K, K, K);
+        const A *block = sizeof(A) != sizeof(E) ? room.x : (const A *)x;
 #if PM_BF16 && PM_FUSED
-        if (job->w.rows == NULL && job->fused)
-            multiply_fused(job, sizeof(A) != sizeof(E) ? room.x : (const A *)x, n0, end, room.sums);
+        if (job->fused)
+            multiply_fused(job, block, n0, end, room.sums);
         else
 #endif
-        FN(multiply_block)(job, &room, sizeof(A) != sizeof(E) ? room.x : (const A *)x, rows, n0,
-                           end, t == t0);
+#if PM_BF16
+        if (job->w.rows == NULL)
+            FN(multiply_block)(job, &room, block, rows, n0, end, t == t0, 1);
+        else
+#endif
+        FN(multiply_block)(job, &room, block, rows, n0, end, t == t0, 0);
         for (long i = 0; i < rows; i++)
             FN(put_columns)(job, t + i, n0, room.sums + i * job->columns, end - n0);
     }

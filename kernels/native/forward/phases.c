@@ -14,10 +14,14 @@ enum {
     PM_LINEAR_ROWS = 192,
     PM_LINEAR_DEPTH = 768,
     PM_LINEAR_X_BYTES = 20 * 1024,
-    /* Rows of x per item, and bytes of a block of x for which 4 decoded rows stay in the first cache
-     * instead of all of an item in the second. */
-    PM_RESIDENT_ROWS = 768,
-    PM_RESIDENT_X_BYTES = 40 * 1024,
+    /* Resident weights: bytes of x with which 4 decoded rows stay in the first cache, K in blocks.
+     * Beyond: bytes of decoded rows in that cache, past which x streams out of the second, and of x
+     * there; where x is wider than that, rows of a block at least, so that decoding is one part in
+     * twelve. Measured on Zen 5: 28 KiB for the first, and 8 KiB for the second, are slower. */
+    PM_RESIDENT_NEAR_X_BYTES = 40 * 1024,
+    PM_RESIDENT_PANEL_BYTES = 16 * 1024,
+    PM_RESIDENT_X_BYTES = 640 * 1024,
+    PM_RESIDENT_BLOCK_ROWS = 48,
     /* Rows (queries x heads of a group) of one attention item: 96 take 2 % longer, 192 1 % less, but
      * leave 24 items of a chunk of 512. */
     PM_CHUNK_ROWS = 144,
@@ -29,16 +33,24 @@ static long rows_per_item(long row_elements)
     return pm_max(1, PM_ROWWISE_UNIT / pm_max(1, row_elements));
 }
 
-/* The same for resident weights, of which fewer and longer items decode less (see resident.inc.h). */
+/* The same for resident weights (see resident.inc.h), where all of K is a block if 4 rows allow it. */
 static void plan_resident(pm_linear_job *job, const pm_kernels *kernels, int dtype)
 {
-    const long x_bytes = job->T * job->depth * kernels->block_element[dtype];
-    job->fused = kernels->fuses && job->T <= kernels->tile_rows;
-    job->item_rows = PM_RESIDENT_ROWS;
+    const long tile = kernels->tile_rows, K = pm_max(1, job->K);
+    const long element = kernels->block_element[dtype], four = PM_TILE_ROWS * element;
+    job->fused = kernels->fuses && job->T <= tile;
+    job->rows = pm_max(1, job->T);
     if (job->fused)
-        job->depth = pm_max(1, job->K);
-    if (job->fused || x_bytes <= PM_RESIDENT_X_BYTES)
-        job->rows = pm_max(1, job->T);
+        job->depth = K;
+    else if (job->T * job->depth * element > PM_RESIDENT_NEAR_X_BYTES) {
+        if (K * four <= PM_RESIDENT_PANEL_BYTES)
+            job->depth = K;
+        job->panel = pm_max(1, PM_RESIDENT_PANEL_BYTES / (job->depth * four)) * PM_TILE_ROWS;
+        job->rows = pm_max(PM_RESIDENT_X_BYTES / (K * element),
+                           job->depth < K ? PM_RESIDENT_BLOCK_ROWS : tile);
+        job->rows = pm_min(job->T, job->rows / tile * tile);
+    }
+    job->item_rows = job->rows;
 }
 
 /* Chooses blocks and items (see linear.inc.h). */
@@ -52,6 +64,7 @@ static void plan_linear(pm_linear_job *job, const pm_kernels *kernels, int dtype
     job->rows = PM_LINEAR_X_BYTES / (job->depth * kernels->block_element[dtype]) / tile * tile;
     job->rows = pm_max(1, pm_min(job->T, pm_max(tile, job->rows)));
     job->item_rows = PM_LINEAR_ROWS;
+    job->panel = 4;
     if (job->w.rows == NULL)
         plan_resident(job, kernels, dtype);
     job->item_rows = pm_ceil_div(job->item_rows, job->rows) * job->rows;

@@ -2,22 +2,20 @@
  * values in the same order, so one code serves both and tests hold them equal.
  *
  * Two ways. Fused, where that has been written and for few rows of x: a group is decoded in registers
- * on its way to the multiplier, once per tile of x. Through scratch: 4 rows of w are decoded once,
- * for the first block of x, and stay in cache for the others.
+ * on its way to the multiplier, once per tile of x. Through scratch: a panel of rows of w is decoded into
+ * the first cache and all rows of x of a block pass it, a tile after the other; meanwhile they fetch what
+ * comes next, evenly, since bursts of it hold up the loads of a product.
  *
  * Which way is a matter of the rows of x alone (plan_resident in phases.c): fused up to one tile, since
- * a second one would decode again (8 rows: 5 % slower than 16-bit weights where scratch is 5 % faster).
+ * a second one would decode again.
  *
  * Roofline: 1 row of x reads 1.5 bytes a weight for 2; a group costs 32 operations on vectors beside 8
- * products a row of x, less than its 384 bytes take from memory. Measured on Zen 5, a 135M model, against
- * 16 bits in the same minute (benchmarks/resident.py): 1 row 1.28 times as fast (36 GB/s on one core), 4
- * rows 1.53; 16 rows 0.93 on one core, 1.08 on two, where memory is scarcer; prefill 0.92 to 0.99.
+ * products a row of x, less than its 384 bytes take from memory, and 16 cycles where it is decoded to
+ * scratch, beside 4 a row of x. Measured on Zen 5, a 135M model, one core, against 16 bits in the
+ * same minute (benchmarks/resident.py): 1 row 1.3 times as fast, 8 rows 1.15, 16 rows 1.09, 32 rows 1.03,
+ * 128 and 512 rows 0.99 to 1.0; matrices of 4096 columns, 1.08 and more. Decoded rows kept in the second
+ * cache for all blocks of x, as 16-bit weights are: 0.92; fetched there ahead: no better.
  */
-
-static long resident_tile_bytes(long K)
-{
-    return pm_ceil_div(K, PM_GROUP_COLUMNS) * PM_GROUP_BYTES;
-}
 
 /* 4 rows of group g to `out`, ld apart, with their escapes; *next is the tile's next escape. */
 PM_INLINE void unpack_group(rt tables, const uint8_t *group, long g, const uint32_t **next,
@@ -30,9 +28,9 @@ PM_INLINE void unpack_group(rt tables, const uint8_t *group, long g, const uint3
 }
 
 /* Columns [k, k + n) of a tile to 4 rows of `out`, ld apart; k is a multiple of 64, and rows have
- * room for n rounded up to one. What lies `ahead` bytes on is fetched meanwhile; 0: nothing. */
+ * room for n rounded up to one. */
 PM_TARGET static void unpack_tile(const pm_resident *w, long K, long tile, long k, long n, W *out,
-                                  long ld, long ahead)
+                                  long ld)
 {
     const rt tables = rt_open(w->palette);
     const long groups = pm_ceil_div(K, PM_GROUP_COLUMNS);
@@ -42,8 +40,6 @@ PM_TARGET static void unpack_tile(const pm_resident *w, long K, long tile, long 
         next++;
     for (long at = 0; at < n; at += PM_GROUP_COLUMNS, group += PM_GROUP_BYTES) {
         const long g = (k + at) / PM_GROUP_COLUMNS;
-        for (int line = 0; ahead != 0 && line < PM_GROUP_BYTES; line += 64)
-            __builtin_prefetch(group + ahead + line);
 #if PM_PLAIN_C
         uint16_t rows[PM_TILE_ROWS * PM_GROUP_COLUMNS];
         unpack_group(tables, group, g, &next, end, rows, PM_GROUP_COLUMNS);
@@ -56,35 +52,25 @@ PM_TARGET static void unpack_tile(const pm_resident *w, long K, long tile, long 
     }
 }
 
-/* Is what follows fetched while products are computed, and not while this tile is decoded? With so
- * many tiles of x that is better (measured on Zen 5: 16 rows, 3 tiles, 4 % slower; 32 rows, 6 tiles, 8 %
- * faster), and always where decoded rows go to the second cache (128 rows: 7 %). */
-enum { PM_TILES_TO_FETCH_IN = 4 };
-
-PM_INLINE int fetches_in_products(const pm_linear_job *job, long tiles)
+/* Tiles of w from one that is decoded to the one that is fetched: as long as its way from memory takes
+ * (measured on Zen 5: 8 rows 5 % slower with 2, 32 rows 2 % slower with 3). */
+PM_INLINE long tiles_ahead(const pm_linear_job *job, long tiles)
 {
-    return tiles >= PM_TILES_TO_FETCH_IN || job->rows < job->T;
+    return pm_max(job->panel / PM_TILE_ROWS, tiles == 2 ? 3 : 2);
 }
 
-/* Lines of the tile that follows, from column k on: a part of them before each tile of x, since all
- * at once would wait for each other. */
-typedef struct {
-    const uint8_t *next;
-    long lines;
-} resident_ahead;
-
-PM_INLINE resident_ahead look_ahead(const pm_resident *w, long K, long n, long k, long n_k, long parts)
+/* What tile `tile` of x, of `tiles`, fetches of the weights to come while it passes the 4 rows from n on,
+ * and in *lines how much, see dot. All is fetched by the last three tiles: it is to be in the first cache
+ * still when it is decoded. Beyond the matrix nothing is read, and a fetch of that does no harm. */
+PM_INLINE const char *stream_of(const pm_linear_job *job, long n, long k, long n_k, long tile,
+                                long tiles, long *lines)
 {
-    const long groups = pm_ceil_div(K, PM_GROUP_COLUMNS);
-    const long group = (n / PM_TILE_ROWS + 1) * groups + k / PM_GROUP_COLUMNS;
-    const long lines = pm_ceil_div(n_k, PM_GROUP_COLUMNS) * (PM_GROUP_BYTES / 64);
-    return (resident_ahead){w->tiles + group * PM_GROUP_BYTES, pm_ceil_div(lines, parts)};
-}
-
-PM_INLINE void fetch_ahead(resident_ahead *ahead)
-{
-    for (long line = 0; line < ahead->lines; line++, ahead->next += 64)
-        __builtin_prefetch(ahead->next);
+    const long groups = pm_ceil_div(job->K, PM_GROUP_COLUMNS);
+    const long next = n / PM_TILE_ROWS + tiles_ahead(job, tiles);
+    const long group = next * groups + k / PM_GROUP_COLUMNS;
+    const long done = tiles == 2 ? 2 * tile : pm_max(0, 3 - tiles + tile); /* lines, by tiles before */
+    *lines = tiles == 1 ? 3 : tiles == 2 ? 2 - tile : tile + 3 >= tiles;
+    return (const char *)job->w.resident->tiles + group * PM_GROUP_BYTES + 2 * done * n_k;
 }
 
 #if PM_FUSED
