@@ -6,6 +6,7 @@ next attempt goes on from there.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -286,12 +287,32 @@ class Bring:
         began = time.monotonic()
         while self._model.source is not None:
             if self._origin_wait_s(time.monotonic() - began) <= 0:
-                return False
+                if self._goes_alone():
+                    return False
+                began = time.monotonic()
             self._tell(phase="wait")
             self._stop.wait(LOOK_S)
             self._check_stop()
             if self._offer() is not None:
                 return True
+        return False
+
+    def _goes_alone(self) -> bool:
+        """Say that this node goes to the origin, then ask the others of its site what they do: of
+        two that go at the same moment at least one hears of the other, and turns back."""
+        self.from_origin = True
+        said_at = time.monotonic()
+        while time.monotonic() < said_at + ANSWERS_S:
+            peers = self._peers()
+            self._survey.refresh(peers, since=said_at)
+            near = [peer for peer in peers if peer.site == self._node.site]
+            if self._survey.has_heard(near, said_at):
+                break
+            self._survey.wait(LOOK_S)
+            self._check_stop()
+        if self._offer() is None and self._origin_wait_s(math.inf) <= 0:
+            return True
+        self.from_origin = False
         return False
 
     def _from_origin(self) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ AT_ONCE = 8
 AGAIN_S = 2.0
 """How old an answer may be. Guess: those who began to fetch the same bundle are found this soon."""
 
-
 ATTEMPTS = 2
 """Failures in a row after which a peer does not count as one that may answer."""
 
@@ -41,8 +41,9 @@ class Survey:
         self._asking: dict[str, Future[None]] = {}
         self._closed = False
 
-    def refresh(self, peers: Sequence[Peer]) -> None:
-        """Ask those again whose answers are old; forget those that are not among ``peers``."""
+    def refresh(self, peers: Sequence[Peer], since: float = -math.inf) -> None:
+        """Ask those again whose answers are old, or older than ``since``, a moment of the monotonic
+        clock; forget those that are not among ``peers``."""
         nearest = peers[:ASKED]
         now = time.monotonic()
         with self._changed:
@@ -51,7 +52,8 @@ class Survey:
                 for name in known.keys() - names:
                     del known[name]
             for peer in nearest:
-                fresh = now < self._asked_at.get(peer.name, float("-inf")) + AGAIN_S
+                asked_at = self._asked_at.get(peer.name, -math.inf)
+                fresh = now < asked_at + AGAIN_S and asked_at >= since
                 if fresh or peer.name in self._sources or self._closed:
                     continue
                 self._asked_at[peer.name] = now
@@ -76,6 +78,17 @@ class Survey:
         """Until all have answered that were asked, or could not."""
         with self._changed:
             self._changed.wait_for(lambda: not self._sources, timeout_s)
+
+    def has_heard(self, peers: Sequence[Peer], since: float) -> bool:
+        """Whether those of them that are asked have answered a question of ``since`` or later, or
+        are not expected to answer."""
+        with self._changed:
+            return not any(
+                self._failures.get(peer.name, 0) < ATTEMPTS
+                and (peer.name in self._sources or self._asked_at[peer.name] < since)
+                for peer in peers
+                if peer.name in self._asked_at
+            )
 
     def close(self) -> None:
         """Hang up."""

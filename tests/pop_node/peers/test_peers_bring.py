@@ -17,17 +17,13 @@ import pytest
 
 from kernels.ops import load_ops
 from pop_node.models.registry import load_model
-from pop_node.peers import client, giver, patience
+from pop_node.peers import client, giver
 from pop_node.peers.bring import Bringing
 from pop_node.store.store import Store
-from popmesh.authority import init_authority, issue
 from registry.entries import ServiceEntry
-from tests.pop_node.peers.peer_mesh import Neighbour, entry_of, mesh_of, same
-from tests.pop_node.peers.rogue import misbehaving
-from tests.pop_node.store.origins import serving
-from topology.model import Model, Topology
+from tests.pop_node.peers.peer_mesh import Neighbour, mesh_of, same
+from topology.model import Model
 from wire.errors import ConfigError
-from wire.tls import Credentials, Identity
 
 
 async def test_a_bundle_comes_from_the_peer_that_has_it(
@@ -129,70 +125,6 @@ async def test_ten_nodes_that_start_together_do_not_stampede_the_one_that_has_it
     assert from_one < 8 * nbytes, "the takers gave to each other what they had"
     others = sum(sum(b.sources.values()) - b.sources.get("n00", 0) for b in last.values())
     assert others > 2 * nbytes
-
-
-async def test_the_origin_is_asked_last_and_only_by_one_of_a_site(
-    tmp_path: Path, original: Store, tiny: Model
-) -> None:
-    with serving(original.get("tiny").path) as site:
-        model = dataclasses.replace(tiny, source=site.url)
-        names = ["n1", "n2", "n3"]
-        topology, registry = mesh_of(names, model), dict[str, ServiceEntry]()
-        last: dict[str, Bringing] = {}
-        async with AsyncExitStack() as stack:
-            takers = [
-                await stack.enter_async_context(
-                    Neighbour(name, tmp_path / name, topology, registry)
-                )
-                for name in names
-            ]
-            async with asyncio.TaskGroup() as group:
-                for taker in takers:
-                    note = partial(last.__setitem__, taker.name)
-                    group.create_task(taker.bringer.bring("tiny", note))
-            for taker in takers:
-                same(taker.store, original)
-        assert [name for name, _ in site.requests].count("manifest.json") == 1
-        origins = [name for name, bringing in last.items() if "origin" in bringing.sources]
-        assert len(origins) == 1
-        assert last[origins[0]].sources == {"origin": original.get("tiny").manifest.data.nbytes}
-
-
-async def test_what_peers_brought_before_they_died_is_not_fetched_from_the_origin(
-    tmp_path: Path, original: Store, tiny: Model
-) -> None:
-    with (
-        serving(original.get("tiny").path) as site,
-        misbehaving("n1", original.get("tiny").path) as peer,
-    ):
-        model = dataclasses.replace(tiny, source=site.url)
-        topology = mesh_of(["n1", "n2"], model)
-        registry = {"n1": entry_of("n1", topology, peer.address)}
-        peer.pause_s = 0.001
-        seen: list[Bringing] = []
-
-        def note(bringing: Bringing) -> None:
-            seen.append(bringing)
-            if bringing.sources.get("n1"):
-                peer.status = 500
-                peer.cut_after = 0
-
-        async with Neighbour("n2", tmp_path / "here", topology, registry) as taker:
-            await taker.bringer.bring("tiny", note)
-            same(taker.store, original)
-        sources = seen[-1].sources
-        assert sources["n1"] > 0
-        assert sum(sources.values()) == original.get("tiny").manifest.data.nbytes
-        assert ("weights.bin", "") not in site.requests
-
-
-async def test_a_source_that_is_no_bundle_is_converted_when_no_peer_has_it(
-    tmp_path: Path, original: Store, source: Path, tiny: Model
-) -> None:
-    model = dataclasses.replace(tiny, source=str(source))
-    async with Neighbour("n1", tmp_path / "here", mesh_of(["n1"], model), {}) as node:
-        await node.bringer.bring("tiny")
-        same(node.store, original)
 
 
 async def test_who_is_cancelled_stops_soon_and_keeps_what_it_has(
@@ -299,72 +231,6 @@ async def test_a_disk_that_fails_in_the_middle_ends_it_with_the_reason(
         monkeypatch.undo()
         await taker.bringer.bring("tiny")
         same(taker.store, original)
-
-
-# ---- certificates ------------------------------------------------------------------------------
-
-
-def credentials(authority: Path, topology: Topology, name: str, kind: str = "node") -> Credentials:
-    site = topology.nodes[name].site
-    identity = Identity(topology.mesh, kind, site, name)  # type: ignore[arg-type]
-    return Credentials.load(issue(authority, identity))
-
-
-async def test_with_certificates_only_the_nodes_of_the_topology_take_and_give(
-    tmp_path: Path, original: Store, tiny: Model
-) -> None:
-    topology, registry = mesh_of(["n1", "n2", "n3"], tiny), dict[str, ServiceEntry]()
-    authority = tmp_path / "authority"
-    init_authority(authority)
-    one, two, three = (credentials(authority, topology, name) for name in ("n1", "n2", "n3"))
-    async with Neighbour("n1", original.root, topology, registry, credentials=one) as giving:
-        async with Neighbour("n2", tmp_path / "n2", topology, registry, credentials=two) as taker:
-            await taker.bringer.bring("tiny")
-            same(taker.store, original)
-        given = giving.giver.statistics().given_bytes
-        # another node's certificate, and none
-        async with Neighbour(
-            "n2", tmp_path / "wrong", topology, registry, credentials=three
-        ) as taker:
-            with pytest.raises(ConfigError, match="no node gives"):
-                await taker.bringer.bring("tiny")
-        async with Neighbour("n2", tmp_path / "none", topology, registry) as taker:
-            with pytest.raises(ConfigError, match="no node gives"):
-                await taker.bringer.bring("tiny")
-        assert giving.giver.statistics().given_bytes == given
-
-
-async def test_a_giver_with_another_nodes_certificate_is_not_asked(
-    tmp_path: Path, original: Store, tiny: Model
-) -> None:
-    topology, registry = mesh_of(["n1", "n2", "n3"], tiny), dict[str, ServiceEntry]()
-    authority = tmp_path / "authority"
-    init_authority(authority)
-    two, three = (credentials(authority, topology, name) for name in ("n2", "n3"))
-    async with (
-        Neighbour("n1", original.root, topology, registry, credentials=three) as impostor,
-        Neighbour("n2", tmp_path / "here", topology, registry, credentials=two) as taker,
-    ):
-        with pytest.raises(ConfigError, match="no node gives"):
-            await taker.bringer.bring("tiny")
-        assert impostor.giver.statistics().given_bytes == 0
-
-
-async def test_peers_that_are_always_busy_are_not_waited_for_for_ever(
-    tmp_path: Path, original: Store, tiny: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
-    path = original.get("tiny").path
-    with serving(path) as site, misbehaving("n1", path) as peer:
-        peer.status = 503
-        model = dataclasses.replace(tiny, source=site.url)
-        topology = mesh_of(["n1", "n2"], model)
-        registry = {"n1": entry_of("n1", topology, peer.address)}
-        seen: list[Bringing] = []
-        async with Neighbour("n2", tmp_path / "here", topology, registry) as taker:
-            await taker.bringer.bring("tiny", seen.append)
-            same(taker.store, original)
-        assert set(seen[-1].sources) == {"origin"}
 
 
 async def test_a_node_that_is_killed_goes_on_where_it_was(
