@@ -14,7 +14,7 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -164,7 +164,10 @@ class Giver:
 
     async def _inventory(self, request: web.Request) -> web.Response:
         self._known(request)
-        bundles = await self._on_thread(self._stock.listing)
+        try:
+            bundles = await self._on_thread(self._stock.listing)
+        except ConfigError as exc:  # the disk fails: it asks elsewhere
+            raise web.HTTPInternalServerError(text="the store cannot be read") from exc
         wanting, bringing = sorted(self._wanting()), sorted(self._bringing())
         inventory = Inventory(self._node, bundles, wanting, bringing)
         return web.Response(body=msgspec.json.encode(inventory), content_type="application/json")
@@ -197,25 +200,24 @@ class Giver:
         start, stop = int(wanted[1]), int(wanted[2]) + 1
         if not item.has(start, stop):
             raise web.HTTPRequestRangeNotSatisfiable(text="not all of that is here")
-        with self._taking(taker), self._held(item):
+        with self._taking(taker), self._held(item) as fd:
             response = web.StreamResponse(status=206)
             total = item.manifest.data.nbytes
             response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{total}"
             response.content_length = stop - start
             await response.prepare(request)
-            await self._send(request, response, item, start, stop)
+            await self._send(request, response, fd, start, stop)
             return response
 
     async def _send(
         self,
         request: web.Request,
         response: web.StreamResponse,
-        item: Item,
+        fd: int,
         start: int,
         stop: int,
     ) -> None:
         loop = asyncio.get_running_loop()
-        fd = os.open(item.path / item.manifest.data.name, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while start < stop:
                 rate = self._rate_bytes_per_s * (BUSY_SHARE if self._is_busy() else 1.0)
@@ -235,8 +237,6 @@ class Giver:
         except (OSError, TimeoutError):  # the taker is gone or the disk fails: it asks elsewhere
             if request.transport is not None:
                 request.transport.abort()
-        finally:
-            os.close(fd)
 
     async def _read(self, fd: int, nbytes: int, start: int) -> bytes | bytearray:
         """What is in the page cache is copied at once, everything else on a thread."""
@@ -282,16 +282,19 @@ class Giver:
                 del self._takes[taker]
 
     @contextmanager
-    def _held(self, item: Item) -> Iterator[None]:
-        """Keep the bundle from being collected while it is given."""
-        try:
-            hold = Hold(item.path)
-        except ConfigError as exc:  # removed, or completed and moved since it was found
-            raise web.HTTPNotFound(text="not here any more") from exc
-        try:
-            yield
-        finally:
-            hold.close()
+    def _held(self, item: Item) -> Iterator[int]:
+        """Its data file, open; the bundle is kept from being collected while it is given."""
+        with ExitStack() as stack:
+            try:
+                stack.callback(Hold(item.path).close)
+                fd = os.open(item.path / item.manifest.data.name, os.O_RDONLY | os.O_CLOEXEC)
+            except (
+                ConfigError,
+                OSError,
+            ) as exc:  # removed, moved since it was found, or unreadable
+                raise web.HTTPNotFound(text="not here any more") from exc
+            stack.callback(os.close, fd)
+            yield fd
 
     def _come_back(self) -> web.HTTPServiceUnavailable:
         self._turned_away += 1

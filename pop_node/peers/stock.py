@@ -58,11 +58,12 @@ class Stock:
         try:
             # In this order: one that is completed meanwhile is found at the second look.
             return self._partial(digest) or self._complete(digest)
-        except ConfigError:  # gone or damaged: it is not to be had here
+        except (ConfigError, OSError):  # gone or damaged: it is not to be had here
             return None
 
     def listing(self) -> list[Stocked]:
-        """All that can be given; what is damaged is left out."""
+        """All that can be given; what is damaged is left out. Raises ``ConfigError`` if the disk
+        cannot be looked at."""
         names: dict[str, list[str]] = {}
         for row in self._store.entries():
             names.setdefault(row[1].bundle, []).append(row[0])

@@ -144,7 +144,7 @@ class Fetching:
             if bundle is None:
                 return
             opened = await asyncio.to_thread(self._maker.open_bundle, model, bundle)
-        except (ConfigError, OSError) as exc:  # the fetch itself says so when it matters
+        except ConfigError as exc:  # the fetch itself says so when it matters
             log.info("what has arrived of %s cannot be used yet: %s", model, exc)
             return
         if model in self._look_at:

@@ -120,7 +120,7 @@ class Supply:
             return None
         try:
             rows = await asyncio.to_thread(self.store.rows)
-        except OSError as exc:  # something was removed while it was looked at
+        except ConfigError as exc:
             log.warning("the store cannot be measured: %s", exc)
             return None
         return budget - sum({row.entry.bundle: row.nbytes for row in rows}.values())

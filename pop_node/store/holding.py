@@ -25,7 +25,7 @@ class Hold:
     """Keeps a bundle from being collected or removed until ``close`` or the end of the process."""
 
     def __init__(self, bundle: Path) -> None:
-        """Raises ``ConfigError`` if the bundle is gone or just being removed."""
+        """Raises ``ConfigError`` if the bundle is gone, just being removed, or cannot be read."""
         self.bundle = bundle
         path = bundle / MANIFEST_FILE
         try:
@@ -37,6 +37,9 @@ class Hold:
             gone = os.stat(path).st_ino != os.fstat(self._fd).st_ino
         except (BlockingIOError, FileNotFoundError):
             gone = True
+        except OSError as exc:
+            os.close(self._fd)
+            raise ConfigError(f"cannot be read: {exc}", where=str(path)) from exc
         if gone:
             os.close(self._fd)
             raise ConfigError("the bundle is being removed", where=str(bundle))

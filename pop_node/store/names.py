@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,11 +33,23 @@ class Names:
         self.folder = folder
 
     def all(self) -> Sequence[str]:
-        """Sorted; a store that does not exist has none."""
-        if not self.folder.is_dir():
+        """Sorted; a store that does not exist has none. Raises ``ConfigError`` if it cannot be
+        read."""
+        try:
+            files = [entry.name for entry in os.scandir(self.folder)]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        stems = (path.stem for path in self.folder.glob("*.json"))
+        except OSError as exc:
+            raise ConfigError(f"cannot be read: {exc}", where=str(self.folder)) from exc
+        stems = (name.removesuffix(".json") for name in files if name.endswith(".json"))
         return sorted(stem for stem in stems if _NAME.fullmatch(stem))
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a name; damaged ones are, and those that cannot be looked at."""
+        try:
+            return self.path(name).is_file()
+        except OSError:
+            return True
 
     def read(self, name: str) -> NameEntry | None:
         """None if there is no such name; raises ``ConfigError`` if its file is damaged."""

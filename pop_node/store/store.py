@@ -191,7 +191,10 @@ class Store:
         return found
 
     def rows(self) -> Sequence[Row]:
-        """All names with all that is known about them, damaged ones included; sorted."""
+        """All names with all that is known about them, damaged ones included; sorted.
+
+        Raises ``ConfigError`` if nobody can say which there are.
+        """
         rows = []
         for name in self._names.all():
             with suppress(ConfigError):  # gone since, or a name file that means nothing
@@ -220,7 +223,7 @@ class Store:
         except OutdatedBundleError:
             return False
         except ConfigError:
-            return self._names.path(name).is_file()
+            return self._names.has(name)
         return True
 
     def hold(self, name: str) -> Hold:
@@ -247,14 +250,24 @@ class Store:
         return None
 
     def entries(self) -> Iterator[tuple[str, NameEntry]]:
-        """All names and what they mean, those left out whose file is damaged; reads no bundle."""
+        """All names and what they mean, those left out whose file is damaged; reads no bundle.
+        Raises as ``rows`` does."""
         for name in self._names.all():
             with suppress(ConfigError):
                 yield name, self._names.need(name)
 
     def partials(self) -> Iterator[tuple[Path, Manifest]]:
-        """All bundles that are not complete, whether somebody fills them or not."""
-        for path in sorted(self._partial.iterdir()) if self._partial.is_dir() else ():
+        """All bundles that are not complete, whether somebody fills them or not.
+
+        Raises ``ConfigError`` if nobody can say.
+        """
+        try:
+            paths = sorted(self._partial.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as exc:
+            raise ConfigError(f"cannot be read: {exc}", where=str(self._partial)) from exc
+        for path in paths:
             with suppress(ConfigError):  # just begun, or gone since
                 yield path, read_manifest(path)
 
@@ -281,7 +294,7 @@ class Store:
         store is read-only.
         """
         check_name(name)
-        if not self._names.path(name).is_file():
+        if not self._names.has(name):
             raise self._names.missing(name)
         with self._writing(), workspace(self._tmp, self._guard) as work, locked(self._guard):
             entry = self._names.read(name)
@@ -320,12 +333,18 @@ class Store:
         recently used models until the rest fits it; never what is pinned, loaded or being fetched.
         Raises ``ConfigError`` if the store is read-only or a name is damaged.
         """
-        if not self._bundles.is_dir():
-            return Collected([], 0, 0, 0)
-        with self._writing(), workspace(self._tmp, self._guard) as work, locked(self._guard):
-            return collected(
-                self._names, self._bundles, self._partial, work, budget_bytes, abandoned=abandoned
-            )
+        with self._writing():
+            if not self._bundles.is_dir():
+                return Collected([], 0, 0, 0)
+            with workspace(self._tmp, self._guard) as work, locked(self._guard):
+                return collected(
+                    self._names,
+                    self._bundles,
+                    self._partial,
+                    work,
+                    budget_bytes,
+                    abandoned=abandoned,
+                )
 
     def _read(self, name: str) -> Bundle:
         entry = self._names.need(name)
@@ -342,9 +361,14 @@ class Store:
             manifest = self._read(name).manifest
         except ConfigError as exc:
             problem = str(exc)
-        with claimed(path) as free:
-            loaded = not free
-        return Row(name, entry, manifest, problem, tree_bytes(path), last_used_ns(path), loaded)
+        nbytes, used_ns, loaded = 0, 0, False
+        try:
+            with claimed(path) as free:
+                loaded = not free
+            nbytes, used_ns = tree_bytes(path), last_used_ns(path)
+        except OSError as exc:
+            problem = problem or f"{path}: cannot be read: {exc}"
+        return Row(name, entry, manifest, problem, nbytes, used_ns, loaded)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

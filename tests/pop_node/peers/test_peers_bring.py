@@ -12,6 +12,7 @@ import threading
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -204,6 +205,34 @@ async def test_a_full_disk_is_said_before_anything_travels(
         with pytest.raises(ConfigError, match=FULL):
             await taker.bringer.bring("tiny")
         assert one.giver.statistics().given_bytes == 0
+        monkeypatch.undo()
+        await taker.bringer.bring("tiny")
+        same(taker.store, original)
+
+
+@pytest.mark.parametrize("whose", ["giver", "taker"])
+async def test_a_disk_that_cannot_be_looked_at_ends_it_with_the_reason(
+    tmp_path: Path, original: Store, tiny: Model, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    here = tmp_path / "here"
+    broken = (here if whose == "taker" else original.root) / "partial"
+    broken.mkdir(parents=True, exist_ok=True)
+    real = os.listdir
+
+    def failing(path: Any) -> list[Any]:
+        if path == broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    said = "Input/output error" if whose == "taker" else "no node gives tiny"
+    topology, registry = mesh_of(["n1", "n2"], tiny), dict[str, ServiceEntry]()
+    async with (
+        Neighbour("n1", original.root, topology, registry),
+        Neighbour("n2", here, topology, registry) as taker,
+    ):
+        monkeypatch.setattr(os, "listdir", failing)
+        with pytest.raises(ConfigError, match=said):
+            await taker.bringer.bring("tiny")
         monkeypatch.undo()
         await taker.bringer.bring("tiny")
         same(taker.store, original)
