@@ -22,9 +22,11 @@ from kernels.ops import Ops
 from kernels.resident import GROUP_BYTES, ResidentMatrix, Weight, group_count, tile_count
 from pop_node.models.llama import DTYPES, Llama, LlamaConfig
 from pop_node.models.packing import NOTHING_PACKED, as_it_is
+from pop_node.store.cuda_resident_arena import UnitMemory
 from pop_node.store.load_plan import LoadPlan
 from pop_node.store.reading import PlacedBundle, ReadBundle
 from pop_node.store.resident_arena import PackedMatrix, ResidentMemory
+from pop_node.store.unit_plan import Unit
 from wire.errors import ConfigError
 
 Model = Llama
@@ -79,9 +81,13 @@ def build_read(
 ) -> Model:
     """The model of a bundle that was read; raises as ``build_model`` does."""
     config = parse_object(read.texts[CONFIG_FILE], read.directory / CONFIG_FILE)
+    weights: dict[str, torch.Tensor] = {}
+    if isinstance(read.memory, UnitMemory):
+        for unit, held in read.memory.plain:
+            weights |= views(unit, held)
+        return build_model(config, weights, dtype, ops, pack, read.memory.packed)
     if not isinstance(read.memory, ResidentMemory):
         return build_model(config, views(read.plan, tensor_of(read.memory)), dtype, ops, pack)
-    weights: dict[str, torch.Tensor] = {}
     for plan, placed in read.memory.placed:
         weights |= views(plan, tensor_of(placed))
     packed = {matrix.names: _resident(matrix) for matrix in read.memory.matrices}
@@ -138,7 +144,7 @@ def tensor_of(memory: Any) -> torch.Tensor:
     return memory if isinstance(memory, torch.Tensor) else torch.from_numpy(memory)
 
 
-def views(plan: LoadPlan, arena: torch.Tensor) -> dict[str, torch.Tensor]:
+def views(plan: LoadPlan | Unit, arena: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of ``plan`` by their names, in ``arena`` [bytes] uint8."""
     found = {}
     for tensor in plan.tensors:

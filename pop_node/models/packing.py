@@ -1,7 +1,7 @@
 """Matrices into the resident form while a model is bound, and the memory of both.
 
-Those of a bundle for a CPU come packed (``pop_node.store.resident_arena``); this is for what comes
-as it is: plain directories, and matrices whose parts a bundle keeps apart. A matrix in 16 bits is
+Those of a bundle come packed (``pop_node.store``'s resident arenas); this is for what comes as it
+is: plain directories, and matrices whose parts a bundle keeps apart. A matrix in 16 bits is
 given back as soon as its 12-bit form is there, so binding takes at most the largest one more than
 the model as it was read.
 """

@@ -32,6 +32,7 @@ from pop_node.models.llama import LlamaConfig
 from pop_node.models.packing import Packer, as_it_is
 from pop_node.models.rope import cos_sin_table
 from pop_node.store.cuda_arena import CudaArena
+from pop_node.store.cuda_resident_arena import CudaResidentArena
 from pop_node.store.holding import Hold, mark_used
 from pop_node.store.host_arena import HostArena
 from pop_node.store.load_clock import Phase
@@ -39,6 +40,7 @@ from pop_node.store.loader import LoadReport
 from pop_node.store.manifest import Manifest
 from pop_node.store.reading import MakeArena, ReadBundle, is_bundle, read_bundle, read_share
 from pop_node.store.resident_reading import packer_for, read_resident
+from pop_node.store.unit_plan import plan_units
 from wire.errors import ConfigError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -120,7 +122,7 @@ def load(
         config = _read_json(directory / CONFIG_FILE)
         return Loaded(build_model(config, read_weights(directory), dtype, ops, pack))
     if read is None:
-        read = _read(directory, dtype, ops.device, form)
+        read = _read(directory, dtype, ops, form)
     try:
         if bound is None or bound.placed.memory is not read.memory:
             began = time.monotonic()
@@ -159,16 +161,16 @@ def load_weights(
     return views(plan, tensor_of(memory)), report
 
 
-def _read(directory: Path, dtype: str, device: torch.device, form: WeightForm) -> ReadBundle:
-    """The bundle, where a model in ``form`` is made of it.
-
-    What is packed for a device is read to the host and goes there matrix by matrix: so the device
-    needs room for the 12-bit form alone.
-    """
-    if form == "plain":
-        return read_bundle(directory, _arena(device))
-    packer = packer_for(form, dtype) if device.type == "cpu" else None
-    return read_bundle(directory) if packer is None else read_resident(directory, packer)
+def _read(directory: Path, dtype: str, ops: Ops, form: WeightForm) -> ReadBundle:
+    """The bundle, where a model in ``form`` is made of it."""
+    if ops.device.type == "cpu":
+        packer = packer_for(form, dtype)
+        if packer is not None:
+            return read_resident(directory, packer)
+    elif form == "resident" and dtype == "bfloat16" and ops.pack is not None:
+        arena = partial(CudaResidentArena, device=ops.device, pack=ops.pack)
+        return read_bundle(directory, arena, plan=plan_units)
+    return read_bundle(directory, _arena(ops.device))
 
 
 def _arena(device: torch.device) -> MakeArena:

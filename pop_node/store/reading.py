@@ -45,8 +45,8 @@ class PlacedBundle:
 @dataclass(frozen=True, slots=True)
 class ReadBundle:
     """All of a bundle, verified. ``memory`` is the arena's, as ``plan`` says: [bytes] uint8 of the
-    host's, a tensor of a device, or a ``ResidentMemory``; ``hold`` keeps the bundle from being
-    collected. ``began`` and ``ended`` are moments of the monotonic clock."""
+    host's, a tensor of a device, ``ResidentMemory`` or ``UnitMemory``; ``hold`` keeps the bundle
+    from being collected. ``began`` and ``ended`` are moments of the monotonic clock."""
 
     directory: Path
     manifest: Manifest

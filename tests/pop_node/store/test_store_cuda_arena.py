@@ -37,13 +37,20 @@ class LateStream:
 
     def __init__(self, device: torch.device) -> None:
         self.work: list[Callable[[], object]] = []
+        self._doing = threading.Lock()
 
-    def wait_stream(self, other: object) -> None:
-        """There is nothing before it here."""
+    def wait_stream(self, other: LateStream | None) -> None:
+        """What is computed is computed at once here, so what it waits for has to be done."""
+        if other is not None:
+            other.synchronize()
+
+    def wait_event(self, event: LateEvent) -> None:
+        event.synchronize()
 
     def synchronize(self) -> None:
-        while self.work:
-            self.work.pop(0)()
+        with self._doing:  # what another thread does of it is not done yet
+            while self.work:
+                self.work.pop(0)()
 
 
 class LateEvent:
@@ -131,7 +138,8 @@ def test_packed_chunks_are_decoded_on_their_way(
         plan = plan_load(bundle.manifest)
         crew = Crew(1, 1)
         assert len(plan.chunks) > crew.lanes
-        arena = CudaArena(plan, crew.lanes, bundle.manifest.data.chunk_bytes, CPU)
+        data = bundle.manifest.data
+        arena = CudaArena(plan, crew.arena_lanes(data), data.chunk_bytes, CPU)
         report = load_chunks(bundle.path, bundle.manifest, plan, arena, crew)
         found.append(views(plan, arena.memory))
     assert report.phases["decode"].nbytes > 0
