@@ -15,7 +15,6 @@ together, which a busy machine disturbs least.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import statistics
@@ -23,24 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from pathlib import Path
-from typing import Any
 
 import uvloop
 from common.report import command_line, facts, save
+from parts.kv_side import KvSide
 
 from pop_node.kv_stream import intake, link
-from pop_node.kv_stream.endpoint import KvEndpoint
 from pop_node.kv_stream.liveness import Keepalive
 from pop_node.kv_stream.prompt import prompt_digest
 from pop_node.kv_stream.receiver import Receiver
 from pop_node.kv_stream.sender import Sender
-from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec, Piece
-from pop_node.kv_stream.staging import Staging, StagingLayout
-from wire.address import Dialer, format_address
-from wire.errors import MeshError
-from wire.messages import TransferReport
+from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
+from pop_node.kv_stream.staging import StagingLayout
+from wire.address import format_address
 
 VARIANTS = ("full", "no-checksums", "no-leases", "bare")
 LAYERS, HEADS, WIDTH = 30, 3, 64
@@ -76,79 +71,27 @@ def weaken(variant: str) -> None:
         Keepalive.next_deadline = lambda _: math.inf  # type: ignore[method-assign]
 
 
-class Side:
+class Side(KvSide):
     """One endpoint whose engine does nothing."""
 
     def __init__(self, name: str) -> None:
-        self.staging = Staging.create(LAYOUT)
-        self.endpoint = KvEndpoint(
-            name, "here", "bench", "1", self.staging, Dialer(), None, None, lambda *_: None, self
-        )
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._free = deque(range(LAYOUT.export_slots))
-        self._pieces: deque[Piece] = deque()
-        self._transfer = b""
-        self._tokens = 0
+        super().__init__(name, SPEC, LAYOUT, CHUNK)
 
     async def hand_over(self, number: int, tokens: int, address: str) -> float:
         """Offer one transfer as the prefill side; the seconds it took."""
-        self.ended = asyncio.get_running_loop().create_future()
-        self._transfer, self._tokens = number.to_bytes(16, "big"), tokens
-        digest, start = prompt_digest(range(tokens)), time.monotonic()
-        self.endpoint.open(
-            self._transfer, 1, "d", address, "m", "i", SPEC, tokens, digest, DEADLINE_S
-        )
-        self.endpoint.commit(self._transfer, [1])
+        transfer, digest = self.begin(number, tokens), prompt_digest(range(tokens))
+        start = time.monotonic()
+        self.endpoint.open(transfer, 1, "d", address, "m", "i", SPEC, tokens, digest, DEADLINE_S)
+        self.endpoint.commit(transfer, [1])
         await self.ended
         return time.monotonic() - start
 
     async def take(self, number: int, tokens: int) -> None:
         """Expect one transfer as the decode side."""
-        self.ended = asyncio.get_running_loop().create_future()
-        transfer, digest = number.to_bytes(16, "big"), prompt_digest(range(tokens))
+        transfer, digest = self.begin(number, tokens), prompt_digest(range(tokens))
         self.endpoint.expect(transfer, 1, "p", "m", "i", SPEC, tokens, digest, DEADLINE_S)
         self.endpoint.allocated(transfer, 0)
         await self.ended
-
-    def _stage(self) -> None:
-        while self._free and self._pieces:
-            piece, slot = self._pieces.popleft(), self._free.popleft()
-            self.endpoint.staged(self._transfer, slot, piece, piece.nbytes(SPEC))
-
-    # ---- KvEvents ----
-
-    def on_stage_from(self, transfer: bytes, have_tokens: int, *_: Any) -> None:
-        """Everything lies ready."""
-        for lo in range(0, self._tokens, CHUNK):
-            hi = min(lo + CHUNK, self._tokens)
-            for layer in range(LAYERS):
-                self._pieces += [Piece(0, part, layer, layer + 1, lo, hi) for part in (0, 1)]
-        self._stage()
-
-    def on_slot_free(self, slot: int) -> None:
-        """The next piece goes there."""
-        self._free.append(slot)
-        self._stage()
-
-    def on_import(self, transfer: bytes, slot: int, piece: Piece) -> None:
-        """Done with it."""
-        self.endpoint.imported(transfer, slot)
-
-    def on_committed(self, transfer: bytes, ids: list[int]) -> None:
-        """The decode side has everything."""
-        self.ended.set_result(None)
-
-    def on_done(self, transfer: bytes, report: TransferReport) -> None:
-        """The prefill side knows it."""
-        self.ended.set_result(None)
-
-    def on_failed(self, transfer: bytes, error: MeshError, *_: Any) -> None:
-        """Nothing may fail here."""
-        self.ended.set_exception(error)
-
-    def on_broken(self) -> None:
-        """Nor break."""
-        self.ended.set_exception(RuntimeError("the KV stream broke"))
 
 
 def plan(mbytes: int) -> list[int]:

@@ -12,22 +12,19 @@ import asyncio
 import json
 import sys
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvloop
 import xxhash
+from kv_side import KvSide
 
-from pop_node.kv_stream.endpoint import KvEndpoint
 from pop_node.kv_stream.frames import CODEC_PACKED, CODEC_RAW
 from pop_node.kv_stream.prompt import prompt_digest
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec, Piece
-from pop_node.kv_stream.staging import Staging, StagingLayout
-from wire.address import Dialer, format_address
-from wire.errors import MeshError
-from wire.messages import TransferReport
+from pop_node.kv_stream.staging import StagingLayout
+from wire.address import format_address
 
 CHUNK = 512
 """Tokens of a piece: what an engine computes at once."""
@@ -35,43 +32,27 @@ CHUNK = 512
 DEADLINE_S = 120.0
 
 
-class Side:
+class Side(KvSide):
     """One endpoint; ``cache`` is sent, or filled."""
 
     def __init__(self, name: str, cache: np.ndarray) -> None:
-        _, layers, self.tokens, values = cache.shape
+        _, layers, num_tokens, values = cache.shape
+        components = tuple(KvComponent(part, "bfloat16", (values,), 0) for part in ("k", "v"))
+        spec = KvSpec((KvGroup("tokens", tuple(range(layers)), components),))
+        super().__init__(name, spec, StagingLayout(), CHUNK)
         self.cache = cache
-        self.spec = KvSpec(
-            (
-                KvGroup(
-                    "tokens",
-                    tuple(range(layers)),
-                    tuple(KvComponent(part, "bfloat16", (values,), 0) for part in ("k", "v")),
-                ),
-            )
-        )
-        layout = StagingLayout()
-        self.staging = Staging.create(layout)
-        self.endpoint = KvEndpoint(
-            name, "here", "bench", "1", self.staging, Dialer(), None, None, lambda *_: None, self
-        )
-        self.digest = prompt_digest(range(self.tokens))
-        self.ended: asyncio.Future[TransferReport | None]
-        self._free = deque(range(layout.export_slots))
-        self._pieces: deque[Piece] = deque()
-        self._transfer = b""
+        self._all = num_tokens
+        self._digest = prompt_digest(range(num_tokens))
 
     async def hand_over(self, number: int, address: str, codecs: list[str]) -> dict[str, Any]:
         """Send everything, packed or raw: the seconds until the peer had it, and what it cost."""
-        self.ended = asyncio.get_running_loop().create_future()
-        self._transfer = number.to_bytes(16, "big")
+        transfer = self.begin(number, self._all)
         self.endpoint.codec.codecs = tuple(codecs)
         before, cpu_s, start = self.endpoint.statistics(), time.process_time(), time.monotonic()
         self.endpoint.open(
-            self._transfer, 1, "d", address, "m", "i", self.spec, self.tokens, self.digest,
-            DEADLINE_S,
-        )  # fmt: skip
-        self.endpoint.commit(self._transfer, [1])
+            transfer, 1, "d", address, "m", "i", self.spec, self._all, self._digest, DEADLINE_S
+        )
+        self.endpoint.commit(transfer, [1])
         report = await self.ended
         assert report is not None
         now = self.endpoint.statistics()
@@ -86,11 +67,11 @@ class Side:
 
     async def take(self, number: int) -> dict[str, Any]:
         """Receive everything: what it cost, and a checksum of it."""
-        self.ended = asyncio.get_running_loop().create_future()
+        transfer = self.begin(number, self._all)
         self.cache[:] = 0
-        transfer, cpu_s = number.to_bytes(16, "big"), time.process_time()
+        cpu_s = time.process_time()
         self.endpoint.expect(
-            transfer, 1, "p", "m", "i", self.spec, self.tokens, self.digest, DEADLINE_S
+            transfer, 1, "p", "m", "i", self.spec, self._all, self._digest, DEADLINE_S
         )
         self.endpoint.allocated(transfer, 0)
         await self.ended
@@ -101,55 +82,21 @@ class Side:
         """Of the whole cache."""
         return xxhash.xxh3_64_hexdigest(self.cache.data)
 
+    def fill(self, slot: int, piece: Piece) -> None:
+        """Copied as an engine does."""
+        box = self._box(piece)
+        np.frombuffer(self.staging.slot(slot), np.uint8)[: box.nbytes] = box
+
+    def take_out(self, slot: int, piece: Piece) -> None:
+        """Copied as an engine does."""
+        box = self._box(piece)
+        box[:] = np.frombuffer(self.staging.slot(slot), np.uint8)[: box.nbytes]
+
     def _box(self, piece: Piece) -> np.ndarray:
         box: np.ndarray = self.cache[
             piece.component, piece.layer_lo, piece.token_lo : piece.token_hi
         ]
         return box.reshape(-1).view(np.uint8)
-
-    def _stage(self) -> None:
-        while self._free and self._pieces:
-            piece, slot = self._pieces.popleft(), self._free.popleft()
-            nbytes = piece.nbytes(self.spec)
-            np.frombuffer(self.staging.slot(slot), np.uint8)[:nbytes] = self._box(piece)
-            self.endpoint.staged(self._transfer, slot, piece, nbytes)
-
-    # ---- KvEvents ----
-
-    def on_stage_from(self, transfer: bytes, have_tokens: int, *_: Any) -> None:
-        """Everything lies ready."""
-        for lo in range(0, self.tokens, CHUNK):
-            hi = min(lo + CHUNK, self.tokens)
-            for layer in range(self.cache.shape[1]):
-                self._pieces += [Piece(0, part, layer, layer + 1, lo, hi) for part in (0, 1)]
-        self._stage()
-
-    def on_slot_free(self, slot: int) -> None:
-        """The next piece goes there."""
-        self._free.append(slot)
-        self._stage()
-
-    def on_import(self, transfer: bytes, slot: int, piece: Piece) -> None:
-        """Copied as an engine does."""
-        nbytes = piece.nbytes(self.spec)
-        self._box(piece)[:] = np.frombuffer(self.staging.slot(slot), np.uint8)[:nbytes]
-        self.endpoint.imported(transfer, slot)
-
-    def on_committed(self, transfer: bytes, ids: list[int]) -> None:
-        """The decode side has everything."""
-        self.ended.set_result(None)
-
-    def on_done(self, transfer: bytes, report: TransferReport) -> None:
-        """The prefill side knows it."""
-        self.ended.set_result(report)
-
-    def on_failed(self, transfer: bytes, error: MeshError, *_: Any) -> None:
-        """Nothing may fail here."""
-        self.ended.set_exception(error)
-
-    def on_broken(self) -> None:
-        """Nor break."""
-        self.ended.set_exception(RuntimeError("the KV stream broke"))
 
 
 async def main(kind: str, kv: Path) -> None:
