@@ -80,6 +80,26 @@ class Mesh:
         assert not left, f"left behind: {left}"
 
 
+def complete_at(
+    url: str, prompt: str, max_tokens: int, prefill: str, decode: str
+) -> httpx.Response:
+    """The greedy answer of a pair of nodes in bfloat16, of just so many tokens."""
+    answer = httpx.post(
+        f"{url}/v1/completions",
+        json={
+            "model": "smollm2-135m",
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        },
+        headers={"x-popmesh-route": f"prefill={prefill},decode={decode}"},
+        timeout=120,
+    )
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
 def start_mesh(topology: Path, store: Path, directory: Path, *options: str) -> Mesh:
     """Start ``popmesh up`` and wait until its ready file is there; raises with its log if not."""
     directory.mkdir(parents=True, exist_ok=True)

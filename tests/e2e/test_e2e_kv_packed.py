@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from pop_node.store.store import Store
-from tests.e2e.mesh import Mesh, start_mesh
+from tests.e2e.mesh import Mesh, complete_at, start_mesh
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -35,19 +34,7 @@ TEXT = " ".join(f"In the year {1500 + n} the harbour was rebuilt." for n in rang
 
 def ask(mesh: Mesh, prefill: str, decode: str) -> tuple[str, dict[str, Any]]:
     """The text, and the router's record of the request."""
-    answer = httpx.post(
-        f"{mesh.url}/v1/completions",
-        json={
-            "model": "smollm2-135m",
-            "prompt": TEXT[: 4 * PROMPT_TOKENS],
-            "max_tokens": 24,
-            "temperature": 0,
-            "ignore_eos": True,
-        },
-        headers={"x-popmesh-route": f"prefill={prefill},decode={decode}"},
-        timeout=120,
-    )
-    assert answer.status_code == 200, answer.text
+    answer = complete_at(mesh.url, TEXT[: 4 * PROMPT_TOKENS], 24, prefill, decode)
     record = mesh.request_record(answer.headers["x-popmesh-request-id"])
     return answer.json()["choices"][0]["text"], record
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from tests.e2e.hand_mesh import hand_mesh
+from tests.e2e.mesh import complete_at
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(280)]
 
@@ -46,19 +46,7 @@ def test_it_answers_the_same_whoever_has_which(model_store: Store, tmp_path: Pat
     with hand_mesh(tmp_path / "mesh", topology, stores) as mesh:
         answers = {}
         for prefill, decode in ROUTES:
-            answer = httpx.post(
-                f"{mesh.url}/v1/completions",
-                json={
-                    "model": MODEL,
-                    "prompt": "The capital of France is",
-                    "max_tokens": 16,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                },
-                headers={"x-popmesh-route": f"prefill={prefill},decode={decode}"},
-                timeout=60,
-            )
-            assert answer.status_code == 200, answer.text
+            answer = complete_at(mesh.url, "The capital of France is", 16, prefill, decode)
             assert answer.headers["x-popmesh-decode"] == decode
             answers[prefill, decode] = answer.json()["choices"][0]["text"]
     assert len(set(answers.values())) == 1, answers
