@@ -1,11 +1,13 @@
 """Builds the native kernels into wheels; everything else is in pyproject.toml.
 
-A wheel with the library in it is of one platform. Without a C compiler the wheel is pure Python,
-and the machine it is installed on compiles or runs the torch operations.
+A wheel with the library in it is of one platform. Without a C compiler that works the wheel is pure
+Python, and the machine it is installed on compiles or runs the torch operations.
 """
 
-import shutil
+import functools
+import logging
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -14,12 +16,25 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from kernels.native.build import COMPILERS, PREBUILT, SOURCE_FOLDER, compile_library  # noqa: E402
+from kernels.native.build import (  # noqa: E402
+    PREBUILT,
+    SOURCE_FOLDER,
+    NativeUnavailableError,
+    compile_library,
+    try_compiler,
+)
 
 
+@functools.cache
 def has_compiler() -> bool:
-    """Can the library be built here?"""
-    return any(map(shutil.which, COMPILERS))
+    """Can anything be compiled here?"""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            try_compiler(Path(folder))
+        except NativeUnavailableError as exc:
+            logging.warning("no native kernels in this package: %s", exc)
+            return False
+    return True
 
 
 class BuildWithKernels(build_py):
@@ -27,9 +42,13 @@ class BuildWithKernels(build_py):
 
     def run(self) -> None:
         super().run()
-        if has_compiler() and not self.editable_mode:
-            target = Path(self.build_lib) / SOURCE_FOLDER.relative_to(ROOT) / PREBUILT
+        if self.editable_mode or not has_compiler():
+            return
+        target = Path(self.build_lib) / SOURCE_FOLDER.relative_to(ROOT) / PREBUILT
+        try:
             compile_library(target)
+        except NativeUnavailableError as exc:
+            self.warn(f"no native kernels in this package: {exc}")
 
 
 class WithKernels(Distribution):

@@ -19,7 +19,7 @@ def built(folder: Path) -> Path:
     """``codec_fuzz.c`` with the sources of the codec."""
     program = folder / "codec_fuzz"
     sources = [*sorted(SOURCE_FOLDER.glob("codec/*.c")), SOURCE_FOLDER / "pool.c"]
-    command = [find_compiler(), "-std=gnu11", "-O1", "-g", "-ffp-contract=off", *SANITIZE]
+    command = [*find_compiler(), "-std=gnu11", "-O1", "-g", "-ffp-contract=off", *SANITIZE]
     command += ["-fno-strict-aliasing", "-pthread", f"-I{SOURCE_FOLDER}"]
     command += [str(Path(__file__).parent / "codec_fuzz.c"), *map(str, sources)]
     done = subprocess.run(

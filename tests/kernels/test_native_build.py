@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -27,6 +28,9 @@ def fake_compiler(folder: Path, script: str) -> None:
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
 
+
+COMPILES_NOTHING = """test "$1" = --version && exit 0
+while test $# -gt 0; do test "$1" = -o && echo library > "$2"; shift; done"""
 
 BUILD = """
 import sys
@@ -104,6 +108,77 @@ def test_a_library_that_came_with_the_wheel_needs_no_compiler(
     assert load_ops("native", 1).name.startswith("native/")
 
 
+def test_a_library_of_the_wheel_that_does_not_run_here_is_built_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / build.PREBUILT).write_bytes(b"of another C library")
+    fake_compiler(tmp_path / "bin", COMPILES_NOTHING)
+    monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path / "sources")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert ensure_library(tmp_path / "cache").parent == tmp_path / "cache"
+    assert "does not run here" in caplog.text
+
+
+def test_the_environment_names_the_compiler_and_what_it_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "said"
+    fake_compiler(tmp_path / "bin", f'echo "$@" >> {said}\n{COMPILES_NOTHING}')
+    (tmp_path / "bin" / "cc").rename(tmp_path / "bin" / "mine")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(NativeUnavailableError, match="no C compiler"):
+        ensure_library(tmp_path / "cache")
+    monkeypatch.setenv("CC", "mine --for 'all of us'")
+    plain = ensure_library(tmp_path / "cache")
+    monkeypatch.setenv("CFLAGS", "-ffast-math -DONE='a b'")
+    assert ensure_library(tmp_path / "cache") != plain
+    lines = said.read_text().splitlines()
+    assert all(line.startswith("--for all of us ") for line in lines)
+    told = [line.split() for line in lines if "-ffast-math" in line]
+    assert len(told) == len(list(build.SOURCE_FOLDER.rglob("*.c")))
+    assert all(words.index("-ffast-math") < words.index("-fno-fast-math") for words in told)
+    monkeypatch.setenv("CC", "nobody")
+    with pytest.raises(NativeUnavailableError, match="looked for nobody"):
+        ensure_library(tmp_path / "cache")
+
+
+def test_sources_of_one_name_in_two_folders_are_both_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.c").write_text(
+            f'__attribute__((visibility("default"))) int pm_{folder}(void) {{ return 7; }}\n'
+        )
+    monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
+    library = ctypes.CDLL(str(ensure_library(tmp_path / "cache")))
+    assert library.pm_a() == library.pm_b() == 7
+
+
+def test_a_build_that_hangs_elsewhere_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_compiler(tmp_path / "bin", COMPILES_NOTHING)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(build, "LOCK_TIMEOUT_S", 3 * build.LOCK_PAUSE_S)
+    with (tmp_path / build.LOCK).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert ensure_library(tmp_path).read_text() == "library\n"
+
+
+def test_what_killed_builds_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_compiler(tmp_path / "bin", COMPILES_NOTHING)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "cache").mkdir()
+    left = [tmp_path / "cache" / f"{name}{build.SCRATCH}" for name in ("old", "young")]
+    for path in left:
+        path.write_bytes(b"half")
+    os.utime(left[0], (0, 0))
+    library = ensure_library(tmp_path / "cache")
+    assert {*(tmp_path / "cache").iterdir()} == {left[1], library, tmp_path / "cache" / build.LOCK}
+
+
 def test_without_a_compiler_auto_falls_back_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,10 +206,6 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
     with pytest.raises(NativeUnavailableError, match="failed with 3:\nno such header"):
         ensure_library(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == [tmp_path / "cache" / build.LOCK]
-
-
-COMPILES_NOTHING = """test "$1" = --version && exit 0
-while test $# -gt 0; do test "$1" = -o && echo library > "$2"; shift; done"""
 
 
 @pytest.mark.parametrize("reason", [errno.EBADF, errno.ENOLCK])
@@ -175,7 +246,7 @@ def test_the_language_of_a_process_makes_no_other_library(
     digests = set()
     for language in ("C", "de_DE.UTF-8"):
         monkeypatch.setenv("LANG", language)
-        digests.add(build.library_digest(str(tmp_path / "bin" / "cc")))
+        digests.add(build.library_digest([str(tmp_path / "bin" / "cc")]))
     assert len(digests) == 1
 
 
@@ -226,7 +297,6 @@ def count_threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux procfs")
 def test_a_pool_has_exactly_the_threads_asked_for_and_joins_them() -> None:
     library = ensure_library()
     before = count_threads()

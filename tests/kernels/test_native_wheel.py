@@ -62,3 +62,20 @@ def test_a_wheel_has_the_sources_and_where_it_can_the_library(
     sources = {f"kernels/{f.relative_to(ROOT / 'kernels')}" for f in SOURCE_FOLDER.rglob("*.[ch]")}
     assert len(sources) > 20
     assert sources <= names
+
+
+BROKEN = "#!/bin/sh\necho 'as is missing' >&2\nexit 1\n"
+GIVES_UP = COMPILER.replace("\n", '\ncase "$*" in *line.c*) ;; *) exit 1;; esac\n', 1)
+"""Compiles the line that is tried first, and nothing of the kernels."""
+
+
+@pytest.mark.parametrize("script", [BROKEN, GIVES_UP], ids=["broken", "gives up"])
+def test_a_compiler_that_does_not_work_costs_the_library_alone(tmp_path: Path, script: str) -> None:
+    path = tmp_path / "bin"
+    path.mkdir()
+    (path / "cc").write_text(script)
+    (path / "cc").chmod(0o755)
+    with ZipFile(wheel_of(tmp_path, path)) as content:
+        names = set(content.namelist())
+    assert f"kernels/native/{PREBUILT}" not in names
+    assert "kernels/native/pool.c" in names
