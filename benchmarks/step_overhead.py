@@ -26,7 +26,6 @@ from common.report import command_line, facts, save
 from pop_node.engine.loop import EngineLoop
 from pop_node.engine.messages import Add
 from pop_node.engine.port import Port
-from pop_node.engine.running import runner as runner_module
 from pop_node.engine.running.runner import Runner
 from pop_node.engine.scheduling.block_pool import BlockPool
 from pop_node.engine.scheduling.scheduler import Scheduler
@@ -100,8 +99,8 @@ def measure(model: Any, ops: Any, batch: int) -> dict[str, float]:
         spec, runner.cache, BLOCK_TOKENS, staging, pool.generations, port.wake, HostMover()
     )
     loop = EngineLoop(scheduler, runner, stager, port, model.config.layers - 1)
-    forward, draw = Timed(model.forward), Timed(runner_module.sample)
-    model.forward, runner_module.sample = forward, draw
+    forward, draw = Timed(model.forward), Timed(runner._sampler.draw)
+    model.forward, runner._sampler.draw = forward, draw
     try:
         for seq in range(batch):
             scheduler.handle(an_add(seq), 0.0)
@@ -116,7 +115,6 @@ def measure(model: Any, ops: Any, batch: int) -> dict[str, float]:
         spent_s = time.thread_time() - began
     finally:
         del model.forward
-        runner_module.sample = draw._function
         ours.close()
         reader.join()
         theirs.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import Structure, addressof, byref, c_float, c_long, c_void_p
+from operator import is_not
 
 import torch
 
@@ -133,6 +134,8 @@ class NativeDecoder:
             scale=weights.scale,
         )
         self._step = _Step()
+        self._given: tuple[torch.Tensor, ...] = ()  # what the step points to; kept alive by it
+        self._rows = torch.empty(0, vocab)
         self._room = 0  # tokens that the workspace has room for
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, vocab)
@@ -151,7 +154,16 @@ class NativeDecoder:
             ValueError: the batch does not fit the model or its cache.
             MemoryError: no memory for a batch of this size.
         """
-        rows = self._prepare(ids, meta, cache, logit_rows)
+        given = (
+            *(ids, meta.positions, meta.slots, meta.query_starts, meta.context_lens),
+            *(meta.block_tables, logit_rows, *cache),
+        )
+        # Engines write the steps of a run of decoding into the same tensors.
+        if len(given) != len(self._given) or any(map(is_not, given, self._given)):
+            self._given = ()
+            rows = self._prepare(ids, meta, cache, logit_rows)
+            self._rows = self._logits[:rows]
+            self._given = given
         last = self._decoder.num_layers
         if on_layer is None:
             self._run(0, last + 1)
@@ -160,7 +172,7 @@ class NativeDecoder:
                 self._run(layer, layer + 1)
                 on_layer(layer)
             self._run(last, last + 1)
-        return self._logits[:rows]
+        return self._rows
 
     def _prepare(
         self,

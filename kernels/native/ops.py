@@ -7,8 +7,9 @@ addresses. Tensors are float32 or bfloat16 on the CPU; rows are contiguous.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_float, c_int64, c_uint32, c_uint64
+from ctypes import Array, byref, c_float, c_int64, c_uint32, c_uint64
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +22,6 @@ from kernels.native.resident import pack, resident_of
 from kernels.reference.sampling import min_p_limit
 from kernels.resident import Weight
 
-_U64 = (1 << 64) - 1
-
 
 def _done(code: int) -> None:
     if code != 0:
@@ -32,6 +31,30 @@ def _done(code: int) -> None:
 def _is_rows_of_heads(x: torch.Tensor) -> bool:
     """[T, heads, D] whose heads lie side by side; rows may be apart (a slice of fused QKV)."""
     return x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+class _Arrays:
+    """C arrays of settings that come again and again. A tuple is known by what it is, as it cannot
+    have changed; it is kept, so that no other takes its place in memory."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Sequence[Any], Array[Any]]] = {}
+
+    def of(
+        self,
+        name: str,
+        kind: type[Any],
+        values: Sequence[Any],
+        each: Callable[[Any], Any] | None = None,
+    ) -> Array[Any]:
+        """``values`` as a C array, each changed by ``each``; ``name`` tells settings apart."""
+        made = self._made.get(name)
+        if made is not None and made[0] is values:
+            return made[1]
+        array: Array[Any] = (kind * len(values))(*(values if each is None else map(each, values)))
+        if isinstance(values, tuple):
+            self._made[name] = values, array
+        return array
 
 
 class NativeOps:
@@ -51,6 +74,7 @@ class NativeOps:
         self._attention = lib.pm_attention
         self._sample = lib.pm_sample
         self._penalize = lib.pm_penalize
+        self._arrays = _Arrays()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See ``kernels.reference.norm.rms_norm``."""
@@ -239,14 +263,15 @@ class NativeOps:
         )
         logits = logits.contiguous()
         out = (c_int64 * rows)()
+        of = self._arrays.of
         _done(
             self._sample(
                 *(self._handle, logits.data_ptr(), rows, vocab),
-                *((c_float * rows)(*temperature), (c_float * rows)(*top_p)),
-                (c_uint64 * rows)(*(value & _U64 for value in seed)),
-                *((c_uint32 * rows)(*choice), (c_uint32 * rows)(*index)),
-                None if top_k is None else (c_uint32 * rows)(*top_k),
-                None if min_p is None else (c_float * rows)(*map(min_p_limit, min_p)),
+                *(of("temperature", c_float, temperature), of("top_p", c_float, top_p)),
+                *(of("seed", c_uint64, seed), of("choice", c_uint32, choice)),
+                (c_uint32 * rows)(*index),
+                None if top_k is None else of("top_k", c_uint32, top_k),
+                None if min_p is None else of("min_p", c_float, min_p, min_p_limit),
                 out,
             )
         )

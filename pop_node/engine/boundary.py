@@ -32,6 +32,10 @@ RECEIVE_BYTES = 256 * 1024
 
 _LENGTH = struct.Struct("<I")
 
+_pack = msgpack.Packer().pack
+"""One for all threads, whose buffer of 256 KiB is not made for each message: it packs values of our
+own types at one go, under the interpreter's lock."""
+
 _TAGS: dict[int, type[Any]] = {
     1: messages.Add,
     2: messages.Drop,
@@ -177,7 +181,7 @@ def _unpack(body: bytes) -> Any:
 
 
 def _frame(value: Any) -> bytes:
-    body: bytes = msgpack.packb(value)
+    body: bytes = _pack(value)
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"message of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(body)) + body

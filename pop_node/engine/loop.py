@@ -41,6 +41,9 @@ from pop_node.engine.scheduling.schedule import (
 from pop_node.engine.scheduling.scheduler import Scheduler
 from pop_node.engine.staging.stager import Stager
 
+_Fields = tuple[int, int, int, str]
+"""Of a ``Token``."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -117,9 +120,10 @@ class EngineLoop:
         if self._runner.depth > 1:
             self._prefills_done(step.schedule, now)
         effects = self._scheduler.complete(step.schedule, ids, now)
-        tokens = [(e.seq, e.index, e.id, e.finish) for e in effects if isinstance(e, Token)]
+        tokens: list[_Fields] = [effect for effect in effects if isinstance(effect, Token)]
         self._tell(tokens)
-        self._carry_out(effects)
+        if len(tokens) < len(effects):
+            self._carry_out(effects)
 
     # ---- commands ------------------------------------------------------------------------------
 
@@ -182,7 +186,7 @@ class EngineLoop:
             queue_ms = (started - timings.added_at) * 1000
             self._port.send(PrefillDone(sequence.seq, queue_ms, (now - started) * 1000))
 
-    def _tell(self, tokens: list[tuple[int, int, int, str]]) -> None:
+    def _tell(self, tokens: list[_Fields]) -> None:
         """Send tokens and load; nothing when neither is new."""
         load = self._scheduler.load()
         if not tokens and load == self._told:

@@ -11,7 +11,7 @@ they lie in the shared staging memory and messages name its slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pop_node.kv_stream.spec import Piece
 
@@ -197,14 +197,13 @@ class Declined:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """Token ``id`` of ``seq`` at output ``index``; ``finish`` is "", "stop", "length" or
     "handoff".
     """
 
     seq: int
-    index: int
+    index: int  # type: ignore[assignment]  # of the output; nobody looks for fields of a token
     id: int
     finish: str
 

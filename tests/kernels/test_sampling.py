@@ -132,6 +132,23 @@ def test_a_temperature_that_is_0_in_float32_is_greedy(isa: str | None, temperatu
         assert sample(logits, [temperature], [top_p], [1], [0], [0]) == [2]
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_settings_that_come_again_and_such_that_changed(isa: str) -> None:
+    """The same tuples are known again; lists, and tuples of other values, are read anew."""
+    generator = torch.Generator().manual_seed(4)
+    sample = native(isa).gumbel_sample
+    kept = (0.7, 0.0, 1.3), (0.9, 1.0, 0.5), (1, 2, 1 << 63), (0, 0, 0)
+    ends = (3, 0, 9), (0.0, 0.3, 0.0)
+    seeds = [1, 2, 3]
+    for index in range(6):
+        logits = torch.randn(3, 300, generator=generator)
+        seeds[1] += 1
+        for first in (kept, (*kept[:2], seeds, kept[3]), ((0.0, 2.0, 1.0), *kept[1:])):
+            for last in (ends, (None, None), (ends[0], (0.9, 0.0, 0.1))):
+                arguments = (*first, [index] * 3, *last)
+                assert sample(logits, *arguments) == gumbel_sample(logits, *arguments)
+
+
 @pytest.mark.parametrize("isa", [None, *ISAS])
 def test_masked_tokens_are_never_drawn(isa: str | None) -> None:
     logits = torch.zeros(200, 50)

@@ -61,8 +61,9 @@ static void plan_linear(pm_linear_job *job, const pm_kernels *kernels, int dtype
     const long unit = job->w.rows == NULL ? PM_GROUP_COLUMNS : 32;
     const int one_tile = job->T <= tile;
     job->depth = one_tile || blocks <= 1 ? K : pm_ceil_div(K, blocks * unit) * unit;
-    job->rows = PM_LINEAR_X_BYTES / (job->depth * kernels->block_element[dtype]) / tile * tile;
-    job->rows = pm_max(1, pm_min(job->T, pm_max(tile, job->rows)));
+    /* All rows as one block, if they fit: then w is read once. Else whole tiles. */
+    const long fit = PM_LINEAR_X_BYTES / (job->depth * kernels->block_element[dtype]);
+    job->rows = pm_max(1, job->T <= fit ? job->T : pm_min(job->T, pm_max(tile, fit / tile * tile)));
     job->item_rows = PM_LINEAR_ROWS;
     job->panel = 4;
     if (job->w.rows == NULL)

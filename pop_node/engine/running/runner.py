@@ -11,7 +11,7 @@ from kernels.meta import AttentionMeta
 from kernels.ops import Ops
 from pop_node.engine.running.batch import Batch, build_batch
 from pop_node.engine.running.decode_batch import DecodeBatches, decodes
-from pop_node.engine.running.sampler import sample
+from pop_node.engine.running.sampler import RowSampler
 from pop_node.engine.scheduling.schedule import Schedule
 from pop_node.kv_stream.spec import KvSpec
 
@@ -72,7 +72,7 @@ class Runner:
 
     def __init__(self, model: Model, ops: Ops, num_blocks: int, block_tokens: int) -> None:
         self._model = model
-        self._ops = ops
+        self._sampler = RowSampler(ops)
         self._block_tokens = block_tokens
         self.cache = model.allocate_cache(num_blocks, block_tokens)
         self._decode_batches = DecodeBatches(block_tokens)
@@ -96,13 +96,10 @@ class Runner:
         ``on_layer(i)`` is called when the KV of these rows is in the cache for model layer i.
         """
         batch = self._batch(schedule)
-        with torch.inference_mode():
-            logits = self._model.forward(
-                batch.ids, batch.meta, self.cache, batch.logit_rows, on_layer
-            )
-            if not schedule.sampled:
-                return []
-            return sample(self._ops, logits, [schedule.rows[i] for i in schedule.sampled])
+        logits = self._model.forward(batch.ids, batch.meta, self.cache, batch.logit_rows, on_layer)
+        if not schedule.sampled:
+            return []
+        return self._sampler.draw(logits, [schedule.rows[i] for i in schedule.sampled])
 
     def _batch(self, schedule: Schedule) -> Batch:
         device = self.cache[0].device

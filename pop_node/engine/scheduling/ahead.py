@@ -31,11 +31,10 @@ class Ahead:
 
     def settle(self, schedule: Schedule) -> None:
         """The step is done. A sequence that gave way meanwhile stays as it is."""
-        if schedule is self._step:
+        known = schedule is self._step
+        if known:
             self._step = None
-        else:
-            for row in schedule.rows:
-                if row.sequence.phase != "ended":
-                    row.sequence.computed = row.end - len(row.drafts)
-        for row in schedule.rows:
-            row.sequence.pending = 0
+        for sequence, start, count, drafts in schedule.rows:
+            if not known and sequence.phase != "ended":
+                sequence.computed = start + count - len(drafts)
+            sequence.pending = 0

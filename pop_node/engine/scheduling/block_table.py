@@ -5,6 +5,8 @@ Pure; decides nothing: the scheduler says who may have how many blocks.
 
 from __future__ import annotations
 
+from array import array
+
 from pop_node.engine.scheduling.block_pool import BlockPool
 from pop_node.engine.scheduling.schedule import Row
 from pop_node.engine.scheduling.sequence import Sequence
@@ -34,7 +36,7 @@ def hold(pool: BlockPool, sequence: Sequence, hits: list[int], new: int) -> int:
 def give_back(pool: BlockPool, sequence: Sequence) -> None:
     """Let go of all blocks; what was registered may still be hit."""
     pool.release(sequence.blocks)
-    del sequence.blocks[:]
+    sequence.blocks = array("i")  # a new table, by which others know that theirs is old
     sequence.computed = sequence.registered = 0
 
 

@@ -19,13 +19,14 @@ def book(row: Row, drawn: list[int], effects: list[Effect]) -> tuple[int, str]:
 
     Returns how many drafts were, and the finish, as in ``messages.Token``, or ``BROKEN``.
     """
-    sequence, drafts = row.sequence, row.drafts
+    sequence, _, _, drafts = row
     for accepted, token in enumerate(drawn):
         if token == NO_TOKEN:
             return accepted, BROKEN
         sequence.ids.append(token)
         finish = sequence.finish()
-        effects.append(Token(sequence.seq, sequence.output_tokens - 1, token, finish))
+        index = len(sequence.ids) - sequence.prompt_tokens - 1
+        effects.append(Token(sequence.seq, index, token, finish))
         if finish or accepted == len(drafts) or drafts[accepted] != token:
             return accepted, finish
     raise AssertionError("a token is drawn after each draft and after the last")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pop_node.engine.messages import Allocated, Declined, Ended, Token
 from pop_node.engine.scheduling.sequence import Sequence
@@ -19,8 +19,7 @@ NO_TOKEN = -1
 operation that draws does (``kernels.reference.sampling``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """Compute tokens ``[start, start + count)`` of a sequence; earlier ones are in its blocks.
 
     The last of them may be ``drafts``: guesses of what follows the known tokens. Their KV goes
@@ -29,7 +28,7 @@ class Row:
 
     sequence: Sequence
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # of tokens; nobody looks for fields of a row
     drafts: tuple[int, ...] = ()
 
     @property
@@ -62,14 +61,13 @@ class Schedule:
         sampled: list[int] = []
         completing: list[Sequence] = []
         num_tokens = num_drafts = 0
-        for index, row in enumerate(rows):
-            sequence = row.sequence
-            num_tokens += row.count
-            num_drafts += len(row.drafts)
-            if row.end >= len(sequence.ids):
+        for index, (sequence, start, count, drafts) in enumerate(rows):
+            num_tokens += count
+            num_drafts += len(drafts)
+            if start + count >= len(sequence.ids):
                 sampled.append(index)
-                given = sequence.leg != "decode" and row.start < sequence.given_tokens
-                if given and sequence.timings.computed_at is None:
+                is_prefill = sequence.timings.computed_at is None and sequence.leg != "decode"
+                if is_prefill and start < sequence.given_tokens:
                     completing.append(sequence)
         return cls(tuple(rows), tuple(sampled), tuple(completing), num_tokens, num_drafts)
 
@@ -145,8 +143,7 @@ Effect = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """How busy the scheduler is; fields as in ``messages.StepDone``."""
 
     queued_prefill_tokens: int

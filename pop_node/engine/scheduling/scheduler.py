@@ -20,11 +20,9 @@ from typing import assert_never
 
 from pop_node.engine.messages import (
     Add,
-    Allocated,
     Commit,
     Declined,
     Drop,
-    Ended,
     Release,
     Retarget,
 )
@@ -41,12 +39,11 @@ from pop_node.engine.scheduling.block_table import (
 from pop_node.engine.scheduling.booking import BROKEN, Breakages, book
 from pop_node.engine.scheduling.books import check_books
 from pop_node.engine.scheduling.schedule import (
+    NO_TOKEN,
     Effect,
     Load,
     Row,
     Schedule,
-    Side,
-    TransferBound,
     TransferClosed,
     TransferOpened,
     TransferRenamed,
@@ -54,6 +51,7 @@ from pop_node.engine.scheduling.schedule import (
 )
 from pop_node.engine.scheduling.sequence import Sequence
 from pop_node.engine.scheduling.speculation import Speculation
+from pop_node.engine.scheduling.telling import gone, held
 from pop_node.engine.scheduling.validate import Limits, problem_with_add, problem_with_commit
 from pop_node.engine.scheduling.waiting import Waiting, age
 
@@ -190,19 +188,25 @@ class Scheduler:
         """Choose the rows of the next step; no rows when nothing can be computed."""
         effects: list[Effect] = []
         rows: list[Row] = []
+        prefilling: list[Sequence] = []
+        block_tokens = self._pool.block_tokens
         for sequence in tuple(self._running):
-            if sequence.remaining > 1 or sequence.phase != "running" or sequence.ending:
-                continue  # a prefill, or it has just given way to an older one
-            if self._grow(sequence, effects):
-                rows.append(Row(sequence, sequence.computed, 1))
+            length, computed = sequence.length, sequence.computed
+            if length - computed > 1:
+                prefilling.append(sequence)
+            elif sequence.phase != "running" or sequence.ending:
+                continue  # it has just given way to an older one, or its last token is on its way
+            elif len(sequence.blocks) * block_tokens >= length or self._grow(sequence, effects):
+                rows.append(Row(sequence, computed, 1))
         num_decoding = len(rows)
         budget = self._token_budget - num_decoding
-        for sequence in self._running:
+        for sequence in prefilling:
             if budget == 0:
                 break
-            if sequence.remaining > 1:
+            if sequence.phase == "running":
                 budget -= self._chunk(sequence, budget, rows)
-        budget = self._admit(budget, rows, effects)
+        if self._waiting:
+            budget = self._admit(budget, rows, effects)
         if self._speculation is not None:
             self._scheduled_at = now
             decoding = [row.sequence for row in rows[:num_decoding]]
@@ -210,7 +214,9 @@ class Scheduler:
                 if drafts:
                     rows[index] = lengthened(self._pool, rows[index], drafts, len(self._running))
         for row in rows:
-            row.sequence.timings.start(now)
+            timings = row.sequence.timings
+            if timings.started_at is None:
+                timings.started_at = now
         return Schedule.of(rows), effects
 
     def ahead(self, schedule: Schedule) -> None:
@@ -225,8 +231,11 @@ class Scheduler:
         and nothing that it computed is hit by others. Raises as ``Breakages.broke``.
         """
         self._ahead.settle(schedule)
+        block_tokens = self._pool.block_tokens
         for row in schedule.rows:
-            register_full(self._pool, row.sequence)
+            sequence = row.sequence
+            if sequence.computed - sequence.registered * block_tokens >= block_tokens:
+                register_full(self._pool, sequence)
         for sequence in schedule.completing:
             sequence.timings.computed_at = now
         if self._speculation is not None and schedule.prefill_tokens == 0:
@@ -234,6 +243,8 @@ class Scheduler:
             sequences = schedule.num_tokens - guesses
             self._speculation.step(sequences, guesses, now - self._scheduled_at)
         assert len(ids) == schedule.num_drawn, "a token for each that was to be drawn"
+        if max(ids, default=NO_TOKEN) != NO_TOKEN:
+            self._breakages.drew()
         effects: list[Effect] = []
         at = 0
         for index in schedule.sampled:
@@ -253,7 +264,6 @@ class Scheduler:
                 self._waiting.tokens -= 1
             effects += self._end(sequence, self._breakages.broke(sequence.seq))
             return
-        self._breakages.drew()
         if drafts:
             assert self._speculation is not None, "a draft that nobody made"
             self._speculation.judge(sequence, len(drafts), accepted)
@@ -275,9 +285,7 @@ class Scheduler:
     # ---- blocks --------------------------------------------------------------------------------
 
     def _grow(self, sequence: Sequence, effects: list[Effect]) -> bool:
-        """Make room for the next token; False when the sequence itself had to give way."""
-        if len(sequence.blocks) * self._pool.block_tokens >= sequence.length:
-            return True
+        """Make room for one more block; False when the sequence itself had to give way."""
         while self._pool.available == 0:
             victim = self._running[-1]
             if victim.ending:
@@ -336,19 +344,12 @@ class Scheduler:
         if sequence.kv_source == "compute":
             self._waiting.tokens -= sequence.remaining
         cached = hold(self._pool, sequence, hits, new)
-        if sequence.leg == "prefill" or sequence.kv_source == "transfer":
-            side: Side = "export" if sequence.leg == "prefill" else "import"
-            blocks, total = tuple(sequence.blocks), sequence.given_tokens
-            effects.append(TransferBound(side, sequence.transfer, blocks, cached, total))
-        # After the binding: once it is told, pieces may arrive beside the main loop.
-        if self._waiting.is_new(sequence):  # a resumed sequence was announced before
-            effects.append(Allocated(sequence.seq, cached))
+        effects += held(sequence, cached, is_new=self._waiting.is_new(sequence))
 
     # ---- ends ----------------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, last: Declined | None = None) -> list[Effect]:
-        """Free everything a sequence holds, whatever its phase; ``last`` is said of it, ``Ended``
-        if there is nothing to say."""
+        """Free everything a sequence holds, whatever its phase; ``last`` as in ``gone``."""
         match sequence.phase:
             case "waiting":
                 self._waiting.remove(sequence)
@@ -361,21 +362,21 @@ class Scheduler:
         give_back(self._pool, sequence)
         sequence.phase = "ended"
         del self._sequences[sequence.seq]
-        effects: list[Effect] = []
         if sequence.leg == "prefill":
             del self._exports[sequence.transfer]
-            effects.append(TransferClosed("export", sequence.transfer))
         elif sequence.kv_source == "transfer":
             del self._imports[sequence.transfer]
-            effects.append(TransferClosed("import", sequence.transfer))
-        effects.append(last or Ended(sequence.seq))
-        return effects
+        return gone(sequence, last)
 
     # ---- facts ---------------------------------------------------------------------------------
 
     def load(self) -> Load:
         """How busy the engine is now. Linear in the running sequences."""
-        prefill = sum(s.remaining for s in self._running if s.remaining > 1)
+        prefill = 0
+        for sequence in self._running:
+            remaining = sequence.remaining
+            if remaining > 1:
+                prefill += remaining
         guessed = self._speculation
         return Load(
             queued_prefill_tokens=self._waiting.tokens + prefill,

@@ -31,11 +31,6 @@ class Timings:
     started_at: float | None = None
     computed_at: float | None = None
 
-    def start(self, now: float) -> None:
-        """It is part of a step for the first time, or once more."""
-        if self.started_at is None:
-            self.started_at = now
-
 
 @dataclass(slots=True, eq=False)
 class Sequence:

@@ -84,6 +84,32 @@ def test_decode_batches_equal_what_is_built_anew(steps: list[list[Row]]) -> None
             assert ours == theirs, field.name
 
 
+@given(chosen=rows(), moved=st.lists(st.integers(0, 8), max_size=12))
+def test_decode_batches_that_go_on_equal_what_is_built_anew(
+    chosen: list[Row], moved: list[int]
+) -> None:
+    """Each step of the same sequences is a token further; before it one of them may have given way
+    and come back to other blocks."""
+    batches = DecodeBatches(SIZE)
+    sequences = [row.sequence for row in chosen]
+    fresh = iter(range(64, 100_000))
+    for step, mover in enumerate(moved):
+        for index, sequence in enumerate(sequences):
+            if index == mover:
+                sequence.blocks = array("i", [next(fresh) for _ in sequence.blocks])
+            sequence.ids.append(step)
+            if len(sequence.ids) > len(sequence.blocks) * SIZE:
+                sequence.blocks.append(next(fresh))
+        alone = tuple(Row(s, len(s.ids) - 1, 1) for s in sequences)
+        schedule = Schedule(alone, tuple(range(len(alone))), (), len(alone))
+        batch, expected = batches.build(schedule), build_batch(schedule, SIZE, torch.device("cpu"))
+        assert torch.equal(batch.ids, expected.ids)
+        assert torch.equal(batch.logit_rows, expected.logit_rows)
+        for name in ("positions", "slots", "context_lens", "block_tables", "query_starts"):
+            assert torch.equal(getattr(batch.meta, name), getattr(expected.meta, name)), name
+        assert batch.meta.context_lens_host == expected.meta.context_lens_host
+
+
 def test_decode_batches_grow_and_then_keep_their_memory() -> None:
     batches = DecodeBatches(SIZE)
 
