@@ -209,12 +209,12 @@ class _Line:
             futures.append(threads.submit(self._arena.prepare, self._stop))
             wait(futures[: self._crew.readers])
             self._wake_checkers()  # nothing more comes
-            for future in futures[:-1]:
-                future.result()
+            while len(futures) > 1:  # one that failed is not kept by the frame that its error has
+                futures.pop(0).result()
         finally:
             self._end()
             wait(futures)
-        futures[-1].result()
+        futures.pop().result()
 
     def _unless_it_fails(self, work: Callable[[], None]) -> None:
         try:

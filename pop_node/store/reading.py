@@ -91,8 +91,9 @@ def read_bundle(
             published = published_as(directory)
             if published is None:
                 raise
-            # It was completed just then, which happens only once.
-            return _read(published, arena, on_reading, threads, on_placed, plan)
+        # It was completed just then, which happens only once. The error is forgotten by now, and
+        # with it the memory that was read to in vain.
+        return _read(published, arena, on_reading, threads, on_placed, plan)
 
 
 def _read(
@@ -131,7 +132,10 @@ def _read(
         finally:
             is_reading.set()
             wait([reading_texts])
-        texts = reading_texts.result()
+        try:
+            texts = reading_texts.result()
+        finally:
+            del reading_texts  # it has the error, which has this frame, which has the memory
     except BaseException:
         hold.close()
         raise
