@@ -334,7 +334,7 @@ def _check_packing(manifest: Manifest) -> None:
 
 def _check_tensors(manifest: Manifest) -> None:
     end = 0
-    unit = -1
+    unit, dtype = -1, ""
     for entry in manifest.tensors:
         if any(size < 0 for size in entry.shape):
             raise ValueError(f"tensor {entry.name} has a negative size")
@@ -343,11 +343,13 @@ def _check_tensors(manifest: Manifest) -> None:
         begins = entry.offset % ALIGNMENT == 0 and entry.offset >= end and entry.unit > unit
         if not (begins or (entry.unit == unit and entry.offset == end)):
             raise ValueError(f"tensor {entry.name} is out of place")
+        if entry.unit == unit and entry.dtype != dtype:  # nor could it be aligned for a view
+            raise ValueError(f"tensor {entry.name} is no {dtype}, as others of its unit are")
         if entry.axis is not None:
             fits = len(entry.shape) == 2 and entry.axis in (0, 1)
             if not fits or entry.shape[entry.axis] % manifest.stripes:
                 raise ValueError(f"tensor {entry.name} cannot have {manifest.stripes} stripes")
-        end, unit = entry.offset + entry.nbytes, entry.unit
+        end, unit, dtype = entry.offset + entry.nbytes, entry.unit, entry.dtype
     if end > manifest.data.decoded_bytes:
         raise ValueError("tensors reach beyond their file")
     if len({entry.name for entry in manifest.tensors}) != len(manifest.tensors):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pop_node.store.store import Store
+from pop_node.store import layout
+from pop_node.store.source import unwatched
+from pop_node.store.store import Bundle, Store
 from tests.pop_node.store.tiny_models import write_huggingface
 
 
@@ -23,6 +25,15 @@ def source(tmp_path: Path) -> Path:
 def store(tmp_path: Path) -> Store:
     """A store without a model."""
     return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """A tiny model of many chunks."""
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4096)
+    store = Store(tmp_path / "store")
+    store.add(str(write_huggingface(tmp_path / "source")), "tiny", "float32", unwatched)
+    return store.get("tiny")
 
 
 class Fault(OSError):

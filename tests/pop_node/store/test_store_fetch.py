@@ -201,7 +201,7 @@ def test_a_manifest_that_lies_about_its_model_is_caught(
 LIES = [
     *("path", "own", "huge", "no tokenizer", "data", "codec", "chunks", "chunk size"),
     *("giant chunk", "odd size", "negative", "beyond", "overlap", "twice", "shape", "sizes"),
-    *("axis", "stripes", "digest", "dtype"),
+    *("axis", "stripes", "digest", "dtype", "mixed unit"),
 ]
 
 
@@ -209,6 +209,8 @@ def hostile(manifest: Manifest) -> dict[str, dict[str, object]]:
     data, (first, *rest) = manifest.data, manifest.tensors
     change = msgspec.structs.replace
     files = manifest.files
+    odd = change(first, name="odd", dtype="U8", shape=(3,), nbytes=3, axis=None)
+    after_odd = change(rest[0], unit=first.unit, offset=first.offset + 3)
     return {
         "path": {"files": [change(files[0], name="../../evil"), *files]},
         "own": {"files": [change(files[0], name="manifest.json"), *files]},
@@ -230,6 +232,7 @@ def hostile(manifest: Manifest) -> dict[str, dict[str, object]]:
         "stripes": {"stripes": 0},
         "digest": {"tensors": [change(first, blake3="x"), *rest]},
         "dtype": {"dtype": "bfloat12"},
+        "mixed unit": {"tensors": [odd, after_odd, *rest[1:]]},
     }
 
 

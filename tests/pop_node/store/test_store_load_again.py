@@ -9,23 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pop_node.store import layout, reading
+from pop_node.store import reading
 from pop_node.store.bundle import read_texts
 from pop_node.store.host_arena import HostArena
 from pop_node.store.load_plan import ChunkPlan, LoadPlan
 from pop_node.store.manifest import Manifest
 from pop_node.store.reading import read_bundle
-from pop_node.store.store import Bundle, Store
-from tests.pop_node.store.tiny_models import write_huggingface
+from pop_node.store.store import Bundle
 from wire.errors import ConfigError
-
-
-@pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 4096)
-    store = Store(tmp_path / "store")
-    store.add(str(write_huggingface(tmp_path / "source")), "tiny", "float32", lambda *_: None)
-    return store.get("tiny")
 
 
 @pytest.mark.parametrize("what", ["texts", "chunks"])

@@ -37,14 +37,6 @@ class Recorded(ThreadPoolExecutor):
 
 
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    monkeypatch.setattr(layout, "CHUNK_BYTES", 4096)
-    store = Store(tmp_path / "store")
-    store.add(str(write_huggingface(tmp_path / "source")), "tiny", "float32", lambda *_: None)
-    return store.get("tiny")
-
-
-@pytest.fixture
 def pool() -> Iterator[Recorded]:
     with Recorded(READING_THREADS) as pool:
         yield pool
