@@ -123,7 +123,7 @@ class Adding:
                     raise ConfigError(f"{target} was changed while {name} was packed")
                 if not (self._bundles / bundle).exists():
                     (work / "bundle").rename(self._bundles / bundle)
-                    sync_directory(self._bundles)
+                sync_directory(self._bundles)
                 pinned = now is not None and now.pinned
                 renewed = msgspec.structs.replace(entry, bundle=bundle, pinned=pinned)
                 self._names.write(target, renewed, work)
@@ -187,7 +187,7 @@ class Adding:
                 if staged is None:
                     return False
                 staged.rename(final)
-                sync_directory(self._bundles)
+            sync_directory(self._bundles)  # also one whose mover died before it did so
             self._names.write(name, entry, work)
         return True
 

@@ -74,5 +74,5 @@ def _take_up(name: str, entry: NameEntry, names: Names, bundles: Path, work: Pat
         return
     if not (bundles / entry.bundle).is_dir():
         (work / entry.bundle).rename(bundles / entry.bundle)
-        sync_directory(bundles)
+    sync_directory(bundles)
     names.write(name, entry, work)

@@ -73,6 +73,16 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def make_directories_durably(*paths: Path) -> None:
+    """Have these directories; they, and those above them that were missing, are on the disk then,
+    whoever made them."""
+    missing = {above for path in paths for above in path.parents if not above.exists()}
+    for path in paths:
+        path.mkdir(parents=True, exist_ok=True)
+    for parent in {each.parent for each in (*paths, *missing)}:
+        sync_directory(parent)
+
+
 def place_durably(path: Path, data: bytes, scratch: Path) -> None:
     """Give a file new content: after a crash it has the old one or the new one, whole.
 

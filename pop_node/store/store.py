@@ -27,7 +27,7 @@ from pop_node.store.aside import put_aside
 from pop_node.store.bundle import check_bundle, check_claims, read_texts
 from pop_node.store.dtypes import Dtype
 from pop_node.store.facts import Bundle, Collected, Row
-from pop_node.store.files import locked, tree_bytes, workspace
+from pop_node.store.files import locked, make_directories_durably, tree_bytes, workspace
 from pop_node.store.holding import Hold, claimed, last_used_ns
 from pop_node.store.manifest import CODECS, Manifest, OutdatedBundleError, read_manifest
 from pop_node.store.names import NameEntry, Names, check_name
@@ -151,9 +151,9 @@ class Store:
         from ``source`` (None: from anywhere)."""
         name = request.name
         with self._writing():
-            for folder in (self._bundles, self._names.folder, self._locks, self._partial):
-                folder.mkdir(parents=True, exist_ok=True)
-            self._tmp.mkdir(exist_ok=True)
+            make_directories_durably(
+                self._bundles, self._names.folder, self._locks, self._partial, self._tmp
+            )
             with locked(self._locks / f"{name}.name", on_wait=lambda: progress("wait", 0, 0)):
                 present = self._names.read(name)
                 if present is None:
