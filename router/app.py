@@ -25,6 +25,7 @@ from router.http.auth import Authenticator
 from router.http.completions import ModelApi
 from router.http.guard import GuardedHandler, error_response
 from router.http.operator_api import OperatorApi
+from router.http.reading import RequestReader
 from router.links.link_words import LinkIdentity
 from router.links.node_links import SERVICE, LinkPool
 from router.placement.placer import Placer
@@ -149,8 +150,9 @@ async def _serve_http(
     """Listen until told to stop, then finish what runs within ``limits.shutdown_s``."""
     limits = config.limits
     authenticator = Authenticator(config.topology.tenants.values())
-    models = ModelApi(dispatch, placer, authenticator, locator, limits, int(time.time()))
-    operators = OperatorApi(config.name, dispatch, watcher, placer, authenticator, models)
+    reader = RequestReader(dispatch, authenticator, locator, limits)
+    models = ModelApi(dispatch, placer, reader, int(time.time()))
+    operators = OperatorApi(config.name, dispatch, watcher, placer, authenticator, models, reader)
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(
         _application(models, operators), handler_cancellation=True, access_log=None

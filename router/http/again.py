@@ -3,7 +3,8 @@
 The same request with the same seed gives the same text wherever the numerics are the same class.
 Whether it did is checked, not believed: the id of the client's last event says how many bytes it
 has read and what their checksum is. Up to there nothing is sent, no header either, so that another
-text is still a plain ``stream_unknown``.
+text is still a plain ``stream_unknown``. That may take as long as the whole answer did: a client
+that loses patience, or whose proxy does, comes back and finds what was computed until then.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Literal
 
 from router.api.event_id import HEADER, EventId, TextProof
 from router.api.render import ClientFinish, Usage
-from router.http.sinks import SseSink
 from router.metrics import Counter
+from router.request.exchange import AnswerSink
 from router.request.resume_book import Resumable
 from wire.errors import MeshError, RequestError
 
@@ -21,15 +22,18 @@ from wire.errors import MeshError, RequestError
 class UnheardSink:
     """Keeps the text from a ``sink`` that its client has read already.
 
-    ``answer`` gets all of it; ``resumed`` counts how it ends.
+    ``answer`` has what was computed before, gets the rest, and is dropped when it proves to be
+    another; ``resumed`` counts that it was found.
     """
 
-    def __init__(self, sink: SseSink, answer: Resumable, read: TextProof, resumed: Counter) -> None:
+    def __init__(
+        self, sink: AnswerSink, answer: Resumable, read: TextProof, resumed: Counter
+    ) -> None:
         self._sink = sink
         self._answer = answer
         self._read = read
         self._resumed = resumed
-        self._so_far = TextProof()
+        self._so_far = answer.proof or TextProof()
         self._served = ("", "")
         self._state: Literal["unheard", "heard", "another"] = "unheard"
 
@@ -73,7 +77,7 @@ class UnheardSink:
 
     def _differs(self) -> None:
         self._state = "another"
-        self._resumed.add("unknown")
+        self._answer.drop()
         self._sink.error(_begins_otherwise())
 
 

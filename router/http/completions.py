@@ -6,11 +6,10 @@ A thin shell over parse, route and ``Exchange``; every error becomes one OpenAI-
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from aiohttp import web
 
@@ -23,75 +22,49 @@ from router.api.event_id import (
     drawn_seed,
     parse_event_id,
 )
-from router.api.parse import parse_chat, parse_completion
 from router.api.render import StreamRenderer, whole_answer
 from router.api.types import ApiKind, ParsedRequest
 from router.dispatch import Dispatch
 from router.http.again import UnheardSink, can_be_computed
-from router.http.auth import Authenticator, Caller
+from router.http.auth import Caller
+from router.http.reading import Prepared, RequestReader, pin_of
 from router.http.resume import Resumer, Sender
 from router.http.sinks import SseSink, WholeSink
 from router.http.streaming import route_headers, send_stream
 from router.placement.placer import Placer
-from router.request.admission import MAX_BODY_BYTES, Limits
 from router.request.events import RequestSpec
 from router.request.exchange import AnswerSink, Exchange
 from router.request.record import RequestRecord
 from router.request.resume_book import Resumable
-from router.routing.geo import GEO_HEADER, ClientLocator, ClientPlace
-from router.routing.policy import Pin, Plan, RouteRequest
-from router.routing.refusals import ROUTE_HEADER, check_model, known_models
+from router.routing.geo import ClientPlace
+from router.routing.policy import Plan, RouteRequest
+from router.routing.refusals import check_model, known_models
 from wire.errors import MeshError, RequestError
-
-_PARSERS: dict[ApiKind, Callable[[bytes], ParsedRequest]] = {
-    "chat": parse_chat,
-    "completion": parse_completion,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request that passed every check short of finding a route."""
-
-    parsed: ParsedRequest
-    caller: Caller
-    place: ClientPlace
-    routing: RouteRequest
-    chain: list[bytes]
-    prompt_bytes: int
 
 
 class ModelApi:
     """Handlers of the model API."""
 
     def __init__(
-        self,
-        dispatch: Dispatch,
-        placer: Placer,
-        authenticator: Authenticator,
-        locator: ClientLocator,
-        limits: Limits,
-        started_s: int,
+        self, dispatch: Dispatch, placer: Placer, reader: RequestReader, started_s: int
     ) -> None:
         self.resumer = Resumer(dispatch)
         self._dispatch = dispatch
         self._placer = placer
-        self._auth = authenticator
-        self._locator = locator
-        self._limits = limits
+        self._reader = reader
         self._started_s = started_s
 
     # ---- handlers -----------------------------------------------------------------------------
 
     async def models(self, request: web.Request) -> web.Response:
         """``GET /v1/models``: what the topology lists and what nodes offer."""
-        self._caller(request)
+        self._reader.caller(request)
         names = known_models(self._dispatch.builder.snapshot())
         return web.json_response({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: web.Request) -> web.Response:
         """``GET /v1/models/{name}``: one of them."""
-        self._caller(request)
+        self._reader.caller(request)
         name = request.match_info["name"]
         check_model(self._dispatch.builder.snapshot(), name)
         return web.json_response(self._model(name))
@@ -104,33 +77,10 @@ class ModelApi:
         """``POST /v1/completions``."""
         return await self._generate(request, "completion")
 
-    async def prepare(
-        self, request: web.Request, kind: ApiKind, caller: Caller | None = None
-    ) -> Prepared:
-        """Authenticate (unless that is done), read, parse, place and measure a request.
-
-        Raises ``MeshError``.
-        """
-        caller = caller or self._caller(request)
-        data = await self.read_body(request)
-        parsed = _PARSERS[kind](data)
-        place = self._place(request)
-        pin = _pin(request.headers.get(ROUTE_HEADER), caller)
-        work, chain, prompt_bytes = self._dispatch.measure(
-            parsed.model, caller.tenant, parsed.input, parsed.max_tokens
-        )
-        self._check_max_tokens(parsed)
-        routing = RouteRequest(
-            *(work, place.position, caller.regions, pin),
-            deadline=self._deadline(),
-            wire_version=parsed.sampling(0).needed_version,
-        )
-        return Prepared(parsed, caller, place, routing, chain, prompt_bytes)
-
     # ---- generating ---------------------------------------------------------------------------
 
     async def _generate(self, request: web.Request, kind: ApiKind) -> web.StreamResponse:
-        caller = self._caller(request)
+        caller = self._reader.caller(request)
         admission = self._dispatch.admission
         try:
             admission.enter(caller.tenant)
@@ -150,7 +100,7 @@ class ModelApi:
     ) -> web.StreamResponse:
         """An answer from its beginning; ``read`` says what its client knows of it already."""
         try:
-            prepared = await self.prepare(request, kind, caller)
+            prepared = await self._reader.prepare(request, kind, caller)
             self._placer.asked(prepared.routing)
             plan = self._dispatch.choose(prepared.routing)
         except MeshError as exc:
@@ -185,7 +135,7 @@ class ModelApi:
         exchange = Exchange(
             self._dispatch, spec, record, prepared.routing, prepared.prompt_bytes, hears
         )
-        sender = Sender(answer, sink, record, exchange)
+        sender = Sender(answer, sink, record, exchange, is_known=read is not None)
         return await send_stream(
             request, self.resumer, sender, plan, replay=None if read is None else ()
         )
@@ -194,8 +144,8 @@ class ModelApi:
         self, request: web.Request, kind: ApiKind, caller: Caller, header: str
     ) -> web.StreamResponse:
         """The rest of an answer. Of the body only counts how it wants to be answered, unless nobody
-        knows the answer: then it is computed again."""
-        parsed = _PARSERS[kind](await self.read_body(request))
+        knows the answer, or only one that proves to be another: then it is computed again."""
+        parsed = await self._reader.parse(request, kind)
         if not parsed.stream:
             raise RequestError(
                 f"only streamed answers can be resumed; send stream: true, or no {HEADER}",
@@ -203,25 +153,47 @@ class ModelApi:
                 param=HEADER,
             )
         event = parse_event_id(header, kind)
-        pin = _pin(request.headers.get(ROUTE_HEADER), caller)
         try:
             answer = await self.resumer.find(caller.tenant, event)
+            return await self._go_on(request, kind, caller, parsed, event, answer)
         except RequestError as exc:
             if not can_be_computed(exc, event):
                 raise
+        try:
             return await self._compute(request, kind, caller, event)
+        except RequestError as exc:
+            if exc.code == "stream_unknown":
+                self._dispatch.metrics.resumed.add("unknown")
+            raise
+
+    async def _go_on(
+        self,
+        request: web.Request,
+        kind: ApiKind,
+        caller: Caller,
+        parsed: ParsedRequest,
+        event: EventId,
+        answer: Resumable,
+    ) -> web.StreamResponse:
+        """The rest of an answer that is known, or is being computed again."""
+        pin = pin_of(request, caller)
         request_id, model = answer.key[1], answer.spec.model
         renderer = StreamRenderer(kind, request_id, model, answer.created_s, parsed.include_usage)
         sink = SseSink(renderer, answer, _cutter(request), event.proof)
-        replay = [sink.replayed(escaped, upto) for escaped, upto in answer.after(event)]
-        place = self._place(request)
+        hears: AnswerSink = sink
+        replay: list[bytes] = []
+        if event.proof is not None and answer.is_behind(event):
+            hears = UnheardSink(sink, answer, event.proof, self._dispatch.metrics.resumed)
+        else:
+            replay = [sink.replayed(escaped, upto) for escaped, upto in answer.after(event)]
+        place = self._reader.place(request)
         exchange = None
         if answer.ended is not None:
             record = RequestRecord(request_id, model, caller.tenant, place.source)
             sink.headers(answer.served.prefill, answer.served.decode)
             sink.finish(answer.ended.reason, answer.ended.usage)
         else:
-            spec = answer.next_spec(self._deadline())
+            spec = answer.next_spec(self._reader.deadline())
             work, chain, prompt_bytes = self._dispatch.measure(
                 model, caller.tenant, spec.input, spec.sampling.max_tokens
             )
@@ -232,8 +204,8 @@ class ModelApi:
             )
             record = self._record(spec, place, resumed_from=event.upto)
             spec = replace(spec, chain=chain)
-            exchange = Exchange(self._dispatch, spec, record, routing, prompt_bytes, sink)
-        sender = Sender(answer, sink, record, exchange)
+            exchange = Exchange(self._dispatch, spec, record, routing, prompt_bytes, hears)
+        sender = Sender(answer, sink, record, exchange, is_known=True)
         return await send_stream(request, self.resumer, sender, replay=replay)
 
     async def _whole(self, kind: ApiKind, prepared: Prepared, plan: Plan) -> web.Response:
@@ -275,10 +247,6 @@ class ModelApi:
             deadline=prepared.routing.deadline,
         )
 
-    def _deadline(self) -> float:
-        """Of an attempt to answer that begins now."""
-        return asyncio.get_running_loop().time() + self._limits.request_timeout_s
-
     def _record(
         self, spec: RequestSpec, place: ClientPlace, resumed_from: int | None = None
     ) -> RequestRecord:
@@ -292,62 +260,6 @@ class ModelApi:
         mesh = self._dispatch.builder.snapshot().topology.mesh
         return {"id": name, "object": "model", "created": self._started_s, "owned_by": mesh}
 
-    # ---- checks -------------------------------------------------------------------------------
-
-    def _caller(self, request: web.Request) -> Caller:
-        return self._auth.client(request.headers.get("Authorization"), peer_of(request))
-
-    async def read_body(self, request: web.Request) -> bytes:
-        """A body of bounded size that comes in bounded time; raises ``RequestError``."""
-        too_large = RequestError(
-            f"the body exceeds {MAX_BODY_BYTES // 2**20} MiB", code="request_too_large"
-        )
-        if (request.content_length or 0) > MAX_BODY_BYTES:
-            raise too_large
-        try:
-            async with asyncio.timeout(self._limits.body_timeout_s):
-                return await request.read()
-        except TimeoutError as exc:
-            raise RequestError(
-                f"the body was not complete after {self._limits.body_timeout_s:g} s",
-                code="request_timeout",
-            ) from exc
-        except web.HTTPRequestEntityTooLarge as exc:
-            raise too_large from exc
-        except web.RequestPayloadError as exc:
-            reason = (
-                str(exc).rpartition("message:")[2].strip()
-            )  # aiohttp puts "400, message:" first
-            raise RequestError(f"the body cannot be read: {reason}") from exc
-
-    def _place(self, request: web.Request) -> ClientPlace:
-        place = self._locator.place(peer_of(request), request.headers.get(GEO_HEADER))
-        if place.ignored_header:
-            self._dispatch.metrics.ignored_geo.add()
-        return place
-
-    def _check_max_tokens(self, parsed: ParsedRequest) -> None:
-        """Refuse more output than any node's context could hold, before any node is asked."""
-        view = self._dispatch.builder.snapshot()
-        contexts = [
-            view.nodes[name].offers[parsed.model].context_tokens
-            for name in view.offered.get(parsed.model, ())
-        ]
-        if contexts and parsed.max_tokens is not None and parsed.max_tokens > max(contexts):
-            raise RequestError(
-                f"max_tokens is {parsed.max_tokens}, but the context of {parsed.model} is "
-                f"{max(contexts)} tokens",
-                code="invalid_value",
-                param="max_tokens",
-            )
-
-
-def peer_of(request: web.Request) -> str:
-    """IP address of the other end as text; empty when unknown."""
-    transport = request.transport
-    peername = None if transport is None else transport.get_extra_info("peername")
-    return str(peername[0]) if isinstance(peername, tuple) else ""
-
 
 def _cutter(request: web.Request) -> Callable[[], None]:
     """Cuts the connection of a client that does not read."""
@@ -357,24 +269,3 @@ def _cutter(request: web.Request) -> Callable[[], None]:
             request.transport.abort()
 
     return cut
-
-
-def _pin(header: str | None, caller: Caller) -> Pin:
-    """``prefill=NAME,decode=NAME`` (either may be missing) -> ``Pin``; raises ``RequestError``."""
-    if header is None:
-        return Pin()
-    if not caller.operator:
-        raise RequestError(
-            f"{ROUTE_HEADER} needs an operator's key", code="forbidden", param=ROUTE_HEADER
-        )
-    chosen: dict[str, str] = {}
-    for item in header.split(","):
-        role, equals, name = (part.strip() for part in item.partition("="))
-        if role not in ("prefill", "decode") or role in chosen or not equals or not name:
-            raise RequestError(
-                f"{ROUTE_HEADER} must be prefill=NAME,decode=NAME; got {header[:80]!r}",
-                code="invalid_value",
-                param=ROUTE_HEADER,
-            )
-        chosen[role] = name
-    return Pin(chosen.get("prefill"), chosen.get("decode"))

@@ -13,8 +13,9 @@ from registry.watcher import Watcher
 from router.dispatch import Dispatch
 from router.giving_metrics import giving_metrics
 from router.http.auth import Authenticator
-from router.http.completions import ModelApi, peer_of
+from router.http.completions import ModelApi
 from router.http.drill import hold_drill
+from router.http.reading import RequestReader, peer_of
 from router.metrics import CONTENT_TYPE, Gauge, Labels, Metric, ToldCounter, render
 from router.model_metrics import model_metrics
 from router.placement.placer import Placer
@@ -39,6 +40,7 @@ class OperatorApi:
         placer: Placer,
         authenticator: Authenticator,
         models: ModelApi,
+        reader: RequestReader,
     ) -> None:
         self._name = name
         self._dispatch = dispatch
@@ -46,6 +48,7 @@ class OperatorApi:
         self._placer = placer
         self._auth = authenticator
         self._models = models
+        self._reader = reader
         self._metrics = [
             *dispatch.metrics.all(),
             *self._gauges(),
@@ -112,7 +115,7 @@ class OperatorApi:
     async def explain(self, request: web.Request) -> web.Response:
         """``POST /popmesh/explain``: the plan for a chat body; nothing is run."""
         self._operator(request)
-        prepared = await self._models.prepare(request, "chat")
+        prepared = await self._reader.prepare(request, "chat")
         plan = self._dispatch.choose(prepared.routing, fallbacks=MAX_ROUTES - 1)
         work, view = prepared.routing.work, self._dispatch.builder.snapshot()
         now = asyncio.get_running_loop().time()
@@ -137,7 +140,7 @@ class OperatorApi:
         """``POST /popmesh/drill``: have a node harm itself, 202 once it begins; or rehearse a cold
         start, 200 with the report once it is over."""
         self._operator(request)
-        report = await hold_drill(self._dispatch, await self._models.read_body(request))
+        report = await hold_drill(self._dispatch, await self._reader.read_body(request))
         if report is not None:
             return _json(report)
         return web.json_response({"started": True}, status=202)

@@ -38,12 +38,16 @@ meanwhile."""
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """One connection that an answer is sent over; ``exchange`` None: it was complete before."""
+    """One connection that an answer is sent over; ``exchange`` None: it was complete before.
+
+    ``is_known``: the client has read events of it, and may come back whether it reads more or not.
+    """
 
     answer: Resumable
     sink: SseSink
     record: RequestRecord
     exchange: Exchange | None
+    is_known: bool = False
 
     def note(self) -> None:
         """Note down how far the answer has come."""
@@ -84,10 +88,11 @@ class Resumer:
             return
         del self._senders[key]
         sender.note()
-        has_begun = sender.answer.served.prefill != ""
-        if has_begun and sender.record.outcome != "taken_over":
-            self.book.released(sender.answer, self._loop.time())
-        else:  # it never had an event, or its nodes gave it to another router
+        answer = sender.answer
+        is_known = sender.is_known or answer.served.prefill != ""
+        if is_known and not answer.is_dropped and sender.record.outcome != "taken_over":
+            self.book.released(answer, self._loop.time())
+        else:  # it never had an event, is another text, or its nodes gave it to another router
             self.book.forget(key)
 
     def _trim(self) -> None:
@@ -98,28 +103,50 @@ class Resumer:
     # ---- finding ------------------------------------------------------------------------------
 
     async def find(self, tenant: str, event: EventId) -> Resumable:
-        """The answer, at rest, with a ``position`` for the event.
+        """The answer, at rest, with a ``position`` for the event, or else behind it.
 
         Whoever sent it, here or elsewhere, sends it no more. Raises ``RequestError``
-        (``stream_unknown``, whatever the reason; ``invalid_value`` for an id without proof that no
-        event of a known answer had) or ``OverloadError``.
+        (``stream_unknown``, whatever the reason, not yet counted if it can be computed again;
+        ``invalid_value`` for an id without proof that no event of a known answer had) or
+        ``OverloadError``.
         """
-        key, where = (tenant, event.request_id), "here"
+        key = tenant, event.request_id
+        found = self._sent_here(key, event)
+        if found is None:
+            told = await self._elsewhere(key, event)
+            # Another connection may have been quicker.
+            found = self._sent_here(key, event) or self._told(event, told)
+        answer, where = found or (self._behind(key, event, told), None)
+        self._take_over(answer)
+        if where is not None:
+            self._dispatch.metrics.resumed.add(where)
+            answer.finish_if_full()
+        return answer
+
+    def _sent_here(self, key: Key, event: EventId) -> tuple[Resumable, str] | None:
+        """What came as far as the event at this router, and how that is counted."""
         answer = self._here(key)
         if answer is None or answer.position(event) is None:
-            found = await self._elsewhere(key, event)
-            answer = self._here(key)  # another connection may have been quicker
-            if answer is None or answer.position(event) is None:
-                if found is None and event.proof is not None:
-                    raise _unknown()  # it may be computed again, see router.http.again
-                if found is None:
-                    self._dispatch.metrics.resumed.add("unknown")
-                    raise _unknown() if answer is None else _never_sent(event)
-                answer, where = found, "elsewhere"
-        self._take_over(answer)
-        self._dispatch.metrics.resumed.add(where)
-        answer.finish_if_full()
-        return answer
+            return None
+        return answer, "here"
+
+    @staticmethod
+    def _told(event: EventId, told: Resumable | None) -> tuple[Resumable, str] | None:
+        """What came as far at a node."""
+        if told is None or told.position(event) is None:
+            return None
+        return told, "elsewhere"
+
+    def _behind(self, key: Key, event: EventId, told: Resumable | None) -> Resumable:
+        """What comes nearest to the event. Raises ``RequestError``."""
+        here = self._here(key)
+        behind = [one for one in (here, told) if one is not None and one.is_behind(event)]
+        if behind:
+            return max(behind, key=lambda answer: answer.num_tokens)
+        if event.proof is not None:
+            raise _unknown()  # it may be computed again, see router.http.again
+        self._dispatch.metrics.resumed.add("unknown")
+        raise _unknown() if here is None else _never_sent(event)
 
     def _here(self, key: Key) -> Resumable | None:
         sender = self._senders.get(key)
@@ -179,13 +206,11 @@ def first_asked(event: EventId) -> int:
 
 
 def fullest(key: Key, event: EventId, told: dict[str, Attached]) -> Resumable | None:
-    """The fullest of what nodes told that goes on after the event."""
+    """The fullest of what nodes told that goes on after the event, or may do so: it is behind."""
     known = [
         (node, answer)
         for node, answer in told.items()
-        if len(answer.ids) >= event.upto
-        and (answer.submit.tenant, answer.submit.request_id) == key
-        and (event.proof is None or event.proof.end_in(answer.text, TextProof()) is not None)
+        if (answer.submit.tenant, answer.submit.request_id) == key and _may_go_on(answer, event)
     ]
     if not known:
         return None
@@ -195,10 +220,18 @@ def fullest(key: Key, event: EventId, told: dict[str, Attached]) -> Resumable | 
     return _resumable(key, event, node, best, prompts[0] if prompts else best)
 
 
+def _may_go_on(told: Attached, event: EventId) -> bool:
+    """Whether this can be the answer that the event is of."""
+    if event.proof is None:
+        return len(told.ids) >= event.upto
+    if len(told.text) < event.proof.num_bytes:
+        return not told.reason and len(told.ids) < event.upto
+    return event.proof.end_in(told.text, TextProof()) is not None
+
+
 def _resumable(key: Key, event: EventId, node: str, told: Attached, prompt: Attached) -> Resumable:
-    """What a node told, as if it had been sent from here up to the event."""
+    """What a node told, as if it had been sent from here: from ``first_asked`` on."""
     tenant, request_id = key
-    text = told.text if event.proof is None else told.text[event.proof.num_bytes :]
     submit = told.submit
     spec = RequestSpec(
         request_id=request_id,
@@ -210,13 +243,14 @@ def _resumable(key: Key, event: EventId, node: str, told: Attached, prompt: Atta
         deadline=0.0,  # of its own at every start
     )
     prompt_bytes = len(canonical_bytes(submit.input))
-    answer = Resumable(spec, int(time.time()), prompt_bytes, event.upto, event.proof)
+    begin = None if event.proof is None else TextProof()
+    answer = Resumable(spec, int(time.time()), prompt_bytes, first_asked(event), begin)
     peer = node if submit.transfer is None else submit.transfer.peer
     answer.served = Served(peer, node) if submit.leg == "decode" else Served(node, peer)
     cached = min(prompt.cached_tokens, prompt.prompt_tokens)
     answer.rest(told.ids, Accepted(told.stream, prompt.prompt_tokens, cached))
-    if text:
-        answer.add(text, len(told.ids))
+    if told.text:
+        answer.add(told.text, len(told.ids))
     if told.reason:
         reason: ClientFinish = "length" if told.reason == "length" else "stop"
         answer.ended = Ended(reason, Usage(prompt.prompt_tokens, cached, len(told.ids)))

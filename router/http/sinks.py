@@ -6,9 +6,9 @@ Both bridge from synchronous calls of an ``Exchange`` to the one task that serve
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from zlib import crc32
 
 from router.api.errors import error_body
 from router.api.event_id import TextProof, place_of
@@ -49,7 +49,6 @@ class SseSink:
         self.begun: asyncio.Future[Served | MeshError] = loop.create_future()
         self.ended: asyncio.Future[bytes] = loop.create_future()
         self._id, self._head, self._tail = renderer.id, renderer.head, renderer.tail
-        self._fixed_bytes = len(renderer.id) + len(renderer.head) + len(renderer.tail)
         self._renderer = renderer
         self._answer = answer
         self._keep = answer.add
@@ -77,26 +76,21 @@ class SseSink:
 
     def replayed(self, escaped: bytes, upto: int) -> bytes:
         """An event of the text that was sent before, for the caller to write first."""
-        return self._renderer.text(escaped, self._place(escaped, upto))
+        return self._event(escaped, upto)
 
     def text(self, escaped: bytes, upto: int) -> None:
         """Write one event."""
         self._keep(escaped, upto)
-        index = self._place(escaped, upto)
+        event = self._event(escaped, upto)
         transport = self._transport
         if transport is None:
-            self._waiting += b"".join((self._id, index, self._head, escaped, self._tail))
+            self._waiting += event
             if len(self._waiting) > MAX_CLIENT_BACKLOG:
                 self._on_stuck()
             return
         if transport.is_closing():
             return
-        if self._chunked:
-            size = b"%x\r\n" % (self._fixed_bytes + len(index) + len(escaped))
-            event = (size, self._id, index, self._head, escaped, self._tail, b"\r\n")
-            transport.write(b"".join(event))
-        else:
-            transport.write(b"".join((self._id, index, self._head, escaped, self._tail)))
+        transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._chunked else event)
         if transport.get_write_buffer_size() > MAX_CLIENT_BACKLOG:
             self._on_stuck()
 
@@ -118,13 +112,17 @@ class SseSink:
         if self._transport is not None and self._transport.get_write_buffer_size():
             self._on_stuck()
 
-    def _place(self, escaped: bytes, upto: int) -> bytes:
-        """The id of an event with this text, which counts as sent from now on."""
+    def _event(self, escaped: bytes, upto: int) -> bytes:
+        """An event with this text, which counts as sent from now on.
+
+        One formatting makes all of it, the id as in ``place_of``: the way of every token.
+        """
         if not self._is_proven:
-            return place_of(upto, None)
-        self._num_bytes += len(escaped)
-        self._crc = zlib.crc32(escaped, self._crc)
-        return b"%d~%d.%08x" % (upto, self._num_bytes, self._crc)
+            return self._renderer.text(escaped, place_of(upto, None))
+        self._num_bytes = num_bytes = self._num_bytes + len(escaped)
+        self._crc = crc = crc32(escaped, self._crc)
+        parts = (self._id, upto, num_bytes, crc, self._head, escaped, self._tail)
+        return b"%b%d~%d.%08x%b%b%b" % parts
 
     def _end(self, last: bytes) -> None:
         if not self.ended.done():

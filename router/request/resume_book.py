@@ -95,6 +95,18 @@ class Resumable:
         """What keeping it costs, roughly."""
         return self._prompt_bytes + len(self._text) + 8 * len(self._uptos) + 4 * len(self._ids)
 
+    @property
+    def proof(self) -> TextProof | None:
+        """Of all text so far; None if it is not known how it began."""
+        return None if self._begin is None else self._begin.after(bytes(self._text))
+
+    def is_behind(self, event: EventId) -> bool:
+        """Whether it is a beginning of the text that the client has read, as far as can be told: it
+        was being computed again, and has not come so far yet."""
+        if self.is_dropped or self.ended is not None or event.proof is None or self._begin is None:
+            return False
+        return self._begin.num_bytes + len(self._text) < event.proof.num_bytes
+
     def add(self, escaped: bytes, upto: int) -> None:
         """An event is sent: ``escaped`` is the text up to output token ``upto``."""
         if self.is_dropped:

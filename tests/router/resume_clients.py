@@ -127,6 +127,23 @@ async def refused(http, kind="chat", **body):
         return response.status, error["code"], error
 
 
+async def cut_off(mesh, count, kind="chat", **body):
+    """A client that lost its connection after ``count`` events; what nodes may still say."""
+    tickets = hand_out(mesh, count)
+    first = await (await start(mesh.http, kind, **body)).texts(count)
+    first.response.close()
+    await mesh.wait_idle()
+    return first, tickets
+
+
+async def forgotten(mesh, count, kind="chat", **body):
+    """The same, and no node knows of the answer any more."""
+    first, tickets = await cut_off(mesh, count, kind, **body)
+    for node in mesh.nodes.values():
+        node.answers.clear()
+    return first, tickets
+
+
 def whole(kind="chat", count=TOKENS):
     return answer_text(HELLO if kind == "chat" else TextInput("hello"), count)
 

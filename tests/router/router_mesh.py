@@ -196,3 +196,25 @@ async def running_mesh(
     finally:
         for node in nodes.values():
             await node.stop()
+
+
+@asynccontextmanager
+async def two_routers(monkeypatch):
+    """A mesh and a client session to a second router over the same fake nodes."""
+    topology = make_topology()
+    topology = replace(
+        topology, routers={**topology.routers, "router-2": Router("router-2", "lhr", ANY_PORT)}
+    )
+    async with running_mesh(monkeypatch, topology) as mesh:
+        directory, stop = StubDirectory(), asyncio.Event()
+        directory.list(entry_of(node) for node in mesh.nodes.values())
+        monkeypatch.setattr(router.app, "Watcher", directory.attach)
+        url = asyncio.get_running_loop().create_future()
+        config = RouterConfig("router-2", topology, "consul://127.0.0.1:1", "127.0.0.1", 0)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(serve(config, url.set_result, stop))
+            async with aiohttp.ClientSession(await url) as http:
+                other = replace(mesh, url=await url, http=http, directory=directory, stop=stop)
+                await other.wait_ready()
+                yield mesh, other
+            stop.set()

@@ -186,7 +186,7 @@ async def test_keys_and_residency(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def remote(monkeypatch: pytest.MonkeyPatch, peer: str) -> None:
     """Pretend that requests come from elsewhere."""
-    for module in ("router.http.completions", "router.http.operator_api"):
+    for module in ("router.http.reading", "router.http.operator_api"):
         monkeypatch.setattr(f"{module}.peer_of", lambda request: peer)
 
 

@@ -22,6 +22,7 @@ from tests.router.resume_clients import (
     TOKENS,
     ask,
     check_rest,
+    forgotten,
     hand_out,
     refused,
     start,
@@ -90,27 +91,17 @@ def test_another_text_is_one_error_and_nothing_else(pieces, read):
     text = b"".join(pieces)
     if text.startswith(read):
         read += b"\x00" * (len(text) + 1)
-    sink, heard, _, counts = unheard(read)
+    sink, heard, answer, counts = unheard(read)
     say(sink, pieces)
     assert heard.calls == [("error", "stream_unknown")]
-    assert (counts.value("unknown"), counts.value("recomputed")) == (1, 0)
+    assert counts.value("recomputed") == 0
+    assert answer.is_dropped, "nobody goes on with it"
 
 
 @pytest.fixture
 async def mesh(monkeypatch):
     async with running_mesh(monkeypatch) as running:
         yield running
-
-
-async def forgotten(mesh, count, kind="chat", **body):
-    """A client that has read ``count`` events of an answer of which nobody knows any more."""
-    tickets = hand_out(mesh, count)
-    first = await (await start(mesh.http, kind, **body)).texts(count)
-    first.response.close()
-    await mesh.wait_idle()
-    for node in mesh.nodes.values():
-        node.answers.clear()
-    return first, tickets
 
 
 def forget(monkeypatch):

@@ -3,49 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
-from dataclasses import replace
 
-import aiohttp
 import pytest
 
-import router.app
-from router.app import RouterConfig, serve
-from tests.router.resume_clients import TOKENS, check_rest, hand_out, refused, start, whole
-from tests.router.router_mesh import ANY_PORT, StubDirectory, entry_of, make_topology, running_mesh
-from topology.model import Router
-
-
-@asynccontextmanager
-async def two_routers(monkeypatch):
-    """A mesh and a client session to a second router over the same fake nodes."""
-    topology = make_topology()
-    topology = replace(
-        topology, routers={**topology.routers, "router-2": Router("router-2", "lhr", ANY_PORT)}
-    )
-    async with running_mesh(monkeypatch, topology) as mesh:
-        directory, stop = StubDirectory(), asyncio.Event()
-        directory.list(entry_of(node) for node in mesh.nodes.values())
-        monkeypatch.setattr(router.app, "Watcher", directory.attach)
-        url = asyncio.get_running_loop().create_future()
-        config = RouterConfig("router-2", topology, "consul://127.0.0.1:1", "127.0.0.1", 0)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(serve(config, url.set_result, stop))
-            async with aiohttp.ClientSession(await url) as http:
-                other = replace(mesh, url=await url, http=http, directory=directory, stop=stop)
-                await other.wait_ready()
-                yield mesh, other
-            stop.set()
+from tests.router.resume_clients import (
+    TOKENS,
+    check_rest,
+    cut_off,
+    forgotten,
+    hand_out,
+    refused,
+    start,
+    whole,
+)
+from tests.router.router_mesh import two_routers
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 @pytest.mark.parametrize("read", [1, 2, 7])
 async def test_another_router_goes_on_where_a_dead_one_was(monkeypatch, kind, read):
     async with two_routers(monkeypatch) as (mesh, other):
-        tickets = hand_out(mesh, read)
-        first = await (await start(mesh.http, kind)).texts(read)
-        first.response.close()
-        await mesh.wait_idle()
+        first, tickets = await cut_off(mesh, read, kind)
         tickets.add(TOKENS)
         second = await (await start(other.http, kind, last_id=first.last_id)).rest()
         check_rest(first, second, kind)
@@ -102,12 +80,7 @@ async def test_a_complete_answer_can_be_read_at_another_router(monkeypatch):
 
 async def test_when_the_router_and_all_nodes_have_forgotten_it_is_computed_again(monkeypatch):
     async with two_routers(monkeypatch) as (mesh, other):
-        tickets = hand_out(mesh, 5)
-        first = await (await start(mesh.http)).texts(5)
-        first.response.close()
-        await mesh.wait_idle()
-        for node in mesh.nodes.values():
-            node.answers.clear()
+        first, tickets = await forgotten(mesh, 5)
         tickets.add(3 * TOKENS)
         second = await (await start(other.http, last_id=first.last_id)).rest()
         check_rest(first, second)
@@ -118,10 +91,7 @@ async def test_when_the_router_and_all_nodes_have_forgotten_it_is_computed_again
 async def test_what_a_node_tells_is_not_believed_without_its_proof(monkeypatch):
     """The node knows an answer of that name, of another text."""
     async with two_routers(monkeypatch) as (mesh, other):
-        tickets = hand_out(mesh, 5)
-        first = await (await start(mesh.http)).texts(5)
-        first.response.close()
-        await mesh.wait_idle()
+        first, tickets = await cut_off(mesh, 5)
         for node in mesh.nodes.values():
             for spoken in node.answers.values():
                 spoken.ids[0] += 1
@@ -133,10 +103,7 @@ async def test_what_a_node_tells_is_not_believed_without_its_proof(monkeypatch):
 
 async def test_nodes_of_version_1_are_not_asked(monkeypatch):
     async with two_routers(monkeypatch) as (mesh, other):
-        tickets = hand_out(mesh, 4)
-        first = await (await start(mesh.http)).texts(4)
-        first.response.close()
-        await mesh.wait_idle()
+        first, tickets = await cut_off(mesh, 4)
         for node in mesh.nodes.values():
             node.max_version = 1
             for connection in list(node.connections):

@@ -16,6 +16,7 @@ from tests.router.resume_clients import (
     TOKENS,
     ask,
     check_rest,
+    cut_off,
     hand_out,
     refused,
     start,
@@ -52,10 +53,7 @@ async def test_every_event_says_how_far_it_brings_the_client(mesh, kind):
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 @pytest.mark.parametrize("read", [1, 2, 5, TOKENS - 1])
 async def test_a_cut_connection_goes_on_at_the_same_router(mesh, kind, read):
-    tickets = hand_out(mesh, read)
-    first = await (await start(mesh.http, kind)).texts(read)
-    first.response.close()
-    await mesh.wait_idle()
+    first, tickets = await cut_off(mesh, read, kind)
     tickets.add(TOKENS)
     second = await (await start(mesh.http, kind, last_id=first.last_id)).rest()
     check_rest(first, second, kind)
@@ -70,10 +68,7 @@ async def test_a_cut_connection_goes_on_at_the_same_router(mesh, kind, read):
 
 
 async def test_only_what_the_client_had_not_read_is_computed_again(mesh):
-    tickets = hand_out(mesh, 5)
-    first = await (await start(mesh.http)).texts(5)
-    first.response.close()
-    await mesh.wait_idle()
+    first, tickets = await cut_off(mesh, 5)
     before = {name: len(node.submits) for name, node in mesh.nodes.items()}
     tickets.add(TOKENS)
     await (await start(mesh.http, last_id=first.last_id)).rest()
@@ -147,10 +142,7 @@ async def test_a_connection_that_only_seems_alive_is_taken_over(mesh):
 
 
 async def test_of_two_that_come_back_the_later_gets_the_rest(mesh):
-    tickets = hand_out(mesh, 4)
-    first = await (await start(mesh.http)).texts(4)
-    first.response.close()
-    await mesh.wait_idle()
+    first, tickets = await cut_off(mesh, 4)
     second = asyncio.ensure_future(ask(mesh.http, last_id=first.last_id))
     for node in mesh.nodes.values():
         await node.wait_until(lambda: any(node.active for node in mesh.nodes.values()))
@@ -221,10 +213,7 @@ async def test_unknown_expired_and_foreign_answers_look_the_same(monkeypatch):
 
 
 async def test_an_answer_that_comes_back_waits_for_a_route(mesh):
-    tickets = hand_out(mesh, 4)
-    first = await (await start(mesh.http)).texts(4)
-    first.response.close()
-    await mesh.wait_idle()
+    first, tickets = await cut_off(mesh, 4)
     not_ready = Load([idle_engine(MODEL, ready=False)], [], False)
     for node in mesh.nodes.values():
         node.tell(not_ready)
