@@ -77,9 +77,7 @@ class Resumer:
         """An answer is being sent from now on, over this connection alone."""
         self.hang_up(sender.answer.key)
         self._senders[sender.answer.key] = sender
-        self.book.sending(sender.answer)
-        if self._timer is None:
-            self._timer = self._loop.call_later(TRIM_PERIOD_S, self._trim)
+        self._keep(sender.answer)
 
     def let_go(self, sender: Sender) -> None:
         """Its connection has ended; nothing happens when another has taken over."""
@@ -94,6 +92,11 @@ class Resumer:
             self.book.released(answer, self._loop.time())
         else:  # it never had an event, is another text, or its nodes gave it to another router
             self.book.forget(key)
+
+    def _keep(self, answer: Resumable) -> None:
+        self.book.sending(answer)
+        if self._timer is None:
+            self._timer = self._loop.call_later(TRIM_PERIOD_S, self._trim)
 
     def _trim(self) -> None:
         self.book.trim(self._loop.time())
@@ -157,7 +160,7 @@ class Resumer:
     def _take_over(self, answer: Resumable) -> None:
         """End the connection that sends it, if there is one; keep it for the next."""
         self.hang_up(answer.key)
-        self.book.sending(answer)
+        self._keep(answer)
         self.book.released(answer, self._loop.time())
 
     def hang_up(self, key: Key) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from router.api.event_id import EventId, TextProof
 from router.request.resume_book import KEEP_S
 from tests.sim.clock import Process, Timer, cancel
 from tests.sim.links import Dial, End, Network
@@ -18,10 +19,24 @@ COME_BACK_S = 0.3
 
 DIAL_TIMEOUT_S = 5.0
 
+COMING_BACK_S = 120.0
+"""So long a client with a proof of what it has read tries to come back: longer than any fault, so
+that it must get its answer."""
+
+HURRIES = 8
+"""So often an impatient client leaves and comes back before it waits."""
+
+IMPATIENT_S = (0.05, 0.4)
+"""Between these it gives a connection to say something: computing an answer again takes from the
+one to a multiple of the other."""
+
 
 class SimClient:
     """State: "reading", then "finished", "error", "lost" (nobody knows its answer any more),
-    "left" or "hung"."""
+    "left" or "hung".
+
+    ``proves``: it comes back with ids that prove what it has read, other clients with those of an
+    earlier release. Some of the former come back impatiently, a few times."""
 
     def __init__(self, process: Process, network: Network, request: Request, routers: int) -> None:
         self.request = request
@@ -36,6 +51,8 @@ class SimClient:
         self.resumed = 0
         self.routers_asked: list[str] = []
         self.violations: list[str] = []
+        self.proves = request.number % 4 != 3
+        self._hurries = HURRIES if self.proves and request.number % 4 < 2 else 0
         self._process = process
         self._network = network
         self._routers = routers
@@ -47,7 +64,11 @@ class SimClient:
         self._timer = self._process.call_later(request.timeout_s + PATIENCE_S, self._give_up)
         if request.leaves:
             self._process.call_later(request.leaves_after_s, self._leave)
-        ask = Ask(
+        self._ask(f"r{request.router}", self._request())
+
+    def _request(self) -> Ask:
+        request = self.request
+        return Ask(
             request.request_id,
             "",
             request.prompt,
@@ -55,7 +76,6 @@ class SimClient:
             request.timeout_s,
             request.pin,
         )
-        self._ask(f"r{request.router}", ask)
 
     def _ask(self, router: str, question: Ask | ComeBack) -> None:
         self.routers_asked.append(router)
@@ -63,11 +83,17 @@ class SimClient:
 
     # ---- what a connection says ----------------------------------------------------------------
 
-    def heard(self, said: Said) -> None:
+    def heard(self, said: Said, is_text_there: bool) -> None:
+        """``is_text_there``: the connection has brought text before."""
         if self.state != "reading":
             self.violations.append(f"{said} after the end")
+        elif said.code == "stream_unknown" and self.proves:
+            self.violations.append("computed again, its answer begins otherwise")
+            self._over("lost")
         elif said.code == "stream_unknown" or (said.code == "taken_over" and self.resumed):
             self._come_back_later()  # its own question to another router may have come late
+        elif said.code and said.retryable and self.resumed and self.proves and not is_text_there:
+            self._come_back_later()
         elif said.code:
             self.code = said.code
             self._over("error")
@@ -87,6 +113,10 @@ class SimClient:
             return
         if self.cut_at is None:
             self.cut_at = self._process.sim.now
+            if self.proves:
+                cancel(self._timer)
+                wait_s = COMING_BACK_S + self.request.timeout_s + PATIENCE_S
+                self._timer = self._process.call_later(wait_s, self._give_up)
         if self.upto == 0:  # it knows no id to come back with
             self._over("lost")
         else:
@@ -95,7 +125,7 @@ class SimClient:
     def _come_back_later(self) -> None:
         now = self._process.sim.now
         assert self.cut_at is not None
-        if now - self.cut_at > KEEP_S:
+        if now - self.cut_at > (COMING_BACK_S if self.proves else KEEP_S):
             self._over("lost")
         else:
             self._reader = None
@@ -107,8 +137,18 @@ class SimClient:
         self.resumed += 1
         request = self.request
         number = (request.router + self.resumed + request.number) % self._routers
-        question = ComeBack(request.request_id, "", self.upto, request.timeout_s)
-        self._ask(f"r{number}", question)
+        proof = TextProof().after(self.text) if self.proves else None
+        event = EventId(request.request_id, self.upto, proof)
+        self._ask(f"r{number}", ComeBack(self._request(), event))
+        if self._hurries:
+            patience_s = self._process.sim.rng.uniform(*IMPATIENT_S)
+            self._process.call_later(patience_s, self._lose_patience, self._reader)
+
+    def _lose_patience(self, reader: _Reader) -> None:
+        if self.state == "reading" and self._reader is reader and not reader.has_text:
+            self._hurries -= 1
+            reader.abandon(quietly=self._hurries % 2 == 0)
+            self._come_back_later()
 
     # ---- ends ----------------------------------------------------------------------------------
 
@@ -154,6 +194,7 @@ class _Reader:
         self._client: SimClient | None = client
         self._question = question
         self._end: End | None = None
+        self.has_text = False
         self._timer: Timer = process.call_later(DIAL_TIMEOUT_S, self._not_reached)
         self._dial: Dial = network.connect(process, f"{router}:1", self._connected)
 
@@ -185,7 +226,8 @@ class _Reader:
             client = self._client
             if message.code or message.reason:
                 self._client = None
-            client.heard(message)
+            client.heard(message, self.has_text)
+            self.has_text |= bool(message.text)
 
     def on_lost(self) -> None:
         client, self._client = self._client, None

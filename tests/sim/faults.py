@@ -98,6 +98,12 @@ def start(world: World, fault: Fault) -> None:
         case "kill_router":
             world.kill_router(a)
             sim.at(end, None, world.start_router, a)
+        case "kill_all":
+            world.kill_router(a)
+            sim.at(end, None, world.start_router, a)
+            for name in world.nodes:
+                world.kill_node(name)
+                sim.at(end, None, world.start_node, name)
         case "freeze_agent":
             _freeze(world, [world.nodes[a].process], end)
         case "freeze_engine" | "hang_engine":

@@ -98,8 +98,10 @@ def _answer(world: World, client: SimClient) -> list[str]:
 
 
 def _may_be_lost(world: World, client: SimClient) -> bool:
-    """It had no event yet to come back with, or the router that sent its answer was killed, and
-    then it is up to the nodes, which may be out of reach."""
+    """It had no event yet to come back with; or none with a proof, and the router that sent its
+    answer was killed: then it is up to the nodes, which may be out of reach."""
+    if client.proves:
+        return client.upto == 0
     return client.upto == 0 or bool(world.killed_routers & set(client.routers_asked))
 
 

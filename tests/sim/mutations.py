@@ -24,6 +24,8 @@ from pop_node.legs import events as lev
 from pop_node.legs.leg import Leg
 from pop_node.lifecycle import NodeLifecycle
 from registry.watch import Watch
+from router.api.event_id import TextProof
+from router.http.again import UnheardSink
 from router.request import attempt as attempts
 from router.request.events import SendSubmit
 from router.request.machine import RequestMachine
@@ -256,4 +258,29 @@ def _blocks_are_told_before_they_are_bound() -> Iterator[None]:
         return wrong
 
     with patch.object(Scheduler, "schedule", wrong_order(Scheduler.schedule)):
+        yield
+
+
+@_mutation
+def _what_was_read_comes_again() -> Iterator[None]:
+    """An answer that is computed again is sent from its beginning."""
+
+    def wrong(self: Any, escaped: bytes, upto: int) -> None:
+        self._sink.text(escaped, upto)
+
+    with patch.object(UnheardSink, "text", wrong):
+        yield
+
+
+@_mutation
+def _who_joins_hears_too_much() -> Iterator[None]:
+    """Who comes back while an answer is computed again is sent all that comes from then on."""
+    right = UnheardSink.__init__
+
+    def wrong(self: Any, *args: Any) -> None:
+        right(self, *args)
+        if self._so_far != TextProof():
+            self._state = "heard"
+
+    with patch.object(UnheardSink, "__init__", wrong):
         yield

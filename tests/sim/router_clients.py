@@ -1,7 +1,7 @@
 """How a simulated router serves clients; stands in for ``router.http``'s.
 
-``router.request.exchange`` and ``router.http.resume`` are the real ones: only the questions to
-nodes, which the latter awaits, are asked over simulated links.
+``router.request.exchange``, ``router.http.resume`` and ``again`` are the real ones: only the
+questions to nodes, which the second awaits, are asked over simulated links.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from router.api.event_id import EventId
+from router.http.again import UnheardSink, can_be_computed
 from router.http.resume import Resumer, Sender, first_asked, fullest
 from router.request.events import RequestSpec
 from router.request.exchange import Exchange
@@ -21,8 +22,9 @@ from tests.sim.clock import Process
 from tests.sim.links import End
 from tests.sim.node_shell import MODEL
 from topology.model import Topology
-from wire.errors import MeshError
+from wire.errors import MeshError, RequestError
 from wire.messages import Attach, Attached, Sampling, TokensInput
+from wire.prefix import canonical_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class ComeBack:
-    """What a client sends that lost its connection after an event."""
+    """What a client sends that lost its connection after an event: its request again, and which
+    event that was."""
 
-    request_id: str
-    tenant: str
-    upto: int
-    timeout_s: float
+    ask: Ask
+    event: EventId
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Said:
     reason: str = ""
     completion_tokens: int = 0
     code: str = ""
+    retryable: bool = False
 
 
 class _Answers:
@@ -121,8 +123,7 @@ class ClientEnd:
         if isinstance(message, Ask):
             self._begin(message)
         else:
-            event = EventId(message.request_id, message.upto)
-            self._search(self._router.resumer.find(message.tenant, event), message)
+            self._search(self._router.resumer.find(message.ask.tenant, message.event), message)
 
     def on_lost(self) -> None:
         self._lost = True
@@ -130,35 +131,43 @@ class ClientEnd:
 
     # ---- beginning -----------------------------------------------------------------------------
 
-    def _exchange(self, spec: RequestSpec, max_tokens: int | None) -> tuple[Exchange, Resumable]:
-        router, sink = self._router, self
-        work, chain, prompt_bytes = router.dispatch.measure(
-            MODEL, spec.tenant, spec.input, max_tokens
-        )
-        position = router.topology.sites[router.site].position
-        self._routing = RouteRequest(work, position)
+    def _exchange(
+        self, spec: RequestSpec, answer: Resumable, read: EventId | None
+    ) -> tuple[Exchange, RequestRecord]:
+        """``read``: the text before this event is to be kept from the client, who has read it."""
+        router, sink = self._router, self._as_sink()
+        if read is not None and read.proof is not None and answer.is_behind(read):
+            sink = UnheardSink(sink, answer, read.proof, router.dispatch.metrics.resumed)
         record = RequestRecord(spec.request_id, MODEL, spec.tenant, "sim")
         router.records.append(record)
-        spec = replace(spec, chain=chain)
+        prompt_bytes = len(canonical_bytes(spec.input))
         args = (router.dispatch, spec, record, self._routing, prompt_bytes, sink)
-        self._record = record
-        return Exchange(*args), Resumable(spec, 0, prompt_bytes)
+        return Exchange(*args), record
 
-    def _begin(self, ask: Ask) -> None:
-        """``ModelApi._stream``."""
+    def _measured(self, spec: RequestSpec) -> RequestSpec:
+        router = self._router
+        max_tokens = spec.sampling.max_tokens
+        work, chain, _ = router.dispatch.measure(MODEL, spec.tenant, spec.input, max_tokens)
+        self._routing = RouteRequest(work, router.topology.sites[router.site].position)
+        return replace(spec, chain=chain)
+
+    def _begin(self, ask: Ask, read: EventId | None = None) -> None:
+        """``ModelApi._stream``; ``read``: as its client has read its beginning."""
         router = self._router
         prompt = TokensInput(list(ask.prompt))
         deadline = router.process.time() + ask.timeout_s
-        spec = RequestSpec(ask.request_id, MODEL, ask.tenant, prompt, ask.sampling, [], deadline)
-        exchange, answer = self._exchange(spec, ask.sampling.max_tokens)
+        spec = self._measured(
+            RequestSpec(ask.request_id, MODEL, ask.tenant, prompt, ask.sampling, [], deadline)
+        )
         try:
             plan = router.dispatch.choose(replace(self._routing, pin=ask.pin))
         except MeshError as error:
-            router.records.pop()
             self.error(error)
             return
+        answer = Resumable(spec, 0, len(canonical_bytes(prompt)))
+        exchange, record = self._exchange(spec, answer, read)
         router.dispatch.retry_budget.deposit()
-        self._hold(Sender(answer, self._as_sink(), self._record, exchange))
+        self._hold(Sender(answer, self._as_sink(), record, exchange, is_known=read is not None))
         exchange.start(plan)
 
     def _search(self, find: Coroutine[Any, Any, Resumable], message: ComeBack) -> None:
@@ -167,25 +176,33 @@ class ClientEnd:
             waiting: _Answers = find.send(None)
         except StopIteration as done:
             self._resume(done.value, message)
+        except RequestError as error:
+            if not can_be_computed(error, message.event):
+                self.error(error)
+            elif not self._lost:
+                self._begin(message.ask, message.event)
         except MeshError as error:
             self.error(error)
         else:
             waiting.go_on = lambda: self._search(find, message)
 
     def _resume(self, answer: Resumable, message: ComeBack) -> None:
-        """``ModelApi._resume``."""
+        """``ModelApi._go_on``."""
         if self._lost:
             return
-        self._replay = list(answer.after(EventId(message.request_id, message.upto)))
+        ask, event = message.ask, message.event
         if answer.ended is not None:
-            record = RequestRecord(message.request_id, MODEL, message.tenant, "sim")
-            self._hold(Sender(answer, self._as_sink(), record, None))
+            self._replay = list(answer.after(event))
+            record = RequestRecord(ask.request_id, MODEL, ask.tenant, "sim")
+            self._hold(Sender(answer, self._as_sink(), record, None, is_known=True))
             self._tell_replay()
             self.finish(answer.ended.reason, answer.ended.usage)
             return
-        spec = answer.next_spec(self._router.process.time() + message.timeout_s)
-        exchange, _ = self._exchange(spec, spec.sampling.max_tokens)
-        self._hold(Sender(answer, self._as_sink(), self._record, exchange))
+        if not answer.is_behind(event):
+            self._replay = list(answer.after(event))
+        spec = self._measured(answer.next_spec(self._router.process.time() + ask.timeout_s))
+        exchange, record = self._exchange(spec, answer, event)
+        self._hold(Sender(answer, self._as_sink(), record, exchange, is_known=True))
         exchange.resume()
 
     def _as_sink(self) -> Any:
@@ -226,7 +243,7 @@ class ClientEnd:
         self._over(Said(reason=reason, completion_tokens=usage.completion_tokens))
 
     def error(self, error: MeshError) -> None:
-        self._over(Said(code=error.code))
+        self._over(Said(code=error.code, retryable=error.retryable))
 
     def taken_over(self) -> None:
         """Another connection goes on with this answer."""

@@ -21,6 +21,9 @@ WARM_UP_S = 2.0
 LONG_S = 120.0
 """A deadline that nothing should ever need: what lasts until then was stuck."""
 
+CRAWL_S = 0.05
+"""A step of an engine whose answers take half a second: clients come back in the middle."""
+
 ENCORE = 99
 """Its number."""
 
@@ -117,6 +120,8 @@ def make_schedule(seed: int) -> Schedule:
     prefills = [node.name for node in nodes if "prefill" in node.roles]
     count = rng.choice((0, 1, 1, 1, 2, 2, 3, 4))
     faults = tuple(_fault(rng, names, prefills, rng.choice(requests).at) for _ in range(count))
+    if any(fault.kind == "kill_all" for fault in faults):
+        nodes = tuple(replace(n, engine=replace(n.engine, step_s=CRAWL_S)) for n in nodes)
     return Schedule(
         seed,
         latency,
@@ -205,6 +210,7 @@ _KINDS = {
     "kill_agent": 16,
     "kill_engine": 12,
     "kill_router": 5,
+    "kill_all": 12,
     "freeze_agent": 6,
     "freeze_engine": 5,
     "hang_engine": 1,
@@ -246,6 +252,8 @@ def _fault(rng: random.Random, nodes: list[str], prefills: list[str], near: floa
             return Fault(at, kind, node)
         case "kill_router":
             return Fault(at, kind, router, duration_s=rng.uniform(0.1, 2.0))
+        case "kill_all":  # nodes and a router: nobody remembers what they were saying
+            return Fault(near + rng.uniform(0.1, 0.7), kind, router, duration_s=short)
         case "freeze_agent" | "freeze_engine":
             return Fault(at, kind, node, duration_s=duration)
         case "hang_engine":
