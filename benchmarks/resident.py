@@ -23,18 +23,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common.others import others_cpu_s
 from common.report import command_line, facts, save
 
-from kernels.decoder import Decoder, DecoderWeights
+from kernels.decoder import Decoder
 from kernels.meta import AttentionMeta
 from kernels.ops import Ops, native_ops
-from kernels.resident import ResidentMatrix, Weight
+from kernels.resident import ResidentMatrix
 from pop_node.engine.config import WeightForm
 from pop_node.models.llama import Llama
 from pop_node.models.registry import load
+from pop_node.models.tuning import BLOCK_TOKENS, CONTEXT, batch, matrices
 from pop_node.store.store import Store
-
-BLOCK_TOKENS = 16
-CONTEXT = 128
-"""Tokens before a decode step: attention is a few percent of it, as in a short chat."""
 
 DECODE = (1, 2, 4, 8, 16)
 PREFILL = (32, 128, 512)
@@ -70,38 +67,6 @@ def loaded(bundle: Path, ops: Ops, form: WeightForm) -> tuple[Llama, float, int]
     found.hold.close()
     took = psutil.Process().memory_full_info().uss - before
     return found.model, found.phases["bind"].wall_s, took
-
-
-def matrices(weights: DecoderWeights) -> list[Weight]:
-    """Every matrix once."""
-    found = [weights.embedding]
-    if weights.head is not weights.embedding:
-        found.append(weights.head)
-    for layer in weights.layers:
-        found += [layer.qkv, layer.output, layer.gate_up, layer.down]
-    return found
-
-
-def batch(sequences: int, queries: int, context: int) -> tuple[AttentionMeta, torch.Tensor]:
-    """``sequences`` that each compute ``queries`` tokens up to ``context``, and their last rows."""
-    blocks = -(-context // BLOCK_TOKENS)
-    tables = torch.arange(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
-    positions = torch.arange(context - queries, context)
-    slots = positions + torch.arange(sequences)[:, None] * blocks * BLOCK_TOKENS
-    starts = torch.arange(0, sequences * queries + 1, queries, dtype=torch.int32)
-    meta = AttentionMeta(
-        positions=positions.repeat(sequences),
-        slots=slots.flatten(),
-        query_starts=starts,
-        context_lens=torch.full((sequences,), context, dtype=torch.int32),
-        block_tables=tables,
-        block_tokens=BLOCK_TOKENS,
-        max_query=queries,
-        max_context=context,
-        query_lens_host=[queries] * sequences,
-        context_lens_host=[context] * sequences,
-    )
-    return meta, starts[1:].long() - 1
 
 
 def compare(

@@ -25,6 +25,10 @@ PALETTE = 16
 MAX_GROUPS = 1 << 15
 """Of a row: an escape has 16 bits for its group, and is kept as a signed word."""
 
+PRODUCTS = 1
+"""Version of the layout and of the native products with it: with another one, what was measured
+before does not hold any more."""
+
 ESCAPE_SHARE = 32
 """One weight in so many may be an escape, of 4 bytes: more, and an eighth of a byte a weight of the
 half byte that the form saves would be gone. Trained matrices have one in some thousands."""

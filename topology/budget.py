@@ -34,7 +34,8 @@ class ModelSize:
     resident_bytes: int | None = None
 
     def weights_on(self, node: Node) -> int:
-        """What the weights take of the memory of ``node``."""
+        """What the weights take of the memory of ``node``; where it chooses their form itself, at
+        most so much: no form takes more than the plain one."""
         if node.weights == "resident" and self.resident_bytes is not None:
             return self.resident_bytes
         return self.weights_bytes

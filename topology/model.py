@@ -14,7 +14,7 @@ Role = Literal["prefill", "decode"]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["bfloat16", "float32"]
 Backend = Literal["auto", "reference", "native", "triton"]
-WeightForm = Literal["plain", "resident"]
+WeightForm = Literal["plain", "resident", "auto"]
 
 TRUSTED_BY_DEFAULT = ("127.0.0.0/8", "::1/128")
 

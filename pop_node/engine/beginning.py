@@ -8,9 +8,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pop_node.kv_stream.staging import Staging
 from pop_node.store.host_arena import HostArena
 from pop_node.store.reading import READING_THREADS, PlacedBundle, ReadBundle, is_bundle, read_bundle
 from pop_node.store.spare_memory import SpareMemory
+from pop_node.store.weight_choice import Shape
 from wire.errors import PeerError
 
 CUDA_DRIVER = Path("/dev/nvidiactl")
@@ -33,9 +34,11 @@ class SetUp:
     """``bundle()`` waits for the model's bytes, None if it is still to be read: a plain directory,
     or a model that goes to an accelerator, which torch has to find first; raises ``ConfigError``.
     ``placed()`` waits until it is known where they are read to, None if there is no such place.
-    ``came_at`` is a moment of the monotonic clock."""
+    ``config`` says which form its weights take, and ``plain`` which shapes of matrices stay as they
+    are in any. ``came_at`` is a moment of the monotonic clock."""
 
     config: EngineConfig
+    plain: Collection[Shape]
     staging: Staging
     came_at: float
     placed: Callable[[], PlacedBundle | None]
@@ -73,6 +76,7 @@ class Beginning:
         config, layout, fd = receive_setup(sock)
         came_at = time.monotonic()
         port.start()
+        config, plain = _settled(config)
         is_reading = threading.Event()
         placed: Future[PlacedBundle | None] = Future()
 
@@ -82,17 +86,29 @@ class Beginning:
             self._pool.shutdown(wait=False)
 
         reading: Future[ReadBundle | None] = self._pool.submit(
-            _read, config, self._spare, is_reading, self._pool, placed.set_result
+            _read, config, plain, self._spare, is_reading, self._pool, placed.set_result
         )
         reading.add_done_callback(over)
         with clock.phase("setup"):
             staging = Staging.attach(fd, layout)
         is_reading.wait()  # what the main thread does next would keep the reads from beginning
-        return SetUp(config, staging, came_at, placed.result, reading.result)
+        return SetUp(config, plain, staging, came_at, placed.result, reading.result)
+
+
+def _settled(config: EngineConfig) -> tuple[EngineConfig, Collection[Shape]]:
+    """``config`` with a form of weights, where it leaves that open, and shapes that stay plain."""
+    if config.weights != "auto":
+        return config, ()
+    if goes_to_device(config.backend):
+        return replace(config, weights="plain"), ()
+    from pop_node.engine.weight_form import settle  # only here: a cold start counts every import
+
+    return settle(config)
 
 
 def _read(
     config: EngineConfig,
+    plain: Collection[Shape],
     spare: SpareMemory | None,
     is_reading: threading.Event,
     pool: Executor,
@@ -107,7 +123,7 @@ def _read(
 
             packer = packer_for(config.weights, config.dtype)
             if packer is not None:
-                return read_resident(config.model_dir, packer, is_reading.set, pool, spare)
+                return read_resident(config.model_dir, packer, is_reading.set, pool, spare, plain)
         arena = partial(HostArena, spare=spare)
         return read_bundle(config.model_dir, arena, is_reading.set, pool, on_placed)
     finally:

@@ -72,7 +72,8 @@ def build(
     read = set_up.bundle()
     began = time.monotonic()
     # Held as long as the process lives.
-    loaded = load(config.model_dir, config.dtype, ops, read, config.weights, bound)
+    assert config.weights != "auto", "settled while the set-up was taken"
+    loaded = load(config.model_dir, config.dtype, ops, read, config.weights, bound, set_up.plain)
     loaded_at = time.monotonic()
     if read is None:
         clock.add("load", began, loaded_at)

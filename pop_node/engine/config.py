@@ -16,6 +16,8 @@ Backend = Literal["auto", "reference", "native", "triton"]
 
 WeightForm = Literal["plain", "resident"]
 
+WeightChoice = Literal["plain", "resident", "auto"]
+
 DEFAULT_BLOCK_TOKENS = 16
 """Guess between waste at the end of a sequence (half a block) and the length of block tables."""
 
@@ -60,8 +62,8 @@ class EngineConfig:
     ``batch_invariant``: the logits of a token are bitwise the same alone, in any batch, after a
     prefix hit, by prefill in any chunks or by decode, among engines of one backend, instruction set
     and dtype (on Triton, of one form of the weights too). ``weights``: how matrices lie in memory,
-    as they are or in 12 bits a weight, bit for bit the same (``kernels.resident``). Raises
-    ``ConfigError`` for impossible values.
+    as they are or in 12 bits a weight, bit for bit the same (``kernels.resident``), or whichever is
+    faster (``weight_form``). Raises ``ConfigError`` for impossible values.
     """
 
     model_dir: Path
@@ -75,7 +77,7 @@ class EngineConfig:
     max_sequences: int = DEFAULT_MAX_SEQUENCES
     max_waiting: int = DEFAULT_MAX_WAITING
     batch_invariant: bool = False
-    weights: WeightForm = "plain"
+    weights: WeightChoice = "plain"
 
     def __post_init__(self) -> None:
         for name in ("threads", "block_tokens", "token_budget", "max_sequences", "max_waiting"):

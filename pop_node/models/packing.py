@@ -8,7 +8,7 @@ the model as it was read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from kernels.ops import Ops
 from kernels.resident import ResidentMatrix, Weight
 from pop_node.store.host_memory import HUGE_PAGE_BYTES, aligned_memory, forget
+from pop_node.store.weight_choice import Shape
 from wire.errors import ConfigError
 
 PIECE_BYTES = 32 * HUGE_PAGE_BYTES
@@ -35,8 +36,9 @@ def as_it_is(weight: torch.Tensor) -> Weight:
 class Packer:
     """Packs one matrix after the other."""
 
-    def __init__(self, ops: Ops, *, release: bool) -> None:
-        """``release``: what was packed is given back; nobody else may read it then.
+    def __init__(self, ops: Ops, *, release: bool, plain: Collection[Shape] = ()) -> None:
+        """``release``: what was packed is given back; nobody else may read it then. Matrices of
+        ``plain`` shapes stay as they are.
 
         Raises:
             ConfigError: ``ops`` cannot multiply with the form.
@@ -48,11 +50,14 @@ class Packer:
             )
         self._pack = ops.pack
         self._release = release
+        self._plain = plain
         self._device = ops.device
         self._piece = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, weight: torch.Tensor) -> Weight:
         """``weight`` in the form, or as it is where that would not be smaller."""
+        if tuple(weight.shape) in self._plain:
+            return weight
         room = self._piece
         packed = self._pack(weight, self._allocate)
         if isinstance(packed, torch.Tensor):

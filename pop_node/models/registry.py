@@ -7,6 +7,7 @@ are refused.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +42,7 @@ from pop_node.store.manifest import Manifest
 from pop_node.store.reading import MakeArena, ReadBundle, is_bundle, read_bundle, read_share
 from pop_node.store.resident_reading import packer_for, read_resident
 from pop_node.store.unit_plan import plan_units
+from pop_node.store.weight_choice import Shape
 from wire.errors import ConfigError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -103,11 +105,12 @@ def load(
     read: ReadBundle | None = None,
     form: WeightForm = "plain",
     bound: Bound | None = None,
+    plain: Collection[Shape] = (),
 ) -> Loaded:
     """Load the bundle in ``directory``, or a plain Hugging Face directory: ``config.json`` and
     safetensors, sharded or not. ``read``: the bundle, if it was read already.
     ``form``: of its matrices in memory. ``bound``: what was bound while it was read, used if it
-    was read to there.
+    was read to there. ``plain``: shapes of matrices that stay as they are in any form.
 
     Of a bundle every byte is verified before it is used. Its tensors are views of one allocation,
     and it stays held. One that is still arriving is loaded meanwhile, wherever it goes.
@@ -117,12 +120,12 @@ def load(
             compute with ``form``.
     """
     whole = read is not None or is_bundle(directory)
-    pack = Packer(ops, release=whole) if form == "resident" else as_it_is
+    pack = Packer(ops, release=whole, plain=plain) if form == "resident" else as_it_is
     if not whole:
         config = _read_json(directory / CONFIG_FILE)
         return Loaded(build_model(config, read_weights(directory), dtype, ops, pack))
     if read is None:
-        read = _read(directory, dtype, ops, form)
+        read = _read(directory, dtype, ops, form, plain)
     try:
         if bound is None or bound.placed.memory is not read.memory:
             began = time.monotonic()
@@ -139,9 +142,15 @@ def load(
     return Loaded(model, {**read.report.phases, "bind": bind}, read.hold)
 
 
-def load_model(directory: Path, dtype: str, ops: Ops, form: WeightForm = "plain") -> Model:
+def load_model(
+    directory: Path,
+    dtype: str,
+    ops: Ops,
+    form: WeightForm = "plain",
+    plain: Collection[Shape] = (),
+) -> Model:
     """The model of ``load``, not held: for one who knows that its files stay. Raises as it does."""
-    loaded = load(directory, dtype, ops, form=form)
+    loaded = load(directory, dtype, ops, form=form, plain=plain)
     if loaded.hold is not None:
         loaded.hold.close()
     return loaded.model
@@ -161,12 +170,15 @@ def load_weights(
     return views(plan, tensor_of(memory)), report
 
 
-def _read(directory: Path, dtype: str, ops: Ops, form: WeightForm) -> ReadBundle:
-    """The bundle, where a model in ``form`` is made of it."""
+def _read(
+    directory: Path, dtype: str, ops: Ops, form: WeightForm, plain: Collection[Shape]
+) -> ReadBundle:
+    """The bundle, where a model in ``form`` is made of it; nothing was measured on a device, so
+    there no shape is ``plain``."""
     if ops.device.type == "cpu":
         packer = packer_for(form, dtype)
         if packer is not None:
-            return read_resident(directory, packer)
+            return read_resident(directory, packer, plain=plain)
     elif form == "resident" and dtype == "bfloat16" and ops.pack is not None:
         arena = partial(CudaResidentArena, device=ops.device, pack=ops.pack)
         return read_bundle(directory, arena, plan=plan_units)

@@ -11,7 +11,7 @@ What is no matrix, and one whose stripes do not end with a group, is placed as i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from kernels.resident_layout import (
 from pop_node.store.layout import TensorEntry, aligned, share_of
 from pop_node.store.load_plan import LoadPlan, plan_part
 from pop_node.store.manifest import Manifest
+from pop_node.store.weight_choice import Shape
 
 WEIGHT_BYTES = 2
 
@@ -97,9 +98,9 @@ class ResidentPlan(LoadPlan):
     pieces: dict[int, tuple[Piece, ...]]
 
 
-def plan_resident(manifest: Manifest) -> ResidentPlan:
-    """The plan for a whole model."""
-    matrices, rest = _split(manifest)
+def plan_resident(manifest: Manifest, plain: Collection[Shape] = ()) -> ResidentPlan:
+    """The plan for a whole model; matrices of ``plain`` shapes are placed as they are."""
+    matrices, rest = _split(manifest, plain)
     pieces = _pieces(manifest, matrices)
     placed = plan_part(manifest, rest, also=pieces)
     return ResidentPlan(
@@ -114,14 +115,16 @@ def plan_resident(manifest: Manifest) -> ResidentPlan:
 
 def weights_bytes(manifest: Manifest) -> int:
     """What the weights of a model take of memory by its plan. Their escapes come on top."""
-    matrices, rest = _split(manifest)
+    matrices, rest = _split(manifest, ())
     plain = 0
     for _, unit in groupby(rest, key=lambda entry: entry.unit):
         plain += aligned(sum(entry.nbytes for entry in unit))
     return _tiles_bytes(matrices) + plain
 
 
-def _split(manifest: Manifest) -> tuple[list[MatrixPlan], list[TensorEntry]]:
+def _split(
+    manifest: Manifest, plain: Collection[Shape]
+) -> tuple[list[MatrixPlan], list[TensorEntry]]:
     """Matrices of the form, and what stays as it is."""
     matrices: list[MatrixPlan] = []
     rest: list[TensorEntry] = []
@@ -129,7 +132,7 @@ def _split(manifest: Manifest) -> tuple[list[MatrixPlan], list[TensorEntry]]:
     for _, entries in groupby(manifest.tensors, key=lambda entry: entry.unit):
         unit = list(entries)
         matrix = _matrix(unit, manifest.stripes, target)
-        if matrix is None:
+        if matrix is None or (matrix.rows, matrix.columns) in plain:
             rest += unit
             continue
         matrices.append(matrix)

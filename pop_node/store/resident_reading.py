@@ -6,9 +6,10 @@ read again, as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from kernels.native.build import NativeUnavailableError, ensure_library
@@ -21,6 +22,7 @@ from pop_node.store.reading import READING_THREADS, ReadBundle, read_bundle
 from pop_node.store.resident_arena import ResidentArena, ResidentMemory
 from pop_node.store.resident_plan import ResidentPlan, plan_resident
 from pop_node.store.spare_memory import SpareMemory
+from pop_node.store.weight_choice import Shape
 
 
 def packer_for(form: str, dtype: str) -> PartPacker | None:
@@ -42,15 +44,19 @@ def read_resident(
     on_reading: Callable[[], None] = lambda: None,
     pool: Executor | None = None,
     spare: SpareMemory | None = None,
+    plain: Collection[Shape] = (),
 ) -> ReadBundle:
-    """``read_bundle`` with a ``ResidentMemory`` without misfits; raises as it does."""
+    """``read_bundle`` with a ``ResidentMemory`` without misfits; raises as it does. Matrices of
+    ``plain`` shapes stay as they are."""
 
     def arena(plan: LoadPlan, lanes: int, chunk_bytes: int) -> ResidentArena:
         assert isinstance(plan, ResidentPlan)
         return ResidentArena(plan, lanes, chunk_bytes, packer, spare)
 
     with threads_of(pool, READING_THREADS) as threads:
-        read = read_bundle(directory, arena, on_reading, threads, plan=plan_resident)
+        read = read_bundle(
+            directory, arena, on_reading, threads, plan=partial(plan_resident, plain=plain)
+        )
         try:
             return replace(read, memory=_with_misfits(read, read.memory, threads))
         except BaseException:

@@ -1,6 +1,7 @@
 """The model store of a node: named, immutable bundles under one directory.
 
-    ROOT/bundles/DIGEST/     a bundle: manifest, data file, configuration, tokenizer
+    ROOT/bundles/DIGEST/     a bundle: manifest, data file, configuration, tokenizer; and what
+                             was measured of it here (``weight_tables``)
     ROOT/names/NAME.json     which bundle a name means, what it was added from, whether it is pinned
     ROOT/locks/              one lock per name being added, and one for changes of names and bundles
     ROOT/partial/DIGEST/     a bundle being fetched, kept until it is complete or collected
@@ -37,6 +38,7 @@ from pop_node.store.partial import Partial
 from pop_node.store.pypi import PREFIX
 from pop_node.store.source import Progress, unwatched
 from pop_node.store.sweeping import collected, sweep
+from pop_node.store.weight_tables import WeightTable, write_table
 from wire.errors import ConfigError
 
 __all__ = ["Bundle", "Collected", "Row", "Store"]
@@ -286,6 +288,16 @@ class Store:
         with self._writing(), workspace(self._tmp, self._guard) as work, locked(self._guard):
             entry = msgspec.structs.replace(self._names.need(name), pinned=pinned)
             self._names.write(name, entry, work)
+
+    def keep_table(self, name: str, table: WeightTable) -> None:
+        """Keep what was measured of a model beside its bundle; it goes with the bundle.
+
+        Raises ``ConfigError`` if there is no such name or the store is read-only.
+        """
+        check_name(name)
+        self._names.need(name)
+        with self._writing(), workspace(self._tmp, self._guard) as work, locked(self._guard):
+            write_table(self._bundles / self._names.need(name).bundle, table, work)
 
     def remove(self, name: str) -> None:
         """Forget a name, and its bundle unless another name means it too.

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-COUNTED = frozenset({"processes", "nodes", "probes"})
+COUNTED = frozenset({"processes", "nodes", "probes", "tune"})
 """Phases that count things; the others report bytes."""
 
 WORDS = {
@@ -32,6 +32,7 @@ WORDS = {
     "resume": "Checking what has arrived before",
     "fetch": "Fetching the bundle",
     "verify": "Checking every byte",
+    "tune": "Timing its steps",
     "processes": "Starting processes",
     "nodes": "Loading the model at every node",
     "probes": "Producing a token through every node",

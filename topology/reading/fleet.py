@@ -26,7 +26,7 @@ from topology.reading.yaml_nodes import Entry, shorten
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "triton")
-WEIGHT_FORMS: tuple[WeightForm, ...] = ("plain", "resident")
+WEIGHT_FORMS: tuple[WeightForm, ...] = ("plain", "resident", "auto")
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 
 MAX_THREADS = 4096  # guess: more cores than any host has

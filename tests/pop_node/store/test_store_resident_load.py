@@ -247,3 +247,24 @@ def test_seams_are_whole_tiles_around_every_cut(
     for boundary in range(chunk_bytes - at % chunk_bytes, matrix.panel_bytes, chunk_bytes):
         inside = any(seam.begin < boundary < seam.end for seam in found)
         assert inside or boundary % matrix.tile_bytes == 0
+
+
+@pytest.mark.parametrize("plain", [{(HIDDEN, HIDDEN)}, {(2 * 512, HIDDEN), (HIDDEN, 512)}])
+@pytest.mark.parametrize("chunk_bytes", [36864, 1 << 22])
+def test_shapes_that_stay_plain_are_placed_as_they_are(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk_bytes: int,
+    plain: set[tuple[int, int]],
+) -> None:
+    monkeypatch.setattr(layout, "CHUNK_BYTES", chunk_bytes)
+    values = weights(512)
+    bundle = make(tmp_path, values, 512, packed=True)
+    packer = packer_for("resident", "bfloat16")
+    assert packer is not None
+    found = read_resident(bundle.path, packer, plain=plain)
+    found.hold.close()
+    check(found.memory, values)
+    shapes = {matrix.shape for matrix in found.memory.matrices}
+    assert shapes
+    assert not shapes & plain
