@@ -27,7 +27,7 @@ def write_status(path: Path, state: str, mesh_address: str, residents: Residents
                 "rank": 0,
                 "pid": residents.standing.engine_pid(name),
                 "last_words": residents.hosts[name].last_words if name in residents.hosts else "",
-                "problem": state.why_failed,
+                "problem": state.problem,
                 "ready": residents.standing.serves(name),
                 "warmth": residents.standing.warmth(name),
                 "memory_bytes": state.memory_bytes,

@@ -45,7 +45,7 @@ MAX_LEGS = 1024
 """
 
 MAX_LAST_WORDS = 500
-"""Characters of what an engine said before it ended, for routers and people: an error, a path and
+"""Characters of what an engine said before it ended, for people and drills: an error, a path and
 what to do. Routers pass on so much of a refused drill."""
 
 TAKEN_OVER = PeerError(

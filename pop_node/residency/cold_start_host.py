@@ -76,7 +76,7 @@ class ResidentColdStarts:
         state = residents.standing.state(model)
         await residents.until(lambda: state.memory == "warm" or state.failures > 0)
         if state.memory != "warm":
-            raise PeerError(state.why_failed, code="drill_failed")
+            raise PeerError(state.problem, code="drill_failed")
         fetched_s = sum(end_s for _, _, end_s, _ in fetched)  # the process was started then
         phases = residents.hosts[model].phases
         later = [(name, a + fetched_s, b + fetched_s, size) for name, a, b, size in phases]

@@ -98,7 +98,7 @@ class Ready:
 @dataclass(frozen=True, slots=True)
 class Exited:
     """Its engine ended without being told to, or did not come up; it is started again. ``why``: its
-    last words, if it said any."""
+    last words, if it said any, which no client is told."""
 
     model: str
     why: str = ""

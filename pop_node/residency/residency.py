@@ -77,9 +77,12 @@ class Residency:
         return by_precedence(list(self._models), pinned)
 
     def why_refused(self, model: str, now: float) -> str:
-        """Why the model would be refused if it were wanted now; empty when it would not be."""
-        refusal = self.refusal(model, now)
-        return "" if refusal is None else refusal.why
+        """Why the model would be refused if it were wanted now, for who looks after nodes; empty
+        when it would not be."""
+        refusal, state = self.refusal(model, now), self._models[model]
+        if refusal is None:
+            return ""
+        return state.problem if refusal.why == state.why_failed else refusal.why
 
     def refusal(self, model: str, now: float) -> ev.Refuse | None:
         """What ``Wanted`` would be told now; None when the model can come, or is here."""
@@ -183,7 +186,8 @@ class Residency:
         if model.memory != "loading":
             return []
         model.memory, model.since, model.used_at = "warm", now, now
-        model.last_load_s, model.failures, model.why_failed = took_s, 0, ""
+        model.last_load_s, model.failures = took_s, 0
+        model.why_failed = model.engine_said = ""
         model.wanted_until = -math.inf
         if model.load_bytes and took_s > 0:
             self._places.load_bytes_per_s = model.load_bytes / took_s
@@ -197,7 +201,7 @@ class Residency:
             return []
         model.since = now
         model.failures += 1
-        model.why_failed = f"the engine of {model.name} does not come up{why and f': {why}'}"
+        model.why_failed, model.engine_said = f"the engine of {model.name} does not come up", why
         effects = self._refuse_waiting(model, model.why_failed, RETRY_FIRST_S)
         if model.failures >= MAX_FAILURES and not model.pinned:
             model.retry_at = now + backoff_s(model.failures - MAX_FAILURES)
@@ -218,7 +222,8 @@ class Residency:
     def _fetched(self, event: ev.Fetched, now: float) -> list[ev.Effect]:
         model = self._models[event.model]
         model.disk, model.arriving = "here", False
-        model.failures, model.why_failed, model.retry_at = 0, "", -math.inf
+        model.failures, model.retry_at = 0, -math.inf
+        model.why_failed = model.engine_said = ""
         model.memory_bytes, model.load_bytes = event.memory_bytes, event.load_bytes
         effects: list[ev.Effect] = []
         if self._is_started and not model.is_committed:
@@ -243,7 +248,7 @@ class Residency:
     def _fetch_failed(self, model: ModelState, why: str, now: float) -> list[ev.Effect]:
         model.failures += 1
         wait_s = backoff_s(model.failures - 1)
-        model.retry_at, model.why_failed = now + wait_s, why
+        model.retry_at, model.why_failed, model.engine_said = now + wait_s, why, ""
         effects = self._refuse_waiting(model, why, wait_s)
         return [*effects, *self._comes_no_more(model), *self._fetches.begin(now)]
 

@@ -26,7 +26,9 @@ class ModelState:
 
     ``memory_bytes`` and ``load_bytes`` are 0 until the model has been on the disk. ``again``: it is
     wanted back before it has left. ``barred``: a drill has it. ``arriving``: an engine can begin
-    with what is here. ``retry_at``: when what failed is tried again, or may be.
+    with what is here. ``retry_at``: when what failed is tried again, or may be. ``why_failed`` is
+    for everybody, clients too; ``engine_said``, if an engine failed, for who looks after nodes: it
+    may name what is on a disk.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ModelState:
     failures: int = 0
     retry_at: float = -math.inf
     why_failed: str = ""
+    engine_said: str = ""
     last_load_s: float = 0.0
     left_bytes: int = 0
     fetch_bytes_per_s: float = 0.0
@@ -72,9 +75,14 @@ class ModelState:
         return self.wanted_until > -math.inf
 
     @property
+    def problem(self) -> str:
+        """All that is known of what failed."""
+        return f"{self.why_failed}: {self.engine_said}" if self.engine_said else self.why_failed
+
+    @property
     def why_not_up(self) -> str:
         """Why its engine did not come up; empty when it did, or was not tried yet."""
-        return self.why_failed if self.memory == "loading" and self.failures else ""
+        return self.problem if self.memory == "loading" and self.failures else ""
 
     def may_leave(self, now: float) -> bool:
         """Nobody uses it, nobody was promised it."""

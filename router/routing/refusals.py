@@ -61,9 +61,15 @@ def no_route(
     ``waits`` in seconds says when to come back."""
     roles = " and ".join(role for role, out in missing.items() if out)
     problem = f"no node for {roles}" if roles else "no two nodes that can hand over to each other"
-    excuses = "; ".join(f"{name}: {why}" for name, why in rejected[:MAX_EXCUSES])
+    excuses = "; ".join(f"{name}: {_for_clients(why)}" for name, why in rejected[:MAX_EXCUSES])
     return OverloadError(
         f"{model}: {problem} at the moment" + (f" ({excuses})" if excuses else ""),
         code="no_route",
         retry_after_s=min(waits, default=1.0),
     )
+
+
+def _for_clients(why: str) -> str:
+    """What we say of a node and the node of itself, without what its engine said, behind a second
+    colon: that may name what is on its disk."""
+    return ": ".join(why.split(": ")[:2])

@@ -179,6 +179,17 @@ def test_a_node_that_cannot_load_it_is_out_and_says_why() -> None:
     assert caught.value.retry_after_s == REFUSED_S
 
 
+def test_what_an_engine_said_is_for_operators_and_not_for_clients() -> None:
+    why = "cannot load it: the engine of small does not come up"
+    broken = cold(warm_refused=f"{why[16:]}: OSError: no such file: /srv/chunk-3")
+    plan = pick(all_cold(fra_1=broken), request())
+    assert ("fra-1", f"{why}: OSError: no such file: /srv/chunk-3") in plan.rejected
+    everywhere = dict.fromkeys(("fra_1", "lhr_1", "iad_1", "syd_1"), broken)
+    with pytest.raises(OverloadError, match=f"fra-1: {why}; ") as caught:
+        pick(view_of(FOUR, **everywhere), request())
+    assert "/srv" not in caught.value.message
+
+
 def test_residency_holds_for_loads() -> None:
     topology = replace(FOUR, models={MODEL: Model(MODEL, regions=frozenset({"ap"}))})
     view = view_of(topology, **{name: cold() for name in ("fra_1", "lhr_1", "iad_1", "syd_1")})

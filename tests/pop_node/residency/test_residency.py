@@ -106,15 +106,16 @@ def test_an_engine_that_does_not_come_up_gives_its_place_back_unless_it_is_pinne
         assert node.why_refused("a", 3.0 + RETRY_FIRST_S) == ""
 
 
-def test_last_words_of_an_engine_are_passed_on_until_one_comes_up() -> None:
+def test_last_words_of_an_engine_are_kept_for_operators_until_one_comes_up() -> None:
     node = on_disk(4, budget=4, pinned=("a",))
     node.handle(ev.Started(), 0.0)
     assert node.state("a").why_not_up == ""
     node.handle(ev.Wanted("a", 60.0), 0.0)
-    (refusal,) = node.handle(ev.Exited("a", "chunk 3 is damaged"), 1.0)
-    why = "the engine of a does not come up: chunk 3 is damaged"
+    (refusal,) = node.handle(ev.Exited("a", "no such file: /srv/a/chunk-3"), 1.0)
+    why = "the engine of a does not come up"
     assert isinstance(refusal, ev.Refuse)
-    assert refusal.why == node.state("a").why_not_up == why
+    assert refusal.why == why  # clients read it
+    assert node.state("a").why_not_up == f"{why}: no such file: /srv/a/chunk-3"
     warm(node, 2.0, "a")
     node.handle(ev.Exited("a", "killed"), 3.0)
     assert node.state("a").why_not_up == ""  # it was up, and has not failed to come back
