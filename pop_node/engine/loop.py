@@ -21,7 +21,6 @@ from pop_node.engine.messages import (
     Release,
     Retarget,
     StageFrom,
-    StepDone,
     Stop,
     Token,
 )
@@ -192,18 +191,4 @@ class EngineLoop:
         if not tokens and load == self._told:
             return
         self._told = load
-        self._port.send(
-            StepDone(
-                tokens=tokens,
-                queued_prefill_tokens=load.queued_prefill_tokens,
-                running=load.running,
-                waiting=load.waiting,
-                free_blocks=load.free_blocks,
-                cached_blocks=load.cached_blocks,
-                prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
-                decode_step_ms=self._rates.decode_step_ms,
-                pinned=load.pinned,
-                drafted=load.drafted,
-                accepted=load.accepted,
-            )
-        )
+        self._port.send(self._rates.step_done(tokens, load))

@@ -7,6 +7,9 @@ nodes are priced alike. Pure; durations are arguments, in seconds.
 
 from __future__ import annotations
 
+from pop_node.engine.messages import StepDone
+from pop_node.engine.scheduling.schedule import Load
+
 SMOOTHING = 0.2
 """Weight of the newest step. Guess: five steps to forget a load."""
 
@@ -53,3 +56,19 @@ class StepRates:
     def decode_step_ms(self) -> float:
         """Milliseconds of a step that only decodes; 0: not measured yet."""
         return self._decode_step_s * 1000 if self._seen_decode_steps >= MIN_DECODE_STEPS else 0.0
+
+    def step_done(self, tokens: list[tuple[int, int, int, str]], load: Load) -> StepDone:
+        """What the agent is told after a step: its ``tokens``, the load after it and the rates."""
+        return StepDone(
+            tokens=tokens,
+            queued_prefill_tokens=load.queued_prefill_tokens,
+            running=load.running,
+            waiting=load.waiting,
+            free_blocks=load.free_blocks,
+            cached_blocks=load.cached_blocks,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            decode_step_ms=self.decode_step_ms,
+            pinned=load.pinned,
+            drafted=load.drafted,
+            accepted=load.accepted,
+        )

@@ -342,21 +342,7 @@ class SimEngine:
         if not tokens and load == self._told:
             return
         self._told = load
-        self._say(
-            em.StepDone(
-                tokens=tokens,
-                queued_prefill_tokens=load.queued_prefill_tokens,
-                running=load.running,
-                waiting=load.waiting,
-                free_blocks=load.free_blocks,
-                cached_blocks=load.cached_blocks,
-                prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
-                decode_step_ms=self._rates.decode_step_ms,
-                pinned=load.pinned,
-                drafted=load.drafted,
-                accepted=load.accepted,
-            )
-        )
+        self._say(self._rates.step_done(tokens, load))
 
     def at_rest(self) -> str | None:
         """What this engine still holds or disagrees on, in words; None when nothing."""
