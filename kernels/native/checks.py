@@ -22,6 +22,11 @@ def dtype_code(*tensors: Weight) -> int:
     return code
 
 
+def are_indices(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
+    """Whether C can read each of ``tensors`` as an array of ``dtype``."""
+    return all(one.dtype is dtype and one.is_contiguous() for one in tensors)
+
+
 def require(fits: bool, what: str, *tensors: torch.Tensor) -> None:
     """Raises ValueError, with the shapes of ``tensors``, unless they ``fits``."""
     if not fits:

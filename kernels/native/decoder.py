@@ -14,7 +14,7 @@ import torch
 from kernels.decoder import DecoderLayer, DecoderWeights
 from kernels.meta import AttentionMeta
 from kernels.native.binding import NativeContext
-from kernels.native.checks import dtype_code, require
+from kernels.native.checks import are_indices, dtype_code, require
 from kernels.native.resident import Matrix, Resident, matrix_of
 from kernels.resident import Weight
 
@@ -198,7 +198,10 @@ class NativeDecoder:
             len(meta.positions) == len(meta.slots) == tokens
             and len(meta.query_starts) == len(tables) + 1
             and len(meta.context_lens) == len(tables)
-            and tables.stride(1) == 1,
+            and tables.stride(1) == 1
+            and tables.dtype is torch.int32
+            and are_indices(torch.int64, ids, meta.positions, meta.slots, logit_rows)
+            and are_indices(torch.int32, meta.query_starts, meta.context_lens),
             *("decoder", ids, meta.positions, meta.slots, meta.query_starts, tables),
         )
         step = self._step

@@ -16,7 +16,7 @@ import torch
 from kernels.decoder import DecoderWeights
 from kernels.meta import AttentionMeta
 from kernels.native.binding import NativeContext
-from kernels.native.checks import dtype_code, require
+from kernels.native.checks import are_indices, dtype_code, require
 from kernels.native.decoder import NativeDecoder
 from kernels.native.resident import pack, resident_of
 from kernels.reference.sampling import min_p_limit
@@ -183,7 +183,9 @@ class NativeOps:
             and v_cache.is_contiguous()
             and cos_sin.shape[1] == width
             and cos_sin.dtype is torch.float32
-            and meta.positions.shape[0] == meta.slots.shape[0] == rows,
+            and cos_sin.is_contiguous()
+            and meta.positions.shape[0] == meta.slots.shape[0] == rows
+            and are_indices(torch.int64, meta.positions, meta.slots),
             "rope_kv_write",
             *(q, k, v, cos_sin, k_cache, v_cache),
         )
@@ -216,6 +218,8 @@ class NativeOps:
             and k_cache.is_contiguous()
             and v_cache.is_contiguous()
             and meta.block_tables.stride(1) == 1
+            and meta.block_tables.dtype is torch.int32
+            and are_indices(torch.int32, meta.query_starts, meta.context_lens)
             and meta.block_tokens == block_tokens,
             "attention",
             *(q, k_cache, v_cache),

@@ -260,6 +260,17 @@ def test_what_would_be_read_out_of_bounds_is_refused(rng: torch.Generator) -> No
         whole(step.ids, meta, (step.cache[0], step.cache[1][:1]), step.logit_rows)
     with pytest.raises(ValueError, match="do not fit"):
         whole(torch.zeros(3, dtype=torch.int64), meta, step.cache, step.logit_rows)
+    # Half as wide, or every second of a wider one: C would read on behind their end.
+    for name in ("positions", "slots", "query_starts", "context_lens", "block_tables"):
+        given = getattr(meta, name)
+        narrow = given.to(torch.int32 if given.dtype is torch.int64 else torch.int16)
+        with pytest.raises(ValueError, match="do not fit"):
+            whole(step.ids, replace(meta, **{name: narrow}), step.cache, step.logit_rows)
+    for ids in (step.ids.int(), step.ids.repeat_interleave(2)[::2]):
+        with pytest.raises(ValueError, match="do not fit"):
+            whole(ids, meta, step.cache, step.logit_rows)
+    with pytest.raises(ValueError, match="do not fit"):
+        whole(step.ids, meta, step.cache, step.logit_rows.int())
     with pytest.raises(ValueError, match="do not fit"):
         NativeDecoder(context, replace(weights, final_norm=torch.ones(1)))
     with pytest.raises(ValueError, match="dtypes"):
