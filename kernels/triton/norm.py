@@ -37,15 +37,19 @@ def norm_kernel(
     row = tl.program_id(0).to(tl.int64) * hidden
     at = tl.arange(0, BLOCK)
     held = at < hidden
-    x = tl.load(x_ptr + row + at, mask=held, other=0.0).to(tl.float32)  # [BLOCK]
+    x = tl.load(x_ptr + row + at, mask=held, other=0.0)  # [BLOCK]
     if ADD:
         residual = tl.load(residual_ptr + row + at, mask=held, other=0.0).to(tl.float32)  # [BLOCK]
+    # Asked for with the row: it would come as late again after the sum.
+    weight = tl.load(weight_ptr + at, mask=held, other=0.0)  # [BLOCK]
+    x = x.to(tl.float32)
+    if ADD:
         total = (x + residual).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row + at, total, mask=held)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / hidden + eps)
-    weight = tl.load(weight_ptr + at, mask=held, other=0.0).to(tl.float32)  # [BLOCK]
-    tl.store(out_ptr + row + at, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=held)
+    out = (x * scale * weight.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row + at, out, mask=held)
 
 
 def plan_norm(
