@@ -36,11 +36,6 @@ COPY_BYTES = 1 << 30
 PRODUCT_SIDE = 8192
 
 
-def make_flush(device: torch.device) -> torch.Tensor:
-    """What displaces the L2 cache when it is read."""
-    return torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
-
-
 def times_ms(run: Callable[[], Any], flush: torch.Tensor) -> list[float]:
     """Milliseconds of calls one by one on the device, each after ``flush`` took the L2 cache.
 
@@ -106,10 +101,22 @@ def summary(case: Case, samples_ms: list[float], ceilings: Ceilings) -> dict[str
     }
 
 
-def row_of(case: Case, ceilings: Ceilings, flush: torch.Tensor) -> dict[str, Any]:
-    """Its check and, if that is right, its times."""
-    row = check(case)
-    return row | (summary(case, times_ms(case.run, flush), ceilings) if row["right"] else {})
+class Rates:
+    """Measures cases on a device, beside its ceilings, which the report gets."""
+
+    def __init__(self, report: Report, device: torch.device) -> None:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        # What displaces the L2 cache when it is read.
+        self._flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
+        self._ceilings = measure_ceilings(device, self._flush)
+        report.note(seed=SEED, warm_calls=WARM_CALLS, ceilings=asdict(self._ceilings))
+
+    def row_of(self, case: Case) -> dict[str, Any]:
+        """Its check and, if that is right, its times."""
+        row = check(case)
+        if row["right"]:
+            row |= summary(case, times_ms(case.run, self._flush), self._ceilings)
+        return row
 
 
 def batches() -> list[Batch]:
@@ -121,22 +128,18 @@ def batches() -> list[Batch]:
 def main() -> int:
     given = arguments(__doc__)
     report = Report(__doc__, given)
-    report.note(seed=SEED, warm_calls=WARM_CALLS)
     if given.dry:
         print("nothing is timed without a GPU")
         return report.ended()
     device = torch.device("cuda", torch.cuda.current_device())
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    flush = make_flush(device)
-    ceilings = measure_ceilings(device, flush)
-    report.note(ceilings=asdict(ceilings))
+    rates = Rates(report, device)
     for model in (LLAMA3_8B, SMOLLM2_135M):
         bench = Bench(model, device, torch.bfloat16)
         for name, cases in bench.parts(batches(), [1, 4, 64, 2048]):
             for case in report.each({"model": model.name, "part": name}, cases):
                 if case.bytes:  # else a check only
                     key = {"model": model.name, "case": case.name}
-                    report.add(key, lambda case=case: row_of(case, ceilings, flush), needs_s=2.0)
+                    report.add(key, lambda case=case: rates.row_of(case), needs_s=2.0)
     return report.ended()
 
 

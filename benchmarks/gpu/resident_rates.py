@@ -13,12 +13,11 @@ Shapes: the matrices of an 8B Llama, at 1, 4, 16, 64 and 512 rows.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from kernel_case import SEED, Case, check
-from kernel_rates import make_flush, measure_ceilings, row_of
+from kernel_case import Case, check
+from kernel_rates import Rates
 from resident_cases import ResidentBench
 from running import Report, arguments
 
@@ -43,7 +42,6 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> int:
     given = arguments(__doc__)
     report = Report(__doc__, given)
-    report.note(seed=SEED)
     if given.dry:
         bench = ResidentBench(TINY, torch.device("cpu"))
         for case in report.each({"part": "resident"}, bench.cases((1, 2))):
@@ -52,13 +50,10 @@ def main() -> int:
                 report.add({"case": case.name}, lambda case=case: check(case))
         return report.ended()
     device = torch.device("cuda", torch.cuda.current_device())
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    flush = make_flush(device)
-    ceilings = measure_ceilings(device, flush)
-    report.note(ceilings=asdict(ceilings))
+    rates = Rates(report, device)
 
     def measure(case: Case) -> dict[str, Any]:
-        return row_of(case, ceilings, flush) if case.bytes else check(case)
+        return rates.row_of(case) if case.bytes else check(case)
 
     for case in report.each({"part": "resident"}, ResidentBench(LLAMA3_8B, device).cases()):
         report.add({"case": case.name}, lambda case=case: measure(case), needs_s=2.0)

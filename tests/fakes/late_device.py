@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.reference.kv_pack import kv_pack, kv_unpack
 from kernels.reference.penalties import penalize
 from kernels.reference.sampling import gumbel_sample
 from pop_node.engine.running.sampler import penalize_row
@@ -118,6 +119,16 @@ class PromptDevice(LateDevice):
 
     def lane(self) -> LateLane:
         return PromptLane()
+
+
+def reference_move(
+    cache: torch.Tensor, piece: torch.Tensor, slots: torch.Tensor, layer_lo: int, pack: bool
+) -> None:
+    """``kv_mover.Move`` by the reference."""
+    if pack:
+        piece.copy_(kv_pack(cache.unsqueeze(2), slots, layer_lo, layer_lo + len(piece)))
+    else:
+        kv_unpack(piece, cache.unsqueeze(2), slots, layer_lo)
 
 
 class HostSampler:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,66 @@ def test_the_share_is_of_the_nearer_ceiling(rates: ModuleType) -> None:
     assert row["share"] == pytest.approx(0.5)  # 1 ms of bytes, 0.01 ms of FLOPs
     compute = dataclasses.replace(case, flops=1_600_000_000_000)
     assert rates.summary(compute, [4.0], ceilings)["share"] == pytest.approx(0.5)
+
+
+class CountedEvent:
+    """Stands for a device's event: time is the number of calls that were timed."""
+
+    calls = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = CountedEvent.calls
+
+    def elapsed_time(self, end: CountedEvent) -> float:
+        return float(end.at - self.at)
+
+
+def test_right_cases_are_timed_call_by_call(
+    rates: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", CountedEvent)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name, small in (("FLUSH_BYTES", 64), ("COPY_BYTES", 64), ("PRODUCT_SIDE", 8)):
+        monkeypatch.setattr(rates, name, small)
+    noted: dict[str, Any] = {}
+    monkeypatch.setattr(rates.Ceilings, "bound_s", lambda self, nbytes, flops: 1e-3)
+    # Their own calls are not counted.
+    monkeypatch.setattr(rates, "measure_ceilings", lambda *_: rates.Ceilings(4e12, 8e14, 2e-6))
+
+    def run() -> None:
+        CountedEvent.calls += 2
+
+    x = torch.ones(3)
+    measured = rates.Rates(SimpleNamespace(note=noted.update), torch.device("cpu"))
+    assert noted["ceilings"]["copy_bytes_s"] == 4e12
+    row = measured.row_of(rates.Case("x", run, lambda: [(x, x)], 1 << 20, 0))
+    assert row["samples_ms"] == [2.0] * rates.TIMED_CALLS
+    assert (row["right"], row["share"]) == (True, pytest.approx(0.5))
+    wrong = measured.row_of(rates.Case("x", run, lambda: [(x + 1, x)], 1 << 20, 0))
+    assert "median_ms" not in wrong
+    assert CountedEvent.calls == 2 * (rates.WARM_CALLS + rates.TIMED_CALLS)
+
+
+def test_ceilings_are_of_a_copy_and_a_product(
+    rates: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "COPY_BYTES", 4000)
+    monkeypatch.setattr(rates, "PRODUCT_SIDE", 10)
+    spans = iter(([2.0], [4.0], [5.0]))
+
+    def timed(run: Callable[[], Any], flush: torch.Tensor) -> list[float]:
+        run()
+        return next(spans)
+
+    monkeypatch.setattr(rates, "times_ms", timed)
+    found = rates.measure_ceilings(torch.device("cpu"), torch.zeros(4))
+    assert found.copy_bytes_s == pytest.approx(2 * 4000 / 2e-3)
+    assert found.product_flops_s == pytest.approx(2 * 10**3 / 4e-3)
+    assert found.launch_s == pytest.approx(5e-3)
 
 
 def test_without_a_device_it_says_so(

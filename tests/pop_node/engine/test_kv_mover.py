@@ -8,13 +8,12 @@ import math
 import pytest
 import torch
 
-from kernels.reference.kv_pack import kv_pack, kv_unpack
 from pop_node.engine.messages import Import, Staged, StageFrom
 from pop_node.engine.staging.kv_mover import DeviceMover
 from pop_node.engine.staging.stager import Stager
 from pop_node.kv_stream.spec import KvComponent, KvGroup, KvSpec
 from pop_node.kv_stream.staging import Staging, StagingLayout
-from tests.fakes.late_device import LateDevice, LateEvent, LateLane
+from tests.fakes.late_device import LateDevice, LateEvent, LateLane, reference_move
 
 T, LAYERS, BLOCK_TOKENS, BLOCKS, WIDTH = b"t" * 16, 2, 3, 6, 4
 SPEC = KvSpec((KvGroup("tokens", (0, 1), (KvComponent("k", "float16", (WIDTH,)),)),))
@@ -29,22 +28,12 @@ class RememberingDevice(LateDevice):
         return self.made
 
 
-def move(
-    cache: torch.Tensor, piece: torch.Tensor, slots: torch.Tensor, layer_lo: int, pack: bool
-) -> None:
-    """The reference, where a device would run kernels."""
-    if pack:
-        piece.copy_(kv_pack(cache.unsqueeze(2), slots, layer_lo, layer_lo + len(piece)))
-    else:
-        kv_unpack(piece, cache.unsqueeze(2), slots, layer_lo)
-
-
 class Site:
     def __init__(self) -> None:
         self.cache = torch.randn(LAYERS, BLOCKS, BLOCK_TOKENS, WIDTH).half()
         self.staging = Staging.create(LAYOUT)
         device = RememberingDevice()
-        mover = DeviceMover(device, move, LAYOUT.slot_bytes)
+        mover = DeviceMover(device, reference_move, LAYOUT.slot_bytes)
         self.stager = Stager(
             SPEC,
             (self.cache,),
