@@ -6,7 +6,9 @@ between streams, page-locked memory, and graphs. Thin: decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -128,9 +130,25 @@ class CudaDevice:
         current.wait_stream(self._capturing)
         graph = _cuda.CUDAGraph()
         # Of this thread alone: the thread that stages KV may query its events meanwhile.
-        with _cuda.graph(
-            graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+        with (
+            _without_collections(),
+            _cuda.graph(
+                graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+            ),
         ):
             work()
         replay: Callable[[], None] = graph.replay
         return replay
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """A collection destroys graphs and kernels that are garbage, which breaks a capture that is
+    under way. Source: pytorch, pull request 161037."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
