@@ -15,6 +15,7 @@ import torch
 from blake3 import blake3
 from tiny_models import tensors, write_huggingface
 
+from kernels import codec as blocks
 from kernels.codec import encode
 from pop_node.store import layout
 from pop_node.store.holding import Hold
@@ -124,6 +125,23 @@ def test_unpacked_it_is_the_old_bundle_again(store: Store, packed: Packed) -> No
 
 def test_packing_is_the_same_every_time(store: Store, packed: Packed) -> None:
     assert store.pack("packed", progress=unwatched).manifest.bundle == packed.manifest.bundle
+
+
+def test_a_codec_that_gives_something_else_back_is_caught_before_it_is_kept(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = blocks.encode
+
+    def wrong(piece: memoryview, dtype: str) -> bytes:
+        spoilt = bytearray(piece)
+        spoilt[len(spoilt) // 2] ^= 1
+        return right(memoryview(spoilt), dtype)
+
+    monkeypatch.setattr(blocks, "encode", wrong)
+    with pytest.raises(ConfigError, match="does not come back"):
+        store.pack("tiny", target="packed", progress=unwatched)
+    assert [manifest.name for manifest in store.list()] == ["tiny"]
+    assert not leftovers(store)
 
 
 def test_what_does_not_shrink_stays_and_says_why(store: Store, source: Path) -> None:
