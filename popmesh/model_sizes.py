@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pop_node.residency.memory import model_size
+from pop_node.hosting.memory import model_size
 from pop_node.store.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, decode_manifest
 from pop_node.store.origin import InterruptedReadError, is_url, open_origin
 from pop_node.store.store import Store

@@ -11,8 +11,8 @@ from pop_node.authorization import Authorization
 from pop_node.engine.config import Ahead, EngineConfig
 from pop_node.engine.spawn import Launch
 from pop_node.hosting.generation import HostSettings
+from pop_node.hosting.memory import cold_offer, model_memory, model_size
 from pop_node.hosting.model_host import ModelHost
-from pop_node.residency.memory import cold_offer, model_memory, model_size
 from pop_node.store.bundle import UnusableTextError
 from pop_node.store.store import Bundle, Store
 from pop_node.text.tokenizer import TextCodec
