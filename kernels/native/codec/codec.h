@@ -24,6 +24,7 @@ enum {
     PM_CODEC_STATE_BYTES = 4 * PM_CODEC_LANES,
     PM_CODEC_ROW_WORDS = 2 * PM_CODEC_LANES, /* bytes that a row reads at most */
     PM_CODEC_PIECES = 4, /* decoded at once, at most */
+    PM_CODEC_BEFORE = 16, /* bytes that a step of encoding touches before its words, at most */
     /* Of a tile's section: states, a word and an escape per value, padding. */
     PM_CODEC_SECTION = PM_CODEC_STATE_BYTES + 3 * PM_CODEC_TILE + 4,
 };

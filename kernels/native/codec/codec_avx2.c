@@ -5,6 +5,7 @@
 #define PM_TARGET __attribute__((target("avx2,popcnt")))
 #define PM_INLINE static inline __attribute__((always_inline))
 #define VECTOR 32
+#define PM_CODEC_OWN_ROWS
 #include "codec_bytes.inc.h"
 #include "codec_takes.h"
 
@@ -81,6 +82,8 @@ PM_TARGET PM_INLINE void take_words(lane_states *lanes, const vw *even, const vw
     group->odd_low = (vw)choose((vb)odd[0], odd_new, (vb)group->odd_low);
     *words = at + bytes_of(set);
 }
+
+#include "codec_avx2_encode.inc.h"
 
 const pm_codec_kernels pm_codec_avx2 = {
     .name = "avx2",

@@ -12,7 +12,8 @@
                                         "avx512dq")))
 #define PM_INLINE static inline __attribute__((always_inline))
 #define PM_CODEC_OWN_DECODE
-#define PM_CODEC_OWN_ENCODE
+#define PM_CODEC_OWN_SPLIT
+#define PM_CODEC_OWN_ROWS
 #define PM_CODEC_OWN_SYMBOLS
 #include "codec_tile.inc.h"
 

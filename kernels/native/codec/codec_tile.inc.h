@@ -1,6 +1,7 @@
 /* One tile of kernels/codec/layout.py. The including file defines, beforehand:
  *   PM_TARGET            attribute of every function
- *   PM_CODEC_OWN_ENCODE  where it has split_tile and encode_rows itself
+ *   PM_CODEC_OWN_SPLIT   where it has split_tile itself
+ *   PM_CODEC_OWN_ROWS    where it has encode_rows itself
  *   PM_CODEC_OWN_SYMBOLS where it has find_symbols itself
  *   PM_CODEC_OWN_DECODE  where it has decode_tiles itself
  */
@@ -11,8 +12,8 @@ PM_TARGET static inline long lane_position(long lane)
     return lane % (PM_CODEC_LANES / 2) * 2 + lane / (PM_CODEC_LANES / 2);
 }
 
-/* Writes the states' words backwards from `end`, and returns where they begin; touches a word more
- * before them. `symbols` holds whole rows. */
+/* Writes the states' words backwards from `end`, and returns where they begin; touches
+ * PM_CODEC_BEFORE bytes before them. `symbols` holds whole rows. */
 PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uint8_t *symbols,
                                       long rows, uint32_t *state, uint8_t *end);
 /* Exponents to symbols in place; the number of escapes, which go to `escapes`. Both have room for
@@ -35,7 +36,7 @@ PM_TARGET static long find_symbols(const pm_codec_encoder *encoder, uint8_t *sym
 }
 #endif
 
-#ifndef PM_CODEC_OWN_ENCODE
+#ifndef PM_CODEC_OWN_ROWS
 PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uint8_t *symbols,
                                       long rows, uint32_t *state, uint8_t *end)
 {
@@ -64,7 +65,7 @@ PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uin
 PM_TARGET static long encode_tile(const pm_codec_encoder *encoder, const pm_codec_tile *tile,
                                   uint8_t *section, uint32_t *words, uint32_t *escapes)
 {
-    uint8_t symbols[PM_CODEC_TILE], found[PM_CODEC_TILE], stream[2 * PM_CODEC_TILE + 2];
+    uint8_t symbols[PM_CODEC_TILE], found[PM_CODEC_TILE], stream[2 * PM_CODEC_TILE + PM_CODEC_BEFORE];
     uint32_t state[PM_CODEC_LANES];
     const long rows = (tile->values + PM_CODEC_LANES - 1) / PM_CODEC_LANES;
     split_tile(tile, symbols);

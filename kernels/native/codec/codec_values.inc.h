@@ -77,7 +77,7 @@ PM_TARGET static inline uint32_t whole_of(pm_codec_type type, uint32_t exponent,
 /* Exponents and planes of a tile; `exponents` has room for whole groups of 64. */
 PM_TARGET static void split_tile(const pm_codec_tile *tile, uint8_t *exponents);
 
-#ifndef PM_CODEC_OWN_ENCODE
+#ifndef PM_CODEC_OWN_SPLIT
 /* Writes one plane of `width` bits from bit `shift` of the rests on; the last byte is filled up. */
 PM_TARGET static inline void put_plane(pm_codec_type type, const pm_codec_tile *tile, int shift,
                                        int width, uint8_t *restrict plane)
@@ -166,7 +166,7 @@ PM_TARGET static inline void merge(pm_codec_type type, const pm_codec_tile *tile
 
 static const pm_codec_type BF16 = {2, 8, 7}, F16 = {2, 5, 10}, E4M3 = {1, 4, 3}, E5M2 = {1, 5, 2};
 
-#ifndef PM_CODEC_OWN_ENCODE
+#ifndef PM_CODEC_OWN_SPLIT
 PM_TARGET static void split_tile(const pm_codec_tile *tile, uint8_t *exponents)
 {
     switch (tile->type.mantissa_bits) {
