@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pop_node.legs import events as ev
 from pop_node.text.stream import TextStream
-from pop_node.text.tokenizer import TextCodec
+from pop_node.text.tokenizer import TextCodec, too_long
 from wire.errors import RequestError
 from wire.messages import Submit
 
@@ -18,12 +18,7 @@ def prepare(codec: TextCodec, submit: Submit, context_tokens: int) -> ev.Prepare
     prompt_ids = codec.encode_input(submit.input)
     room = context_tokens - len(prompt_ids)
     if room < 1:
-        raise RequestError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's context holds {context_tokens}; "
-            "shorten the prompt",
-            code="context_length_exceeded",
-            param="messages",
-        )
+        raise too_long(str(len(prompt_ids)), context_tokens, "messages")
     asked = submit.sampling.max_tokens
     max_tokens = room if asked is None else min(asked, room)
     forced = submit.forced_ids

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pop_node.text.detokenizer import TokenTable
+from pop_node.text.fewest import FewestTokens
 from pop_node.text.template import ChatTemplate
 from wire.errors import ConfigError, RequestError
 from wire.messages import ChatInput, Input, TextInput, TokensInput
@@ -35,6 +36,7 @@ class TextCodec:
     eos_ids: frozenset[int]
     context_tokens: int
     vocab_size: int
+    fewest: FewestTokens = FewestTokens()  # noqa: RUF009  (frozen)
 
     @classmethod
     def load(cls, model_dir: Path) -> TextCodec:
@@ -53,13 +55,15 @@ class TextCodec:
             if (text := _token_text(settings.get(name))) is not None
         }
         source = _template_source(model_dir, settings)
+        table = TokenTable.of(tokenizer)
         return cls(
             tokenizer=tokenizer,
             template=None if source is None else ChatTemplate(source, specials),
-            token_table=TokenTable.of(tokenizer),
+            token_table=table,
             eos_ids=_eos_ids(tokenizer, config, generation, specials.get("eos_token")),
             context_tokens=_positive(config, "max_position_embeddings", model_dir),
             vocab_size=_positive(config, "vocab_size", model_dir),
+            fewest=FewestTokens.of(tokenizer, table.spellings),
         )
 
     def encode_input(self, input: Input) -> list[int]:
@@ -69,8 +73,10 @@ class TextCodec:
         gets those its tokenizer puts around every text (BOS, where it has one); ids stay as they
         are. Special tokens spelled out in a text are recognised, as in transformers.
 
-        Raises ``RequestError``: ``empty_prompt``, ``template_error``, ``request_too_large``, or
-        ``invalid_value`` for an id outside the vocabulary or text that is not Unicode.
+        Raises ``RequestError``: ``empty_prompt``, ``template_error``, ``request_too_large``,
+        ``context_length_exceeded`` for a text so long that it is not even tokenised (others of
+        more tokens than the context are the caller's), or ``invalid_value`` for an id outside the
+        vocabulary or text that is not Unicode.
         """
         match input:
             case ChatInput(turns):
@@ -104,13 +110,26 @@ class TextCodec:
 
     def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
         try:
+            fewest = self.fewest.of_text(text)
+            if fewest > self.context_tokens:
+                raise too_long(f"at least {fewest}", self.context_tokens, param)
             encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError as exc:  # a lone surrogate
+        except (TypeError, UnicodeEncodeError) as exc:  # a lone surrogate
             raise RequestError(
                 "the prompt is not valid Unicode", code="invalid_value", param=param
             ) from exc
         ids: list[int] = encoding.ids
         return ids
+
+
+def too_long(num_tokens: str, context_tokens: int, param: str) -> RequestError:
+    """The refusal of a prompt that leaves no room for an answer."""
+    return RequestError(
+        f"the prompt has {num_tokens} tokens, the model's context holds {context_tokens}; "
+        "shorten the prompt",
+        code="context_length_exceeded",
+        param=param,
+    )
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
