@@ -289,7 +289,7 @@ class Residents:
 
     def _look_for_bundle(self, model: str) -> None:
         """As long as no engine has it, the bundle may be removed, by us or by others."""
-        if not self._supply.store.has(model):
+        if self._supply.store.lacks(model):
             self.feed(ev.Gone(model))
 
     def _let_go_of(self, model: str) -> None:

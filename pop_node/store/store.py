@@ -15,23 +15,23 @@ may share a store that is read-only to them; who loads or serves a bundle holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import get_args
 
 import msgspec
 
 from pop_node.store.adding import Adding, Request
-from pop_node.store.arrivals import is_filled
 from pop_node.store.aside import put_aside
-from pop_node.store.bundle import check_bundle, check_claims, read_texts
+from pop_node.store.bundle import check_bundle
+from pop_node.store.contents import Contents
 from pop_node.store.dtypes import Dtype
 from pop_node.store.facts import Bundle, Collected, Row
-from pop_node.store.files import locked, make_directories_durably, tree_bytes, workspace
-from pop_node.store.holding import Hold, claimed, last_used_ns
-from pop_node.store.manifest import CODECS, Manifest, OutdatedBundleError, read_manifest
-from pop_node.store.names import NameEntry, Names, check_name
+from pop_node.store.files import locked, make_directories_durably, workspace
+from pop_node.store.holding import Hold, claimed
+from pop_node.store.manifest import CODECS, Manifest, OutdatedBundleError
+from pop_node.store.names import check_name
 from pop_node.store.origin import is_url
 from pop_node.store.packing import Packed
 from pop_node.store.partial import Partial
@@ -44,16 +44,13 @@ from wire.errors import ConfigError
 __all__ = ["Bundle", "Collected", "Row", "Store"]
 
 
-class Store:
+class Store(Contents):
     """See the module's text. Safe to use from several threads and processes at once."""
 
     def __init__(self, root: Path) -> None:
         """``root`` need not exist; only ``add`` creates it."""
-        self.root = root
-        self._bundles = root / "bundles"
-        self._names = Names(root / "names")
+        super().__init__(root)
         self._locks = root / "locks"
-        self._partial = root / "partial"
         self._tmp = root / "tmp"
         self._guard = self._locks / "store"
 
@@ -181,106 +178,6 @@ class Store:
     def _adding(self) -> Adding:
         return Adding(self._bundles, self._names, self._partial, self._tmp, self._guard)
 
-    def list(self) -> Sequence[Manifest]:
-        """All models that can be used, sorted by name; those of an earlier format are left out.
-
-        Raises ``ConfigError`` if one is damaged.
-        """
-        found = []
-        for name in self._names.all():
-            with suppress(OutdatedBundleError):
-                found.append(self._read(name).manifest)
-        return found
-
-    def rows(self) -> Sequence[Row]:
-        """All names with all that is known about them, damaged ones included; sorted.
-
-        Raises ``ConfigError`` if nobody can say which there are.
-        """
-        rows = []
-        for name in self._names.all():
-            with suppress(ConfigError):  # gone since, or a name file that means nothing
-                rows.append(self._row(name, self._names.need(name)))
-        return rows
-
-    def row(self, name: str) -> Row:
-        """As one of ``rows``; raises ``ConfigError`` with a suggestion if there is none."""
-        check_name(name)
-        return self._row(name, self._names.need(name))
-
-    def get(self, name: str) -> Bundle:
-        """The bundle a name means, its text files checked.
-
-        Raises ``ConfigError`` with a suggestion if there is none or it is damaged.
-        """
-        check_name(name)
-        bundle = self._read(name)
-        read_texts(bundle.path, bundle.manifest)
-        return bundle
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a name with a bundle of this format; damaged or not."""
-        try:
-            self._read(name)
-        except OutdatedBundleError:
-            return False
-        except ConfigError:
-            return self._names.has(name)
-        return True
-
-    def hold(self, name: str) -> Hold:
-        """Keep the bundle of a name (``Hold.bundle``) from being collected or removed.
-
-        For the time between ``get`` and the moment at which whoever loads it has a hold of its own.
-        Raises ``ConfigError`` as ``get`` does, or if it is just being removed.
-        """
-        check_name(name)
-        return Hold(self._read(name).path)
-
-    def open_partial(self, wanted: str) -> Bundle | None:
-        """A bundle that is arriving, if an engine can begin to load it: loaders wait for chunks.
-
-        ``wanted``: the name it is fetched by, its digest or its model's identity. None if nobody
-        fetches it now, or its text files are not all there yet. Its path is good until it is
-        complete, then ``get`` knows it.
-        """
-        for path, manifest in self.partials():
-            if wanted in (manifest.name, manifest.bundle, manifest.identity) and is_filled(path):
-                with suppress(ConfigError):
-                    check_claims(path, manifest)
-                    return Bundle(path, manifest)
-        return None
-
-    def entries(self) -> Iterator[tuple[str, NameEntry]]:
-        """All names and what they mean, those left out whose file is damaged; reads no bundle.
-        Raises as ``rows`` does."""
-        for name in self._names.all():
-            with suppress(ConfigError):
-                yield name, self._names.need(name)
-
-    def partials(self) -> Iterator[tuple[Path, Manifest]]:
-        """All bundles that are not complete, whether somebody fills them or not.
-
-        Raises ``ConfigError`` if nobody can say.
-        """
-        try:
-            paths = sorted(self._partial.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as exc:
-            raise ConfigError(f"cannot be read: {exc}", where=str(self._partial)) from exc
-        for path in paths:
-            with suppress(ConfigError):  # just begun, or gone since
-                yield path, read_manifest(path)
-
-    def bundle_path(self, digest: str) -> Path:
-        """Where the bundle of that digest is, if it is complete and here."""
-        return self._bundles / digest
-
-    def partial_path(self, digest: str) -> Path:
-        """Where the bundle of that digest is while it arrives."""
-        return self._partial / digest
-
     def pin(self, name: str, pinned: bool) -> None:
         """Whether ``gc`` must leave it alone; raises ``ConfigError`` as ``remove`` does."""
         check_name(name)
@@ -357,30 +254,6 @@ class Store:
                     budget_bytes,
                     abandoned=abandoned,
                 )
-
-    def _read(self, name: str) -> Bundle:
-        entry = self._names.need(name)
-        path = self._bundles / entry.bundle
-        manifest = read_manifest(path)
-        if manifest.bundle != entry.bundle:
-            raise ConfigError("the manifest is not this bundle's", where=str(path))
-        return Bundle(path, msgspec.structs.replace(manifest, name=name))
-
-    def _row(self, name: str, entry: NameEntry) -> Row:
-        path = self._bundles / entry.bundle
-        manifest, problem = None, ""
-        try:
-            manifest = self._read(name).manifest
-        except ConfigError as exc:
-            problem = str(exc)
-        nbytes, used_ns, loaded = 0, 0, False
-        try:
-            with claimed(path) as free:
-                loaded = not free
-            nbytes, used_ns = tree_bytes(path), last_used_ns(path)
-        except OSError as exc:
-            problem = problem or f"{path}: cannot be read: {exc}"
-        return Row(name, entry, manifest, problem, nbytes, used_ns, loaded)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -238,6 +238,20 @@ def test_a_real_disk_that_is_full_and_then_read_only(
     loaded.hold.close()
 
 
+def test_a_model_is_lacking_without_its_name_or_its_bundle(store: Store, source: Path) -> None:
+    assert store.lacks("a"), "there is not even a store"
+    store.add(str(source), "a", "float32", unwatched)
+    assert not store.lacks("a")
+    bundle = store.get("a").path
+    (bundle / "manifest.json").write_text("damaged")
+    assert not store.lacks("a")
+    bundle.rename(bundle.with_name("elsewhere"))
+    assert store.lacks("a")
+    bundle.with_name("elsewhere").rename(bundle)
+    store.remove("a")
+    assert store.lacks("a")
+
+
 def test_names_of_an_earlier_version_are_not_pinned(store: Store, source: Path) -> None:
     store.add(str(source), "a", "float32", unwatched)
     path = store.root / "names" / "a.json"
