@@ -233,8 +233,8 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
-    """Prefill side: the last layer of the last prompt token is computed (token 0 follows in a
-    step).
+    """The last layer of the last prompt token is computed; token 0 follows. Where the step streams
+    no KV it is told after the draw, just before token 0, and ``compute_ms`` counts that.
     """
 
     seq: int
