@@ -22,7 +22,7 @@ PREFILL_ROWS = (32, 128, 512)
 DECODE_SHARE = 0.75
 """Guess: a chat's prompts are mostly cached, and its answers are what people wait for."""
 
-WORST = 0.97
+WORST = 0.96
 """A shape stays plain that takes more speed from a step of any bucket, whatever it wins in others:
 medians of pairs of the same steps differ by 2 % from one minute to the next (measured)."""
 

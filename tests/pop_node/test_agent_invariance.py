@@ -10,9 +10,12 @@ from typing import Literal
 
 import pytest
 
+from pop_node.store.machine import this_machine
 from pop_node.store.store import Store
+from pop_node.store.weight_choice import ShapeTimings, Timing
+from pop_node.store.weight_tables import WeightTable
 from tests.pop_node.hand_router import WAIT_S
-from tests.pop_node.node_mesh import RunningNode, lonely_node, write_store
+from tests.pop_node.node_mesh import MODEL, RunningNode, lonely_node, write_store
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -40,10 +43,35 @@ async def test_the_engine_of_a_node_says_whether_it_is_batch_invariant(
 async def test_the_engine_of_a_node_says_how_it_keeps_its_weights(
     weights: Literal["plain", "resident"], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert await is_resident(write_store(tmp_path / "store"), weights, tmp_path, caplog) == (
+        weights == "resident"
+    )
+
+
+@pytest.mark.parametrize("faster", [False, True])
+async def test_a_node_that_may_choose_follows_what_was_measured(
+    faster: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store: Store = write_store(tmp_path / "store")
+    timing = Timing(1, plain_us=2.0, resident_us=1.0 if faster else 3.0)
+    timed = (ShapeTimings((64, 64), 3, (timing,)),)
+    store.keep_table(MODEL, WeightTable(this_machine(1), timed))
+    assert await is_resident(store, "auto", tmp_path, caplog) == faster
+
+
+async def is_resident(
+    store: Store,
+    weights: Literal["plain", "resident", "auto"],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> bool:
+    """What the engine of a node says that is asked for ``weights``."""
     async with lonely_node(store, tmp_path) as (node, _):
-        asked = replace(node.config.node, backend="native", weights=weights)
-        running = RunningNode(replace(node.config, node=asked))
+        asked = replace(node.config.node, backend="native", weights=weights, threads=1)
+        topology = node.config.topology
+        models = {MODEL: replace(topology.models[MODEL], dtype="bfloat16")}
+        config = replace(node.config, node=asked, topology=replace(topology, models=models))
+        running = RunningNode(config)
         with caplog.at_level(logging.INFO):
             task = asyncio.create_task(running.run())
             try:
@@ -53,4 +81,4 @@ async def test_the_engine_of_a_node_says_how_it_keeps_its_weights(
                 running.agent.drain()
                 async with asyncio.timeout(WAIT_S):
                     await task
-    assert ("+resident backend" in caplog.text) == (weights == "resident")
+    return "+resident backend" in caplog.text

@@ -229,7 +229,7 @@ def topologies(draw: st.DrawFn) -> tm.Topology:
         allowed = [m.name for m in models.values() if not m.regions or site.region in m.regions]
         served = draw(st.lists(st.sampled_from(allowed), min_size=1, unique=True))
         backend = draw(st.sampled_from(["auto", "reference", "native", "triton"]))
-        weight_forms = st.sampled_from(["plain", "resident"])
+        weight_forms = st.sampled_from(["plain", "resident", "auto"])
         return tm.Node(
             name=name,
             site=site.name,
