@@ -61,12 +61,8 @@ PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uin
 {
     encode_tables tables = {.slot_of = encoder->slot_of};
     uint32_t frequency[PM_CODEC_SYMBOLS];
-    float reciprocal[PM_CODEC_SYMBOLS] = {0};
-    for (int s = 0; s < PM_CODEC_SYMBOLS; s++) {
-        frequency[s] = encoder->table.frequencies[s];
-        if (frequency[s] > 0)
-            reciprocal[s] = (1.0f - 0x1p-22f) / (float)frequency[s];
-    }
+    float reciprocal[PM_CODEC_SYMBOLS];
+    float_reciprocals(encoder, frequency, reciprocal);
     memcpy(tables.frequency, frequency, sizeof frequency);
     memcpy(tables.start, encoder->starts, sizeof encoder->starts);
     memcpy(tables.reciprocal, reciprocal, sizeof reciprocal);

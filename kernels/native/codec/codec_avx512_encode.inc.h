@@ -37,12 +37,8 @@ PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uin
                                       long rows, uint32_t *state, uint8_t *end)
 {
     uint32_t frequency[PM_CODEC_SYMBOLS];
-    float reciprocal[PM_CODEC_SYMBOLS] = {0};
-    for (int s = 0; s < PM_CODEC_SYMBOLS; s++) {
-        frequency[s] = encoder->table.frequencies[s];
-        if (frequency[s] > 0)
-            reciprocal[s] = (1.0f - 0x1p-22f) / (float)frequency[s];
-    }
+    float reciprocal[PM_CODEC_SYMBOLS];
+    float_reciprocals(encoder, frequency, reciprocal);
     const encode_tables tables = {_mm512_loadu_si512(frequency),
                                   _mm512_loadu_si512(encoder->starts),
                                   _mm512_loadu_ps(reciprocal), encoder->slot_of};

@@ -219,7 +219,8 @@ static int decode_tiles_on(const pm_codec_reader *reader, uint8_t *out, int thre
 PM_API int pm_codec_decode(const char *isa, const uint8_t *block, long bytes, uint8_t *out,
                            long out_bytes, int threads)
 {
-    pm_codec_reader reader = {.kernels = pm_codec_find(isa)};
+    pm_codec_reader reader; /* opened below: its tables are long */
+    reader.kernels = pm_codec_find(isa);
     if (reader.kernels == NULL)
         return PM_CODEC_NO_ISA;
     const long decoded = open_block(&reader, block, bytes);
@@ -295,7 +296,8 @@ PM_API int pm_codec_decode_run(const char *isa, const uint8_t *stored, long byte
 
 void pm_codec_promised(const pm_codec_run *run, long begin, long end, long counts[256])
 {
-    pm_codec_reader reader = {.kernels = run->reader.kernels};
+    pm_codec_reader reader;
+    reader.kernels = run->reader.kernels;
     const long size = run->out_end - run->out;
     const uint8_t *stored = run->stored;
     for (long at = 0, length; at < size && at < end; at += reader.decoded, stored += length) {

@@ -36,7 +36,17 @@ PM_TARGET static long find_symbols(const pm_codec_encoder *encoder, uint8_t *sym
 }
 #endif
 
-#ifndef PM_CODEC_OWN_ROWS
+#ifdef PM_CODEC_OWN_ROWS
+/* Frequencies by symbol as dwords, and their reciprocals a little too small; 0 where there is none. */
+static void float_reciprocals(const pm_codec_encoder *encoder, uint32_t *frequency,
+                              float *reciprocal)
+{
+    for (int s = 0; s < PM_CODEC_SYMBOLS; s++) {
+        frequency[s] = encoder->table.frequencies[s];
+        reciprocal[s] = frequency[s] > 0 ? (1.0f - 0x1p-22f) / (float)frequency[s] : 0.0f;
+    }
+}
+#else
 PM_TARGET static uint8_t *encode_rows(const pm_codec_encoder *encoder, const uint8_t *symbols,
                                       long rows, uint32_t *state, uint8_t *end)
 {

@@ -11,7 +11,7 @@
  * escapes: listed by tile, by group within it, and put in place before anything is multiplied. Rows
  * and columns beyond the matrix have zero bytes.
  *
- * Internal memory of one process, made by resident_pack.c only: nothing here is read from outside.
+ * Internal memory of one process, made by resident_pack.c and resident_parts.c only: nothing here is read from outside.
  */
 #ifndef PM_RESIDENT_H
 #define PM_RESIDENT_H

@@ -1,7 +1,8 @@
 /* Tiles of the resident form from rows in 16 bits, by the rt_pack of an instruction set.
  *
- * Roofline: 2 bytes a weight are read and 1.5 written, for 1.1 operations on vectors of 64 (15
- * comparisons with the palette find a code). Measured on one Zen 5 core, of bytes read: 19 GB/s.
+ * Roofline: 2 bytes a weight are read and 1.5 written past the caches, for half an operation on vectors
+ * of 64 (a look-up per upper half of the palette's exponents finds a code). Measured on one Zen 5 core, of
+ * bytes read: 18 GB/s from memory, 38 of what was just decoded.
  */
 
 /* Weights from one that is packed to one that is fetched. What was read from the drive and hashed is
