@@ -102,8 +102,9 @@ def test_a_backend_without_such_products_refuses(tmp_path: Path) -> None:
         load_model(write_tiny_llama(tmp_path), "bfloat16", reference_ops(), "resident")
 
 
-def test_for_a_device_matrices_are_packed_there_one_by_one(model_store: Store) -> None:
-    """The bundle is read to the host: the device never has it in 16 bits as a whole."""
+def test_for_a_device_matrices_of_a_directory_are_packed_there_one_by_one(tmp_path: Path) -> None:
+    """It is read to the host: the device never has it in 16 bits as a whole. (Bundles:
+    ``test_store_cuda_resident``.)"""
     packed: list[torch.Tensor] = []
 
     def pack(weight: torch.Tensor, allocate: Callable[[int], torch.Tensor]) -> Weight:
@@ -112,7 +113,7 @@ def test_for_a_device_matrices_are_packed_there_one_by_one(model_store: Store) -
         return weight
 
     ops = replace(reference_ops(), device=torch.device("meta"), pack=pack)
-    model = load_model(model_store.get("smollm2-135m").path, "bfloat16", ops, "resident")
-    assert len(packed) == 1 + 4 * model.config.layers
+    model = load_model(write_tiny_llama(tmp_path), "bfloat16", ops, "resident")
+    assert len(packed) == 2 + 4 * model.config.layers
     assert {weight.device.type for weight in packed} == {"meta"}
     assert model.weights.final_norm.device.type == "meta"

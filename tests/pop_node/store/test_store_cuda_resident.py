@@ -121,7 +121,7 @@ def test_a_model_for_a_device_is_packed_on_its_way(
     streams.setattr(registry, "CudaResidentArena", on_cpu)
     streams.setattr(registry, "_arena", lambda device: pytest.fail("was read as it is"))
     ops: Any = SimpleNamespace(device=torch.device("cuda", 0), pack=pack)
-    read = registry._read(bundle.path, "bfloat16", ops, "resident")
+    read = registry._read(bundle.path, "bfloat16", ops, "resident", plain=())
     read.hold.close()
     model = build_read(read, "bfloat16", registry.load_backend("reference", 1), as_it_is)
     layers = model.weights.layers
