@@ -12,9 +12,9 @@
  * Roofline: 1 row of x reads 1.5 bytes a weight for 2; a group costs 32 operations on vectors beside 8
  * products a row of x, less than its 384 bytes take from memory, and 16 cycles where it is decoded to
  * scratch, beside 4 a row of x. Measured on Zen 5, a 135M model, one core, against 16 bits in the
- * same minute (benchmarks/resident.py): 1 row 1.3 times as fast, 8 rows 1.15, 16 rows 1.09, 32 rows 1.03,
- * 128 and 512 rows 0.99 to 1.0; matrices of 4096 columns, 1.08 and more. Decoded rows kept in the second
- * cache for all blocks of x, as 16-bit weights are: 0.92; fetched there ahead: no better.
+ * same minute (benchmarks/resident.py): 1 row 1.3 times as fast, 8 rows 1.17, 16 rows 1.03, 32 rows 1.07,
+ * 128 and 512 rows 1.0. Decoded rows kept in the second cache for all blocks of x, as 16-bit weights
+ * are: 0.92 with 128 rows; fetched there ahead: no better.
  */
 
 /* 4 rows of group g to `out`, ld apart, with their escapes; *next is the tile's next escape. */
