@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.ops import Ops
 from kernels.resident import ResidentMatrix, Weight
 from pop_node.store.host_memory import HUGE_PAGE_BYTES, aligned_memory, forget
-from pop_node.store.weight_choice import Shape
 from wire.errors import ConfigError
+
+if TYPE_CHECKING:  # its own module needs more than a GPU benchmark has
+    from pop_node.store.weight_choice import Shape
 
 PIECE_BYTES = 32 * HUGE_PAGE_BYTES
 """Memory is had in pieces of so much, of which only what is used is ever touched: a matrix with
