@@ -80,8 +80,8 @@ class Node:
     ``threads`` of each engine; None: all cores, shared by the engines of the node, or with
     ``popmesh up`` by all (``topology.cores``), and one where the work is a device's.
     ``batch_invariant`` asks its engines for the same bits in any batch. ``weights`` says
-    how matrices lie in their memory. ``models`` may be more than
-    fit ``memory_gb`` (10^9 bytes, for weights and KV caches; None: all are kept in memory): then
+    how matrices lie in their memory; "auto": as was measured (``popmesh model tune``), else plain.
+    ``models`` may be more than fit ``memory_gb`` (10^9 bytes, for weights and KV caches; None: all are kept in memory): then
     ``pinned`` ones stay and the others come and go. ``disk_gb`` bounds its store (None: the disk
     does). ``bundles`` is its listener for nodes that fetch models from it, which together get at
     most ``give_mbps``.
@@ -100,7 +100,7 @@ class Node:
     backend: Backend = "auto"
     kv_tokens: int = 16384
     batch_invariant: bool = False
-    weights: WeightForm = "plain"
+    weights: WeightForm = "auto"
     memory_gb: float | None = None
     pinned: tuple[str, ...] = ()
     disk_gb: float | None = None

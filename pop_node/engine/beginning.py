@@ -20,6 +20,7 @@ from pop_node.engine.port import Port
 from pop_node.engine.start_clock import StartClock
 from pop_node.kv_stream.staging import Staging
 from pop_node.store.host_arena import HostArena
+from pop_node.store.manifest import TABLES_FILE
 from pop_node.store.reading import READING_THREADS, PlacedBundle, ReadBundle, is_bundle, read_bundle
 from pop_node.store.spare_memory import SpareMemory
 from pop_node.store.weight_choice import Shape
@@ -99,7 +100,7 @@ def _settled(config: EngineConfig) -> tuple[EngineConfig, Collection[Shape]]:
     """``config`` with a form of weights, where it leaves that open, and shapes that stay plain."""
     if config.weights != "auto":
         return config, ()
-    if goes_to_device(config.backend):
+    if goes_to_device(config.backend) or not (config.model_dir / TABLES_FILE).exists():
         return replace(config, weights="plain"), ()
     from pop_node.engine.weight_form import settle  # only here: a cold start counts every import
 

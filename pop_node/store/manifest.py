@@ -28,6 +28,9 @@ FORMAT_VERSION, PACKED_VERSION = 2, 3
 """Of raw and of packed bundles: who reads only the first refuses the others by their number."""
 
 MANIFEST_FILE = "manifest.json"
+
+TABLES_FILE = "weights.json"
+"""Beside the manifest, no part of the bundle: ``pop_node.store.weight_tables``."""
 WEIGHTS_FILE = "weights.bin"
 CODECS = ("raw", "exponent")
 """How chunks may be stored: as they are, or with their exponents coded (``kernels.codec``)."""

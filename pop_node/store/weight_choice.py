@@ -26,10 +26,6 @@ WORST = 0.96
 """A shape stays plain that takes more speed from a step of any bucket, whatever it wins in others:
 medians of pairs of the same steps differ by 2 % from one minute to the next (measured)."""
 
-FUSING = frozenset({"avx512bw"})
-"""Instruction sets with products that decode in registers; without, resident weights are slower
-than plain ones at every number of rows (measured with AVX2: 0.73 to 0.95)."""
-
 
 class Timing(msgspec.Struct, frozen=True):
     """Microseconds of a step of ``rows`` rows, with all matrices plain and with those of a shape
@@ -74,8 +70,3 @@ def pays_on(timings: Collection[Timing]) -> bool:
 def plain_shapes(shapes: Iterable[ShapeTimings]) -> frozenset[Shape]:
     """Shapes whose matrices stay plain."""
     return frozenset(one.shape for one in shapes if not pays_on(one.timings))
-
-
-def rule(instructions: Collection[str]) -> bool:
-    """Whether matrices are kept resident of which nothing was measured."""
-    return not FUSING.isdisjoint(instructions)

@@ -3,7 +3,7 @@
     ROOT/bundles/DIGEST/weights.json
 
 It is no part of the bundle: no digest covers it, nobody fetches it, and it goes when the bundle
-goes. A model without it, or with one that cannot be read, loads by a rule (``weight_choice``).
+goes. A model without it, or with one that cannot be read, loads plain (``engine.weight_form``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import msgspec
 
 from pop_node.store.files import place_durably
 from pop_node.store.machine import Machine
+from pop_node.store.manifest import TABLES_FILE
 from pop_node.store.weight_choice import ShapeTimings
-
-TABLES_FILE = "weights.json"
 
 VERSION = 1
 

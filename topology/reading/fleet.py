@@ -159,7 +159,7 @@ def _pinned(fields: Fields, names: Names, served: tuple[str, ...]) -> tuple[str,
 
 def _weights(fields: Fields, backend: str) -> WeightForm:
     """How weights lie in memory; the readable operations multiply plain ones only."""
-    weights, found = fields.choice("weights", WEIGHT_FORMS, "plain"), fields.entry("weights")
+    weights, found = fields.choice("weights", WEIGHT_FORMS, "auto"), fields.entry("weights")
     if found is not None and weights == "resident" and backend == "reference":
         message = "weights cannot be 'resident' with backend 'reference'"
         fields.problems.add(found.line, message, "leave one of them out")

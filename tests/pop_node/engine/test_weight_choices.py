@@ -18,10 +18,11 @@ from pop_node.models.llama import Llama
 from pop_node.models.registry import load_model
 from pop_node.models.tuning import measure
 from pop_node.store.machine import this_machine
+from pop_node.store.manifest import TABLES_FILE
 from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from pop_node.store.weight_choice import Shape, ShapeTimings, Timing
-from pop_node.store.weight_tables import TABLES_FILE, WeightTable
+from pop_node.store.weight_tables import WeightTable
 
 PROMPTS = (list(range(3)), list(range(40)))
 
@@ -87,13 +88,21 @@ def test_bits_are_the_same_under_every_table(bundle: tuple[Store, Path], threads
                 assert_same(answer, expected.answers[number])
 
 
-def test_what_nobody_measured_goes_by_the_rule(tmp_path: Path) -> None:
+def test_what_nobody_measured_stays_plain(bundle: tuple[Store, Path], tmp_path: Path) -> None:
     directory = write_tiny_llama(tmp_path)
     (directory / TABLES_FILE).write_text("no bundle's")
-    rule = "resident" if "avx512bw" in this_machine(1).instructions else "plain"
-    assert settle(config(directory))[0].weights == rule
-    assert settle(config(directory, backend="reference"))[0].weights == "plain"
-    assert settle(config(directory, dtype="float32"))[0].weights == "plain"
+    assert settle(config(directory))[0].weights == "plain"
+    store, path = bundle
+    store.keep_table("tiny", table(1, [(64, 64)], []))
+    assert settle(config(path, 1))[0].weights == "resident"
+    assert settle(config(path, 3))[0].weights == "plain"
+
+
+def test_what_cannot_be_resident_stays_plain(bundle: tuple[Store, Path]) -> None:
+    store, path = bundle
+    store.keep_table("tiny", table(1, [(64, 64)], []))
+    assert settle(config(path, backend="reference"))[0].weights == "plain"
+    assert settle(config(path, dtype="float32"))[0].weights == "plain"
 
 
 def test_measuring_times_every_shape_in_every_bucket(bundle: tuple[Store, Path]) -> None:

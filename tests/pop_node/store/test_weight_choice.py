@@ -21,7 +21,6 @@ from pop_node.store.weight_choice import (
     gain,
     pays_on,
     plain_shapes,
-    rule,
 )
 from pop_node.store.weight_tables import WeightTable
 
@@ -80,14 +79,11 @@ def shape(number: int, speedup: float) -> ShapeTimings:
 def test_each_shape_goes_its_own_way() -> None:
     fast, slow = shape(1, 1.3), shape(2, 0.8)
     assert plain_shapes([fast, slow]) == {(2, 64)}
-    assert choose(WeightTable(MACHINE, (fast, slow)), ()) == ("resident", {(2, 64)})
-    assert choose(WeightTable(MACHINE, (fast,)), ()) == ("resident", frozenset())
-    assert choose(WeightTable(MACHINE, (slow,)), ("avx512bw",)) == ("plain", NO_SHAPES)
-    assert choose(WeightTable(MACHINE, ()), ("avx512bw",)) == ("plain", NO_SHAPES)
+    assert choose(WeightTable(MACHINE, (fast, slow))) == ("resident", {(2, 64)})
+    assert choose(WeightTable(MACHINE, (fast,))) == ("resident", frozenset())
+    assert choose(WeightTable(MACHINE, (slow,))) == ("plain", NO_SHAPES)
+    assert choose(WeightTable(MACHINE, ())) == ("plain", NO_SHAPES)
 
 
-def test_without_a_table_the_instruction_set_decides() -> None:
-    assert rule(("avx2", "avx512bw"))
-    assert not rule(("avx2",))
-    assert choose(None, ("avx2", "avx512bw")) == ("resident", NO_SHAPES)
-    assert choose(None, ("avx2",)) == ("plain", NO_SHAPES)
+def test_without_a_table_all_stay_plain() -> None:
+    assert choose(None) == ("plain", NO_SHAPES)

@@ -11,12 +11,12 @@ import pytest
 from tiny_models import write_huggingface
 
 from pop_node.store.machine import Machine, this_machine
+from pop_node.store.manifest import TABLES_FILE
 from pop_node.store.source import unwatched
 from pop_node.store.store import Store
 from pop_node.store.weight_choice import ShapeTimings, Timing
 from pop_node.store.weight_tables import (
     MAX_TABLES,
-    TABLES_FILE,
     WeightTable,
     read_tables,
     table_for,
