@@ -13,9 +13,11 @@ peak memory of the whole process tree.
 
 ``start_s``: process start -> first streamed token of a 5-token prompt. ``decode_tok_s``:
 1000 / TPOT of one greedy stream, where popmesh's guesses from the text so far often come true;
-``decode_drawn_tok_s``: at temperature 1, where they hardly do. ``memory``: what popmesh may take,
-all processes: 1.5 times the weights, the KV cache and a process that has imported torch. A peer
-that is not given is left out of the report. ``--add`` adds turns to the report that is there.
+``decode_drawn_tok_s``, ``load_drawn_tok_s``: at temperature 1, where they hardly do. ``memory``:
+what popmesh may take, all processes: 1.5 times the weights, the KV cache and a process that has
+imported torch. popmesh takes two turns: with weights in 16 bits, as nodes keep them unless
+something was measured, and in 12 (``popmesh model tune``). A peer that is not given is left out of
+the report. ``--add`` adds turns to the report that is there.
 """
 
 from __future__ import annotations
@@ -50,10 +52,15 @@ TTFT_PROMPTS = {32: 9, 512: 5, 2048: 3}
 """Prompt tokens -> requests: short ones are cheap, and noisier."""
 
 CLIENTS = (1, 4, 16)
+DRAWN_CLIENTS = (4, 16)
 KV_TOKENS = 16384
 KV_TOKEN_BYTES = 2 * 30 * 3 * 64 * 2
 """K and V of 30 layers, 3 heads of 64, bfloat16."""
 START_TIMEOUT_S = 180.0
+
+OURS = {"popmesh": "plain", "popmesh-resident": "resident"}
+"""Rows of ours -> how weights lie in memory: in 16 bits, and in 12, as nodes keep them where
+``popmesh model tune`` found that faster. The answers are the same bit for bit."""
 
 TOPOLOGY = """
 mesh: bench
@@ -62,7 +69,7 @@ models:
 sites:
   here: {{lat: 0, lon: 0, region: none}}
 nodes:
-  node-1: {{site: here, threads: {threads}, kv_tokens: {kv_tokens}}}
+  node-1: {{site: here, threads: {threads}, kv_tokens: {kv_tokens}, weights: {weights}}}
 routers:
   router-1: {{site: here, listen: "127.0.0.1:{port}"}}
 """
@@ -82,12 +89,15 @@ class Engine:
 def engines(args: argparse.Namespace, checkpoint: Path, work: Path, port: int) -> list[Engine]:
     """The servers to compare; each command listens on ``port``."""
     cores = os.cpu_count() or 1
-    topology = work / "bench.yaml"
-    topology.write_text(TOPOLOGY.format(threads=cores, port=port, kv_tokens=KV_TOKENS))
     more = {"ignore_eos": True}
-    up = [sys.executable, "-m", "popmesh", "up", str(topology), "--store", str(args.store)]
-    up += ["--port", str(port), "--no-emulate-links"]
-    found = [Engine("popmesh", up, "smollm2-135m", extra=more)]
+    found = []
+    for name, weights in OURS.items():
+        topology = work / f"{weights}.yaml"
+        fields = {"threads": cores, "port": port, "kv_tokens": KV_TOKENS, "weights": weights}
+        topology.write_text(TOPOLOGY.format(**fields))
+        up = [sys.executable, "-m", "popmesh", "up", str(topology), "--store", str(args.store)]
+        up += ["--port", str(port), "--no-emulate-links"]
+        found.append(Engine(name, up, "smollm2-135m", extra=more))
     if args.transformers:
         serve = [
             f"{args.transformers}/bin/transformers",
@@ -258,27 +268,28 @@ def measure(engine: Engine, url: str, tokenizer: Path, log: Path, seed: int) -> 
         report["decode"] = asyncio.run(run(one))
         drawn = {**engine.extra, "temperature": 1.0}
         report["decode_drawn"] = asyncio.run(run(replace(one, extra=drawn)))
-        report["load"] = {}
-        for clients in CLIENTS:
-            before = cpu_s(process)
-            figures = asyncio.run(
-                run(
-                    replace(
-                        base,
-                        concurrency=clients,
-                        requests=max(3, 2 * clients),
-                        prompt_tokens=200,
-                        output_tokens=64,
-                        seed=seed + 100 + clients,
-                    )
-                )
-            )
-            spent = cpu_s(process) - before
-            figures["cpu_ms_per_token"] = round(1e3 * spent / figures["output_tokens"], 2)
-            report["load"][str(clients)] = figures
+        many = replace(base, prompt_tokens=200, output_tokens=64)
+        report["load"] = {
+            str(n): loaded(process, replace(many, concurrency=n, seed=seed + 100 + n))
+            for n in CLIENTS
+        }
+        many = replace(many, extra=drawn)
+        report["load_drawn"] = {
+            str(n): loaded(process, replace(many, concurrency=n, seed=seed + 200 + n))
+            for n in DRAWN_CLIENTS
+        }
         report["pss_mb"] = rss_mb(process)
         report["pss_of_each"] = pss_of_each(process)
     return report
+
+
+def loaded(process: subprocess.Popen[bytes], load: Load) -> dict[str, Any]:
+    """Two requests a client, three at least, with the server's CPU time per token of output."""
+    before = cpu_s(process)
+    figures = asyncio.run(run(replace(load, requests=max(3, 2 * load.concurrency))))
+    spent = cpu_s(process) - before
+    figures["cpu_ms_per_token"] = round(1e3 * spent / figures["output_tokens"], 2)
+    return figures
 
 
 def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -304,6 +315,9 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
         "decode_tok_s": speed("decode"),
         "decode_drawn_tok_s": speed("decode_drawn"),
         "load_tok_s": {str(c): median("load", str(c), "output_tok_s") for c in CLIENTS},
+        "load_drawn_tok_s": {
+            str(c): median("load_drawn", str(c), "output_tok_s") for c in DRAWN_CLIENTS
+        },
         "cpu_ms_per_token": {str(c): median("load", str(c), "cpu_ms_per_token") for c in CLIENTS},
         "pss_mb": median("pss_mb"),
         "errors": sum(t["load"][str(c)]["num_errors"] for t in turns for c in CLIENTS),
@@ -319,6 +333,9 @@ def ratios(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
         out[f"ttft_{n}"] = theirs["ttft_ms"][str(n)] / mine["ttft_ms"][str(n)]
     for c in CLIENTS:
         out[f"load_tok_s_{c}"] = mine["load_tok_s"][str(c)] / theirs["load_tok_s"][str(c)]
+    for c in DRAWN_CLIENTS:
+        mine_s, theirs_s = (side["load_drawn_tok_s"][str(c)] for side in (mine, theirs))
+        out[f"load_drawn_tok_s_{c}"] = mine_s / theirs_s
     return {name: round(value, 3) for name, value in out.items()}
 
 
@@ -361,11 +378,12 @@ def main() -> None:
             done.append(measure(engine, url, bundle / "tokenizer.json", log, seed))
             print(len(done), engine.name, json.dumps(summary(done[-1:])), flush=True)
             report["summary"] = {name: summary(each) for name, each in turns.items()}
-            report["popmesh_over"] = {
-                name: ratios(report["summary"]["popmesh"], report["summary"][name])
-                for name in turns
-                if name != "popmesh" and "popmesh" in turns
-            }
+            for mine in OURS.keys() & turns.keys():
+                report[f"{mine}_over"] = {
+                    name: ratios(report["summary"][mine], report["summary"][name])
+                    for name in turns
+                    if name not in OURS
+                }
             report["turns"] = turns
             save(report, args.out)
     shutil.rmtree(work)

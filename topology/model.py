@@ -81,10 +81,10 @@ class Node:
     ``popmesh up`` by all (``topology.cores``), and one where the work is a device's.
     ``batch_invariant`` asks its engines for the same bits in any batch. ``weights`` says
     how matrices lie in their memory; "auto": as was measured (``popmesh model tune``), else plain.
-    ``models`` may be more than fit ``memory_gb`` (10^9 bytes, for weights and KV caches; None: all are kept in memory): then
-    ``pinned`` ones stay and the others come and go. ``disk_gb`` bounds its store (None: the disk
-    does). ``bundles`` is its listener for nodes that fetch models from it, which together get at
-    most ``give_mbps``.
+    ``models`` may be more than fit ``memory_gb`` (10^9 bytes, for weights and KV caches; None: all
+    are kept in memory): then ``pinned`` ones stay and the others come and go. ``disk_gb`` bounds
+    its store (None: the disk does). ``bundles`` is its listener for nodes that fetch models from
+    it, which together get at most ``give_mbps``.
     """
 
     name: str
