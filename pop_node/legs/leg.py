@@ -23,6 +23,7 @@ from pop_node.answers.answers import Answer
 from pop_node.engine import messages as engine
 from pop_node.legs import events as ev
 from pop_node.legs.refusal import refusal
+from pop_node.legs.sequence import sequence_of
 from wire.errors import MeshError, PeerError
 from wire.messages import (
     MIN_VERSION,
@@ -139,32 +140,16 @@ class Leg:
         if self.state == "closing":  # cancelled while the tokeniser ran
             self.state = "ended"
             return [ev.Over()]
-        submit, sampling = self.submit, self.submit.sampling
+        submit = self.submit
         self._text = event.text
         self._prompt_tokens = len(event.prompt_ids)
         if submit.forced_ids:
             stopped = event.text.push(submit.forced_ids).stopped  # already read by the client
-            if stopped or (not sampling.ignore_eos and submit.forced_ids[-1] in self._stop_ids):
+            at_end = submit.forced_ids[-1] in self._stop_ids
+            if stopped or (at_end and not submit.sampling.ignore_eos):
                 return self._complete_already()
         self.state, self._in_engine = "queued", True
-        add = engine.Add(
-            seq=self.seq,
-            leg=submit.leg,
-            prompt_ids=event.prompt_ids,
-            forced_ids=submit.forced_ids,
-            max_tokens=event.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop_ids=[] if sampling.ignore_eos else sorted(self._stop_ids),
-            salt=submit.tenant.encode(),
-            transfer=self.transfer_id,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-        )
+        add = sequence_of(self.seq, submit, event, self._stop_ids)
         effects: list[ev.Effect] = [ev.ToEngine(add)]
         if submit.leg != "both":
             self._transfer_open = True
