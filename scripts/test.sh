@@ -9,6 +9,7 @@ right=tests/e2e/test_e2e_right.py              # wants both cores
 warmth=(tests/e2e/test_e2e_models.py tests/e2e/test_e2e_cold_start.py tests/e2e/test_e2e_site_loss.py)
 waiting=(tests/pains tests/popmesh tests/registry tests/router tests/topology tests/wire)
 agents=(tests/pop_node/test_*.py)
+disks=(tests/pop_node/store tests/pop_node/peers tests/pop_node/residency tests/pop_node/drills)
 sim=tests/sim  # computes, in two processes: last, when other lanes come to their end
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
@@ -20,10 +21,10 @@ lane() {  # lane NAME ARGUMENTS…: beside the others, shown when it has ended
 }
 
 # kernels 140 / 170, what agents and engines are made of 160 / 330
-named=("${waiting[@]}" "${agents[@]}" tests/e2e "$sim")
+named=("${waiting[@]}" "${agents[@]}" "${disks[@]}" tests/e2e "$sim")
 lane computing tests "${named[@]/#/--ignore=}"
 # agents with engines 140 / 320
-lane agents "${agents[@]}"
+lane agents "${agents[@]}" "${disks[@]}"
 # warmth 100 / 170, what waits 50 / 175, sim 120 / 180
 lane waiting "${warmth[@]}" "${waiting[@]}" "$sim"
 trap 'wait "${lanes[@]}"; exit 130' INT  # Ctrl-C has reached the lanes too
