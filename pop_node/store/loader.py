@@ -81,7 +81,8 @@ class Arena(Protocol):
 
     @property
     def memory(self) -> Any:
-        """[bytes] uint8, an array or a tensor; whole once ``finish`` has returned."""
+        """What was loaded, whole once ``finish`` has returned: [bytes] uint8, an array or a tensor,
+        and what the arena makes of matrices in the resident form."""
 
     def prepare(self, stop: threading.Event) -> None:
         """Runs beside the others in a thread of its own; ends soon after ``stop`` is set."""

@@ -190,8 +190,8 @@ def tune(name: str, threads: int | None, store: Path, as_json: bool) -> None:
 
     Steps of one row to 512 are timed with the matrices of one shape after the other in that form,
     and the table is kept beside the bundle: nodes of this machine with 'weights: auto' and so many
-    threads follow it. The machine should have nothing else to do. Nothing of the model changes, and
-    every choice has the same bits.
+    threads follow it where they serve the model in bfloat16. The machine should have nothing else
+    to do. Nothing of the model changes, and every choice has the same bits.
 
     \b
     Examples:
